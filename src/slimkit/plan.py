@@ -1,0 +1,234 @@
+"""Plans: small values that say exactly what a method changes, and the one entry that applies them.
+
+Pruning, masking, quantizing, fusing and choosing a sub-network each end in a :class:`Plan`.
+It can be printed, explained, saved as JSON (with a safetensors sidecar for masks and
+scales) and replayed on a fresh model without capturing it again. A compressed model is
+therefore always *weights + plans*: :func:`save` writes both, :func:`load` replays them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from slimkit.artifact import (
+    PathLike,
+    atomic_directory,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from slimkit.errors import ArtifactError, CheckpointError, PlanError, nearest
+from slimkit.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["PLAN_KINDS", "Plan", "applied_plans", "apply", "load", "load_weights", "save"]
+
+FORMAT_VERSION = 1
+_ATTRIBUTE = "slimkit_plans"
+Module = TypeVar("Module", bound="nn.Module")
+
+PLAN_KINDS: Registry[type[Plan]] = Registry("plan kind")
+"""Kind → plan class. Methods add theirs by name only, so that reading a plan imports one method."""
+
+
+class Plan(ABC):
+    """What one method changes in one model. Subclasses are frozen dataclasses.
+
+    A subclass sets :attr:`kind` (its name in :data:`PLAN_KINDS`) and :attr:`version`, and
+    says how it is written, explained and applied.
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """All of the plan but its tensors, as JSON-able values."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+        """The inverse of :meth:`to_json` and :meth:`tensors`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masks, scales and the like, by name; empty unless a method needs it."""
+        return {}
+
+    @abstractmethod
+    def explain(self) -> str:
+        """A text for people: every layer, what happens to it, or why nothing does."""
+
+    @abstractmethod
+    def apply_to(self, model: nn.Module) -> nn.Module:
+        """Change ``model`` in place and return the model to use from now on.
+
+        Call :func:`apply` instead: it also records the plan on the model.
+
+        Raises:
+            PlanError: the plan was made for another model; says where they differ.
+        """
+
+    def save(self, path: PathLike) -> Path:
+        """Write ``path`` (JSON) and, if the plan has tensors, ``path`` with ``.safetensors``."""
+        target = Path(path)
+        tensors = self.tensors()
+        if tensors:
+            write_tensors(target.with_suffix(".safetensors"), tensors)
+        write_json(target, _packed(self))
+        return target
+
+    @staticmethod
+    def load(path: PathLike) -> Plan:
+        """Read a plan of any kind.
+
+        Raises:
+            ArtifactError: the file is missing or damaged.
+            PlanError: the kind is unknown or the version is newer than this library.
+        """
+        source = Path(path)
+        data = read_json(source)
+        sidecar = source.with_suffix(".safetensors")
+        needs = isinstance(data, dict) and data.get("has_tensors")
+        return _unpacked(data, read_tensors(sidecar) if needs else {}, where=str(source))
+
+
+def _packed(plan: Plan) -> dict[str, Any]:
+    return {
+        "format": FORMAT_VERSION,
+        "kind": plan.kind,
+        "version": plan.version,
+        "has_tensors": bool(plan.tensors()),
+        "plan": plan.to_json(),
+    }
+
+
+def _unpacked(data: Any, tensors: Mapping[str, Tensor], *, where: str) -> Plan:
+    if not isinstance(data, dict) or not {"format", "kind", "version", "plan"} <= data.keys():
+        raise ArtifactError("this is not a plan: kind, version and plan are missing", where=where)
+    kind = data["kind"]
+    if kind not in PLAN_KINDS:
+        raise PlanError(
+            f"unknown kind of plan {kind!r}", where=where, hint=nearest(kind, PLAN_KINDS)
+        )
+    plan_type = PLAN_KINDS.get(kind)
+    if data["format"] > FORMAT_VERSION or data["version"] > plan_type.version:
+        raise PlanError(
+            f"the {kind} plan has version {data['version']} (format {data['format']}), this "
+            f"library reads up to {plan_type.version} (format {FORMAT_VERSION})",
+            where=where,
+            hint="update slimkit",
+        )
+    try:
+        return plan_type.from_json(data["plan"], tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise ArtifactError(f"the {kind} plan is damaged: {error!r}", where=where) from error
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """Apply ``plan`` to ``model`` in place and return the model.
+
+    The plan is remembered on the model, so that :func:`save` can write it. A quantization
+    plan returns a wrapper around the (changed) model; use what is returned.
+
+    Raises:
+        PlanError: the plan does not fit this model; nothing was changed.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"expected a slimkit.Plan, got {type(plan).__name__}", where="plan")
+    earlier = applied_plans(model)
+    changed = plan.apply_to(model)
+    setattr(changed, _ATTRIBUTE, [*earlier, plan])
+    return changed
+
+
+def applied_plans(model: nn.Module) -> list[Plan]:
+    """The plans that were applied to ``model``, oldest first."""
+    return list(getattr(model, _ATTRIBUTE, ()))
+
+
+def load_weights(
+    model: nn.Module, state: Mapping[str, Tensor], *, where: str | None = None
+) -> None:
+    """Load ``state`` strictly, with an error that says what does not fit.
+
+    Raises:
+        CheckpointError: missing or unexpected keys, or other shapes; nothing was loaded.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    extra = [key for key in state if key not in own]
+    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if missing or extra or wrong:
+        parts = []
+        if missing:
+            hint = f" ({nearest(missing[0], extra)})" if extra else ""
+            parts.append(f"{len(missing)} missing, first {missing[0]!r}{hint}")
+        if extra:
+            parts.append(f"{len(extra)} unexpected, first {extra[0]!r}")
+        if wrong:
+            key = wrong[0]
+            parts.append(
+                f"{len(wrong)} of another shape, first {key!r}: the model has "
+                f"{tuple(own[key].shape)}, the file {tuple(state[key].shape)}"
+            )
+        raise CheckpointError(
+            f"the weights do not fit {type(model).__name__}: " + "; ".join(parts), where=where
+        )
+    model.load_state_dict(dict(state))
+
+
+def save(model: nn.Module, directory: PathLike) -> Path:
+    """Write weights and plans of ``model`` into ``directory`` (replaced as a whole).
+
+    Args:
+        model: any module; the plans applied to it by :func:`apply` are written too.
+        directory: gets ``weights.safetensors`` and ``plans.json`` (and sidecars).
+
+    Raises:
+        ArtifactError: not writable; what was there before stays.
+    """
+    with atomic_directory(directory) as folder:
+        write_tensors(folder / "weights.safetensors", model.state_dict())
+        names = []
+        for number, plan in enumerate(applied_plans(model)):
+            names.append(f"plan{number}_{plan.kind}.json")
+            plan.save(folder / names[-1])
+        index = {"format": FORMAT_VERSION, "model": type(model).__name__, "plans": names}
+        write_json(folder / "plans.json", index)
+    return Path(directory)
+
+
+def load(directory: PathLike, *, model: nn.Module) -> nn.Module:
+    """Replay the plans in ``directory`` on a fresh ``model`` and load the weights.
+
+    Args:
+        directory: what :func:`save` wrote.
+        model: a new, uncompressed instance of the same network; changed in place.
+
+    Returns:
+        The compressed model (a wrapper around ``model`` if it is quantized).
+
+    Raises:
+        ArtifactError: files are missing or damaged.
+        PlanError, CheckpointError: the files belong to another network.
+    """
+    folder = Path(directory)
+    index = read_json(folder / "plans.json")
+    weights = read_tensors(folder / "weights.safetensors")
+    for name in index["plans"]:
+        model = apply(model, Plan.load(folder / name))
+    load_weights(model, weights, where=str(folder / "weights.safetensors"))
+    return model
+
+
+PLAN_KINDS.register_lazy("prune", "slimkit.prune.edits:PrunePlan")
+PLAN_KINDS.register_lazy("quantize", "slimkit.quantize.scheme:QuantPlan")
+PLAN_KINDS.register_lazy("fuse", "slimkit.graph.folding:FusePlan")

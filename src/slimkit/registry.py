@@ -1,0 +1,130 @@
+"""Names → things: how recipes and string arguments find criteria, losses, models, stages.
+
+A registry maps a name to an object, or to ``"package.module:attribute"`` which is imported
+on first use, so that listing what exists costs no heavy import. A name of that very form
+is accepted wherever a registered name is: a user's own function needs no registration.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar, cast
+
+from slimkit.errors import MissingDependencyError, SlimkitError, UnknownNameError, nearest
+
+__all__ = ["Registry", "import_object"]
+
+T = TypeVar("T")
+
+
+def import_object(reference: str, *, where: str | None = None) -> object:
+    """Import ``"package.module:attribute"``.
+
+    Raises:
+        UnknownNameError: the module or the attribute does not exist.
+        MissingDependencyError: the module imports something that is not installed.
+    """
+    module_name, _, attribute = reference.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise UnknownNameError(
+                f"there is no module {error.name!r}", where=where or reference
+            ) from error
+        raise MissingDependencyError(
+            f"{module_name} needs {error.name!r}, which is not installed",
+            where=where or reference,
+            hint=f"pip install {error.name}",
+        ) from error
+    target: object = module
+    for part in attribute.split("."):
+        try:
+            target = getattr(target, part)
+        except AttributeError as error:
+            raise UnknownNameError(
+                f"{module_name} has no attribute {attribute!r}",
+                where=where or reference,
+                hint=nearest(part, [n for n in dir(target) if not n.startswith("_")]),
+            ) from error
+    return target
+
+
+class Registry(Generic[T]):
+    """A small dictionary with lazy entries and errors that help.
+
+    Args:
+        kind: what the entries are, in the singular (``"criterion"``); used in messages.
+
+    Example:
+        >>> CRITERIA: Registry[type] = Registry("criterion")
+        >>> @CRITERIA.register("mine")
+        ... class Mine: ...
+        >>> CRITERIA.get("mine") is Mine
+        True
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T | str] = {}
+        self._lazy: set[str] = set()
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """A decorator that files the decorated object under ``name``.
+
+        Raises:
+            SlimkitError: the name is taken by another object.
+        """
+
+        def decorate(thing: T) -> T:
+            held = self._entries.get(name)
+            if held is not None and name not in self._lazy and held is not thing:
+                same = getattr(held, "__qualname__", 0) == getattr(thing, "__qualname__", 1)
+                if not same:  # a notebook cell run again redefines its own entry
+                    raise SlimkitError(f"the {self.kind} {name!r} is registered already")
+            self._entries[name] = thing
+            self._lazy.discard(name)
+            return thing
+
+        return decorate
+
+    def register_lazy(self, name: str, reference: str) -> None:
+        """File ``"package.module:attribute"`` under ``name``; imported on first use."""
+        if name not in self._entries:
+            self._entries[name] = reference
+            self._lazy.add(name)
+
+    def get(self, name: str, *, where: str | None = None) -> T:
+        """The entry called ``name``, or the object that ``"package.module:attribute"`` names.
+
+        Args:
+            name: a registered name or an import reference.
+            where: recipe path or argument to name in the error.
+
+        Raises:
+            UnknownNameError: with the nearest registered names.
+        """
+        if name in self._lazy:
+            self._entries[name] = cast("T", import_object(str(self._entries[name])))
+            self._lazy.discard(name)
+        if name in self._entries:
+            return cast("T", self._entries[name])
+        if ":" in name:
+            return cast("T", import_object(name, where=where))
+        raise UnknownNameError(
+            f"unknown {self.kind} {name!r}", where=where, hint=nearest(name, self._entries)
+        )
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self._entries)
