@@ -32,7 +32,25 @@ _VERBS = {
 }
 _ROOMS = ("distill", "errors", "prune", "quantize", "reparam", "train")
 
-__all__ = [*_VERBS, *_ROOMS, "__version__"]
+__all__ = [
+    "Inputs",
+    "Plan",
+    "SlimkitError",
+    "__version__",
+    "apply",
+    "benchmark",
+    "build_model",
+    "distill",
+    "errors",
+    "export",
+    "load",
+    "profile",
+    "prune",
+    "quantize",
+    "reparam",
+    "save",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

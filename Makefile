@@ -1,0 +1,63 @@
+# make demo    set up and run the main job           make test    set up and run all tests
+# make setup   everything for development            make lint    ruff, mypy, import contracts
+# make format  let ruff mend what it can             make bench   the tables in docs/benchmarks
+# make clean   remove what was built and cached here
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CORES  := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+DEMO   := runs/quickstart
+
+# One thread per test process: many small networks run faster side by side than wide.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -4
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Slimkit needs Python 3.11 or newer; say which one with: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The two stamps make a second set-up immediate, and repeat it when pyproject.toml changed.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing Slimkit into $(VENV) (about a minute) …"
+	@$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	@echo "Installing Slimkit and its development tools into $(VENV) (a minute or two) …"
+	@$(PIP) install --editable '.[dev]'
+	@touch $(VENV)/.installed $@
+
+setup: $(VENV)/.installed-dev
+
+demo: $(VENV)/.installed
+	@$(BIN)/slimkit run recipes/quickstart.yaml --out $(DEMO)
+	@echo
+	@echo "The report: $(DEMO)/report.html (open it in a browser)"
+
+test: $(VENV)/.installed-dev
+	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(CORES) $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	@cat benchmarks/README.md
+
+clean:
+	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
