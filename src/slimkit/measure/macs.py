@@ -1,0 +1,159 @@
+"""Multiply-accumulate operations (MACs) of captured operators.
+
+One MAC is one multiplication and one addition (papers that write "FLOPs" for this figure
+mean MACs). Counted are the operators that multiply matrices: convolutions (grouped,
+transposed, of any dimension), linear layers, matrix products, attention, recurrent layers.
+Element-wise work, normalisation and pooling count as zero, as is usual in the field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimkit.graph.capture import Graph, Op
+
+__all__ = ["MAC_RULES", "OperatorCost", "operator_costs"]
+
+
+@dataclass(frozen=True)
+class OperatorCost:
+    """MACs of one operator.
+
+    Attributes:
+        op: its index in :attr:`Graph.ops`.
+        layer: the path of the module that is charged: the owner of the weight if it lies in
+            the running module (``attention.out_proj``), else the running module itself.
+        weight: name of the parameter it multiplies with; None for two activations.
+        macs: for the whole example input.
+        output_shape: of its first output.
+        bits: (weight, activation) bits of the tensors as they were in the capture.
+    """
+
+    op: int
+    layer: str
+    weight: str | None
+    macs: int
+    output_shape: tuple[int, ...]
+    bits: tuple[int, int]
+
+
+Operands = tuple[int, list[Any]]
+"""(MACs, references of the operands, of which one may lead to a parameter)."""
+
+
+def _shape(graph: Graph, ref: Any) -> tuple[int, ...]:
+    return graph.tensors[ref.id].shape
+
+
+def _convolution(graph: Graph, op: Op) -> Operands:
+    data, weight, transposed = op.args[0], op.args[1], bool(op.args[6])
+    kernel = _shape(graph, weight)
+    # Each output element sums weight[1:] products; in a transposed convolution each
+    # *input* element is spread over weight[1:] outputs instead.
+    elements = _shape(graph, data) if transposed else graph.tensors[op.outputs[0]].shape
+    return math.prod(elements) * math.prod(kernel[1:]), [weight, data]
+
+
+def _product(left: int, right: int) -> Callable[[Graph, Op], Operands]:
+    """Rows × columns × depth, batched or not, of the arguments at these two positions."""
+
+    def rule(graph: Graph, op: Op) -> Operands:
+        a, b = op.args[left], op.args[right]
+        columns = _shape(graph, b)[-1] if len(_shape(graph, b)) > 1 else 1
+        return math.prod(_shape(graph, a)) * columns, [b, a]
+
+    return rule
+
+
+def _linear(graph: Graph, op: Op) -> Operands:
+    data, weight = op.args[0], op.args[1]
+    return math.prod(_shape(graph, data)) * _shape(graph, weight)[0], [weight, data]
+
+
+def _attention(graph: Graph, op: Op) -> Operands:
+    query, key, value = (_shape(graph, ref) for ref in op.args[:3])
+    rows = math.prod(query[:-1])  # batch × heads × queries
+    return rows * key[-2] * (query[-1] + value[-1]), [op.args[0]]
+
+
+def _recurrent(graph: Graph, op: Op) -> Operands:
+    data, to_hidden, hidden = (_shape(graph, ref) for ref in op.args[:3])
+    steps = math.prod(data[:-1])
+    return steps * (math.prod(to_hidden) + math.prod(hidden)), [op.args[1], op.args[0]]
+
+
+MAC_RULES: dict[str, Callable[[Graph, Op], Operands]] = {
+    "aten.convolution": _convolution,
+    "aten.mm": _product(0, 1),
+    "aten.bmm": _product(0, 1),
+    "aten.matmul": _product(0, 1),
+    "aten.mv": _product(0, 1),
+    "aten.dot": _product(0, 1),
+    "aten.addmm": _product(1, 2),
+    "aten.addmv": _product(1, 2),
+    "aten.baddbmm": _product(1, 2),
+    "aten.addbmm": _product(1, 2),
+    "aten.linear": _linear,
+    "aten.scaled_dot_product_attention": _attention,
+    "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten._scaled_dot_product_flash_attention": _attention,
+    "aten._scaled_dot_product_efficient_attention": _attention,
+    "aten._scaled_dot_product_cudnn_attention": _attention,
+    "aten._scaled_dot_product_fused_attention_overrideable": _attention,
+    "aten.mkldnn_rnn_layer": _recurrent,
+}
+"""Operator name without its overload → (MACs, operands that may be parameters)."""
+
+_LEADS_THROUGH = frozenset(
+    f"aten.{name}"
+    for name in (
+        "t transpose permute view _unsafe_view reshape expand detach alias unsqueeze squeeze "
+        "clone _to_copy slice select split unbind fake_quantize_per_tensor_affine_cachemask "
+        "fake_quantize_per_channel_affine_cachemask"
+    ).split()
+)
+
+
+def _parameter(graph: Graph, value: int) -> str | None:
+    """The parameter that ``value`` is, or is a view or a fake-quantized copy of."""
+    while True:
+        name = graph.tensors[value].name
+        if name is not None:
+            return name
+        op = graph.producer(value)
+        if op is None or not op.inputs:
+            return None
+        base = op.name.rpartition(".")[0]
+        if base not in _LEADS_THROUGH and "fake_quant" not in base:
+            return None
+        value = op.inputs[0]
+
+
+def operator_costs(graph: Graph) -> list[OperatorCost]:
+    """MACs of every operator of ``graph`` that multiplies matrices, in execution order."""
+    costs = []
+    for op in graph.ops:
+        rule = MAC_RULES.get(op.name.rpartition(".")[0])
+        if rule is None:
+            continue
+        macs, operands = rule(graph, op)
+        names = (_parameter(graph, ref.id) for ref in operands)
+        weight = next((name for name in names if name in graph.parameters), None)
+        owner = weight.rpartition(".")[0] if weight else op.module
+        inside = not op.module or owner == op.module or owner.startswith(op.module + ".")
+        widths = [8 * graph.tensors[ref.id].dtype.itemsize for ref in operands]
+        costs.append(
+            OperatorCost(
+                op=op.index,
+                layer=owner if inside else op.module,
+                weight=weight,
+                macs=macs,
+                output_shape=graph.tensors[op.outputs[0]].shape,
+                bits=(widths[0], widths[-1]),
+            )
+        )
+    return costs
