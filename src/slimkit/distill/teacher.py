@@ -1,0 +1,207 @@
+"""The teacher's side: a frozen, folded copy, run in the fastest precision that is good enough."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.distill.recording import Recorder, check_layers, main_tensor, probing, run
+from slimkit.errors import CaptureError, InputError, ModelError, PlanError, nearest
+from slimkit.inputs import Inputs
+
+__all__ = ["FrozenTeacher", "TeacherPrecision"]
+
+TeacherPrecision = Literal["auto", "fp32", "bf16", "autocast"]
+"""fp32; bf16 weights and activations; fp32 weights under bf16 autocast; or the fastest of them."""
+
+_MIN_AGREEMENT = 0.99  # share of equal arg-maxes on the first batch
+_MIN_GAIN = 1.15  # below, timing noise would decide, and runs would differ for nothing
+_HOPELESS_SECONDS = 1.0  # a CPU without bf16 instructions emulates them, many times slower
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """One way to run the teacher.
+
+    Attributes:
+        model: in eval mode, frozen, in its precision.
+        precision: one of ``fp32``, ``bf16``, ``autocast``.
+        channels_last: whether 4-D inputs are laid out as (N, H, W, C).
+    """
+
+    model: nn.Module
+    precision: str
+    channels_last: bool
+
+    def __call__(self, inputs: Inputs) -> Any:
+        inputs = inputs.map(self._prepared)
+        device = inputs.tensors()[0].device.type
+        autocast = torch.autocast(device, torch.bfloat16, enabled=self.precision == "autocast")
+        with torch.no_grad(), autocast:
+            return inputs.call(self.model)
+
+    def _prepared(self, tensor: Tensor) -> Tensor:
+        if self.precision == "bf16" and tensor.is_floating_point():
+            tensor = tensor.to(torch.bfloat16)
+        if self.channels_last and tensor.dim() == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
+
+
+class FrozenTeacher:
+    """A copy of the teacher that never learns, and what it says about a batch.
+
+    The caller's teacher is not touched: the copy is put into eval mode without gradients, its
+    batch norms are folded, and on the first batch the precisions are timed against each other.
+
+    Args:
+        teacher: any module, in any mode.
+        layers: module paths to record; ``""`` for the output.
+        precision: ``"auto"`` takes the fastest whose arg-max agrees with float32 on ≥ 99 % of
+            the first batch; another value is taken as it is.
+
+    Attributes:
+        precision: as given, and what was chosen after the first batch.
+
+    Raises:
+        UnknownNameError: a layer does not exist.
+        InputError: unknown precision.
+        ModelError: the teacher cannot be copied.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, layers: Iterable[str], precision: TeacherPrecision = "auto"
+    ) -> None:
+        self._layers = sorted(set(layers))
+        check_layers(teacher, [layer for layer in self._layers if layer], who="teacher")
+        if precision not in get_args(TeacherPrecision):
+            hint = nearest(str(precision), get_args(TeacherPrecision))
+            raise InputError(f"unknown precision {precision!r}", where="precision", hint=hint)
+        self.precision: str = precision
+        self._copy = _frozen_copy(teacher)
+        self._runner: _Runner | None = None
+        self._recorder: Recorder | None = None
+
+    def probe(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Records in float32 without choosing a precision; for shapes."""
+        recorder = Recorder(self._copy, self._layers)
+        device = inputs.tensors()[0].device
+        try:
+            with probing(self._copy):
+                run(self._copy.to(device), inputs, who="teacher")
+            return dict(recorder.records)
+        finally:
+            recorder.close()
+
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Run on ``inputs``; layer → float32 record without gradient, ``""`` for the output."""
+        if self._runner is None:
+            self._runner = self._prepare(inputs)
+            self._recorder = Recorder(self._runner.model, self._layers)
+            self.precision = self._runner.precision
+        recorder = self._recorder
+        self._runner(inputs)
+        if recorder is None:
+            return {}
+        records = {layer: record.float() for layer, record in recorder.records.items()}
+        recorder.clear()
+        missing = [layer for layer in self._layers if layer not in records]
+        if missing:
+            raise ModelError(f"layer {missing[0]!r} did not run in its forward", where="teacher")
+        return records
+
+    def close(self) -> None:
+        """Remove the hooks from the copy."""
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _prepare(self, inputs: Inputs) -> _Runner:
+        device = inputs.tensors()[0].device
+        with probing(self._copy):
+            run(self._copy.to(device), inputs, who="teacher")
+        model = _folded(self._copy, inputs, keep=self._layers)
+        images = any(tensor.dim() == 4 for tensor in inputs.tensors())
+        channels_last = images and any(isinstance(m, nn.Conv2d) for m in model.modules())
+        return _choose(model, inputs, self.precision, channels_last)
+
+
+def _frozen_copy(teacher: nn.Module) -> nn.Module:
+    try:
+        clone = copy.deepcopy(teacher)
+    except Exception as error:  # a user's own __deepcopy__ may raise anything
+        raise ModelError(f"the teacher cannot be copied: {error}", where="teacher") from error
+    return clone.eval().requires_grad_(False)
+
+
+def _folded(model: nn.Module, inputs: Inputs, *, keep: Iterable[str]) -> nn.Module:
+    """``model`` with batch norms folded, except where a record would change its meaning."""
+    from slimkit.graph.capture import capture
+    from slimkit.graph.folding import FusePlan, batch_norm_pairs
+
+    kept = set(keep)
+    try:
+        pairs = batch_norm_pairs(model, capture(model, inputs))
+        # after folding, the convolution's own output is the batch norm's
+        pairs = [pair for pair in pairs if pair[0] not in kept]
+        return FusePlan(tuple(pairs)).apply_to(model).eval() if pairs else model
+    except (CaptureError, PlanError):
+        return model  # what cannot be followed runs as it is
+
+
+def _runner(model: nn.Module, precision: str, channels_last: bool) -> _Runner:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    if precision == "bf16":
+        model = copy.deepcopy(model).to(dtype)
+    return _Runner(model.to(memory_format=layout), precision, channels_last)
+
+
+def _choose(model: nn.Module, inputs: Inputs, precision: str, channels_last: bool) -> _Runner:
+    """The fastest runner whose answers agree with float32 on ``inputs``."""
+    if precision != "auto":
+        return _runner(model, precision, channels_last)
+    best = _runner(model, "fp32", channels_last)
+    reference = main_tensor(best(inputs), where="teacher")
+    best_seconds = _seconds(best, inputs)
+    for name in ("bf16", "autocast"):
+        candidate = _runner(model, name, channels_last)
+        # a precision that some operator of the teacher lacks is no candidate
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            start = time.perf_counter()
+            answer = main_tensor(candidate(inputs), where="teacher")
+            warm_up = time.perf_counter() - start
+            hopeless = warm_up > _HOPELESS_SECONDS and warm_up > 4 * best_seconds
+            if hopeless or _agreement(answer, reference) < _MIN_AGREEMENT:
+                continue
+            seconds = _seconds(candidate, inputs)
+            if seconds * _MIN_GAIN < best_seconds:
+                best, best_seconds = candidate, seconds
+    return best
+
+
+def _seconds(run: _Runner, inputs: Inputs) -> float:
+    """Time of one run, the faster of two."""
+    times = []
+    on_cuda = inputs.tensors()[0].is_cuda
+    for _ in range(2):
+        start = time.perf_counter()
+        run(inputs)
+        if on_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _agreement(answer: Tensor, reference: Tensor) -> float:
+    """Share of equal arg-maxes over dim 1; 0 when something is not finite."""
+    if not bool(torch.isfinite(answer).all()):
+        return 0.0
+    dim = 1 if reference.dim() > 1 else 0
+    return (answer.argmax(dim) == reference.argmax(dim)).float().mean().item()
