@@ -1,0 +1,26 @@
+"""One capture of a model, and what can be read from it: addresses, folds, channel groups."""
+
+from __future__ import annotations
+
+from slimkit.graph.addressing import AddressMode, function_name
+from slimkit.graph.capture import Call, Graph, Op, Ref, TensorInfo, capture
+from slimkit.graph.groups import Group, Slot
+from slimkit.graph.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.graph.patterns import match_modules
+
+__all__ = [
+    "AddressMode",
+    "Call",
+    "ExampleInputs",
+    "Graph",
+    "Group",
+    "Inputs",
+    "Op",
+    "Ref",
+    "Slot",
+    "TensorInfo",
+    "as_inputs",
+    "capture",
+    "function_name",
+    "match_modules",
+]

@@ -1,0 +1,389 @@
+"""Capture: run a model once and keep what it did.
+
+One eager forward in evaluation mode, without gradients, under two modes: a
+:class:`~slimkit.graph.addressing.AddressMode` that sees the Python-level calls
+(``F.conv2d``, ``x + y``) and a dispatch mode that sees the operators below
+(``aten.convolution``). Whatever the Python control flow does, the two lists hold what
+happened, in order, connected by value numbers. No tensor data is kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slimkit.errors import CaptureError, SlimkitError
+from slimkit.graph.addressing import AddressMode
+from slimkit.graph.inputs import ExampleInputs, as_inputs
+
+__all__ = ["Call", "Graph", "Op", "Ref", "TensorInfo", "capture", "tensors_in"]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in the recorded arguments of an operator.
+
+    Attributes:
+        id: the value number; see :attr:`Graph.tensors`.
+    """
+
+    id: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of one value.
+
+    Attributes:
+        id: the value number.
+        shape: for images ``(N, C, H, W)``.
+        dtype: element type.
+        name: the parameter's or buffer's name (the first of tied names), else ``None``.
+    """
+
+    id: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator that was executed.
+
+    Attributes:
+        index: position in :attr:`Graph.ops`, which is the order of execution.
+        target: the operator.
+        name: such as ``"aten.convolution.default"``.
+        args, kwargs: the arguments, tensors replaced by :class:`Ref`.
+        inputs: value numbers of the tensors in the arguments, in order.
+        outputs: value numbers of the results. What an in-place operator changed counts as
+            a new value.
+        module: path of the innermost module that was running.
+        call: index in :attr:`Graph.calls` of the call that issued it, −1 if none did.
+    """
+
+    index: int
+    target: torch._ops.OpOverload
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    module: str
+    call: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One Python-level call of a torch function that returned tensors or ran operators.
+
+    Attributes:
+        index: position in :attr:`Graph.calls`.
+        module: path of the innermost module that was running.
+        function: normalised name (:func:`~slimkit.graph.addressing.function_name`).
+        ordinal: how many calls of ``function`` this module had made before.
+        inputs: value numbers of the tensors in the arguments, in order.
+        outputs: value numbers of the tensors in the result. A function that hands its
+            argument back (dropout in evaluation) has it in both.
+    """
+
+    index: int
+    module: str
+    function: str
+    ordinal: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def address(self) -> str:
+        """``"module:function#ordinal"``, the same in every forward of the model."""
+        return f"{self.module}:{self.function}#{self.ordinal}"
+
+
+class Graph:
+    """Everything one forward did.
+
+    Attributes:
+        ops: operators in order of execution.
+        calls: Python-level calls in order of completion.
+        tensors: value number → :class:`TensorInfo`.
+        inputs: value numbers of the example tensors.
+        outputs: value numbers of the tensors in the model's result.
+        parameters: name of a parameter or buffer → value number; tied names share it.
+        aliases: first name → all names, for tied parameters only.
+    """
+
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+        self.calls: list[Call] = []
+        self.tensors: dict[int, TensorInfo] = {}
+        self.inputs: tuple[int, ...] = ()
+        self.outputs: tuple[int, ...] = ()
+        self.parameters: dict[str, int] = {}
+        self.aliases: dict[str, list[str]] = {}
+        self._producer: dict[int, Op] = {}
+        self._consumers: dict[int, list[Op]] = {}
+        self._call_producer: dict[int, Call] = {}
+        self._call_consumers: dict[int, list[Call]] = {}
+
+    def producer(self, value: int) -> Op | None:
+        """The operator that made ``value``; ``None`` for inputs, parameters, constants."""
+        return self._producer.get(value)
+
+    def consumers(self, value: int) -> list[Op]:
+        """The operators that read ``value``."""
+        return self._consumers.get(value, [])
+
+    def call_producer(self, value: int) -> Call | None:
+        """The call that made ``value`` (not one that only handed it on)."""
+        return self._call_producer.get(value)
+
+    def call_consumers(self, value: int) -> list[Call]:
+        """The calls that read ``value`` and do not merely hand it on."""
+        return self._call_consumers.get(value, [])
+
+    def __repr__(self) -> str:
+        return (
+            f"Graph({len(self.ops)} operators, {len(self.calls)} calls, "
+            f"{len(self.parameters)} parameters and buffers)"
+        )
+
+    def _add_op(self, op: Op) -> None:
+        self.ops.append(op)
+        for value in op.outputs:
+            if value not in op.inputs:
+                self._producer.setdefault(value, op)
+        for value in dict.fromkeys(op.inputs):
+            self._consumers.setdefault(value, []).append(op)
+
+    def _add_call(self, call: Call) -> None:
+        self.calls.append(call)
+        for value in call.outputs:
+            if value not in call.inputs:
+                self._call_producer.setdefault(value, call)
+        for value in dict.fromkeys(call.inputs):
+            if value not in call.outputs:
+                self._call_consumers.setdefault(value, []).append(call)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers, dataclasses and result objects, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list | set):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name, None))
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
+    """Run ``model`` once and record its operators, calls and tensors.
+
+    The forward runs in evaluation mode and without gradients, on the device of the first
+    parameter. Training flags, buffers and the random state are afterwards as before.
+
+    Args:
+        model: any module.
+        example_inputs: what it is called with; see :class:`~slimkit.graph.inputs.Inputs`.
+
+    Raises:
+        CaptureError: the forward failed; names the innermost module that was running.
+        InputError: ``example_inputs`` is of no accepted kind.
+    """
+    inputs = as_inputs(example_inputs)
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        inputs = inputs.to(parameter.device)
+    recorder = _Recorder(model)
+    with _undisturbed(model), torch.no_grad():
+        recorder.graph.inputs = tuple(recorder.value(tensor) for tensor in inputs.tensors())
+        calls = _CallRecorder(model, recorder)
+        try:
+            with calls, _OpRecorder(recorder, calls):
+                result = inputs.call(model)
+        except SlimkitError:
+            raise
+        except Exception as error:
+            path = calls.module_path
+            raise CaptureError(
+                f"the forward failed with {type(error).__name__}: {error}",
+                where=path or type(model).__name__,
+                hint="check that model(*example_inputs) runs in evaluation mode",
+            ) from error
+        recorder.graph.outputs = tuple(recorder.value(tensor) for tensor in tensors_in(result))
+    return recorder.graph
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no fused attention inside; flags, buffers, random state restored."""
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    random_state = torch.get_rng_state()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.set_rng_state(random_state)
+        for module, flag in training:
+            module.training = flag
+        with torch.no_grad():
+            for module, name, buffer, saved in buffers:
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+                module._buffers[name] = buffer
+
+
+class _Recorder:
+    """Numbers tensors by identity and fills a graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.graph = Graph()
+        self._ids: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._storages: dict[tuple[Any, ...], int] = {}
+        named = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+        first: dict[int, str] = {}
+        for name, tensor in named:
+            value = self.value(tensor, name)
+            self.graph.parameters[name] = value
+            if value in first:
+                self.graph.aliases.setdefault(first[value], [first[value]]).append(name)
+            first.setdefault(value, name)
+            self._storages.setdefault(_storage_key(tensor), value)
+
+    def value(self, tensor: Tensor, name: str | None = None) -> int:
+        """The number of ``tensor``; a tensor never seen before is a constant."""
+        held = self._ids.get(id(tensor))
+        if held is not None and held[0]() is tensor:
+            return held[1]
+        if name is None and self._storages:  # ``parameter.data`` is another tensor object
+            known = self._storages.get(_storage_key(tensor))
+            if known is not None:
+                return known
+        return self.fresh(tensor, name)
+
+    def fresh(self, tensor: Tensor, name: str | None = None) -> int:
+        """A new number for ``tensor``, also if it had one."""
+        number = len(self.graph.tensors)
+        self._ids[id(tensor)] = (weakref.ref(tensor), number)
+        info = TensorInfo(number, tuple(tensor.shape), tensor.dtype, name)
+        self.graph.tensors[number] = info
+        return number
+
+    def values(self, arguments: Any) -> tuple[int, ...]:
+        return tuple(self.value(tensor) for tensor in tensors_in(arguments))
+
+    def refs(self, argument: Any) -> Any:
+        """``argument`` with tensors replaced by :class:`Ref`."""
+        if isinstance(argument, Tensor):
+            return Ref(self.value(argument))
+        if isinstance(argument, tuple | list):
+            return type(argument)(self.refs(item) for item in argument)
+        return argument
+
+
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+        return (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+class _CallRecorder(AddressMode):
+    """Records the Python-level calls."""
+
+    def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
+        super().__init__(model)
+        self._recorder = recorder
+        self.current = -1
+
+    def on_call(
+        self,
+        address: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        graph = self._recorder.graph
+        inputs = self._recorder.values((args, kwargs))
+        first_op = len(graph.ops)
+        self.current = len(graph.calls)
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.current = -1
+        outputs = self._recorder.values(result)
+        issued = len(graph.ops) > first_op
+        if not outputs and issued:  # ``x[:, :2] = y`` returns nothing
+            outputs = graph.ops[-1].outputs
+        if outputs or issued:
+            module, _, rest = address.rpartition(":")
+            function, _, ordinal = rest.rpartition("#")
+            graph._add_call(Call(len(graph.calls), module, function, int(ordinal), inputs, outputs))
+        return result
+
+
+class _OpRecorder(TorchDispatchMode):
+    """Records the operators below the calls."""
+
+    def __init__(self, recorder: _Recorder, calls: _CallRecorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._calls = calls
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        recorder = self._recorder
+        recorded_args = recorder.refs(args)
+        recorded_kwargs = {key: recorder.refs(item) for key, item in kwargs.items()}
+        inputs = recorder.values((args, kwargs))
+        result = func(*args, **kwargs)
+        changed = func._schema.is_mutable
+        outputs = tuple(
+            recorder.fresh(tensor) if changed else recorder.value(tensor)
+            for tensor in tensors_in(result)
+        )
+        graph = recorder.graph
+        graph._add_op(
+            Op(
+                index=len(graph.ops),
+                target=func,
+                name=str(func),
+                args=recorded_args,
+                kwargs=recorded_kwargs,
+                inputs=inputs,
+                outputs=outputs,
+                module=self._calls.module_path,
+                call=self._calls.current,
+            )
+        )
+        return result

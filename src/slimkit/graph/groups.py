@@ -1,0 +1,99 @@
+"""Groups: the sets of channels that can leave a network, and what leaves with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Group", "Role", "Slot"]
+
+Role = Literal["producer", "consumer", "vector"]
+"""What a tensor's dimension does for a channel: ``"producer"`` makes it (output dimension of
+a convolution's weight), ``"consumer"`` reads it (input dimension), ``"vector"`` holds one
+number per channel (bias, batch-norm scale and statistics, layer scale)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The places that a group's channels occupy in one dimension of one tensor.
+
+    Attributes:
+        tensor: name of the parameter or buffer (the first of tied names).
+        dim: the dimension.
+        role: see :data:`Role`.
+        positions: integers of shape ``(size, width)``: row ``i`` holds the indices along
+            ``dim`` that belong to channel ``i`` of the group. ``width`` is 1 for most
+            layers, 49 for a linear layer behind a flattened 7×7 map, the number of groups
+            for a grouped convolution.
+        module: path of the module that owns the tensor.
+    """
+
+    tensor: str
+    dim: int
+    role: Role
+    positions: npt.NDArray[np.int64]
+
+    @property
+    def module(self) -> str:
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def width(self) -> int:
+        """Positions per channel."""
+        return int(self.positions.shape[1])
+
+    def __str__(self) -> str:
+        size, width = self.positions.shape
+        return f"{self.tensor}[dim {self.dim}] {self.role}, {size} × {width}"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Channels that are alike: each can leave on its own, with its places in every slot.
+
+    Several groups may have slots in the same dimension of a tensor (a convolution whose
+    output is split in two); what is kept there is what none of them removes.
+
+    Attributes:
+        name: path of the first module that makes the channels (``"layer1.0.conv1"``), with
+            ``":2"``, ``":3"`` … where one module makes the channels of several groups.
+        size: the number of channels that can be removed independently; at least one stays.
+        slots: all places, in order of execution.
+        frozen_reason: why none can be removed, in plain language; ``None`` if they can.
+    """
+
+    name: str
+    size: int
+    slots: tuple[Slot, ...]
+    frozen_reason: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Output channels of the naming layer that leave with one channel of the group."""
+        return self.slots[0].width
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Paths of the modules whose output shrinks."""
+        return tuple(dict.fromkeys(s.module for s in self.slots if s.role == "producer"))
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """Paths of the modules whose input shrinks."""
+        return tuple(dict.fromkeys(s.module for s in self.slots if s.role == "consumer"))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Paths of all modules that own a slot."""
+        return tuple(dict.fromkeys(s.module for s in self.slots))
+
+    def __str__(self) -> str:
+        head = f"{self.name}: {self.size} channels"
+        if self.width > 1:
+            head += f" of {self.width}"
+        if self.frozen_reason is not None:
+            head += f", kept because {self.frozen_reason}"
+        return "\n".join([head, *(f"  {slot}" for slot in self.slots)])
