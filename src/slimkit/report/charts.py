@@ -1,0 +1,219 @@
+"""The pictures of a report: inline SVG drawn by matplotlib, coloured by the page's own CSS.
+
+matplotlib writes plain colours; each is replaced afterwards by a CSS variable of the page, so
+that one picture serves light and dark. Text stays text and takes the page's font.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slimkit.report import words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Point", "scatter", "training_curves"]
+
+INK, MUTED, RULE, ACCENT, PAPER = "#101112", "#707172", "#d0d1d2", "#3061c2", "#fefdfc"
+VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", PAPER: "paper"}
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": RULE,
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.titlesize": 10,
+    "axes.titlecolor": MUTED,
+    "axes.titlelocation": "left",
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One variant in a scatter picture.
+
+    Attributes:
+        label: written beside the point.
+        cost: its place on the horizontal axis.
+        score: its place on the vertical axis, in percent.
+    """
+
+    label: str
+    cost: float
+    score: float
+
+
+def _figure(name: str, width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = [figure.add_subplot(1, columns, number + 1) for number in range(columns)]
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an ``<svg>`` element that can stand in a page beside others."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:xlink)?="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'<g id="(?!m[0-9a-f]{10}|p[0-9a-f]{10})[^"]*"', "<g", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", svg)
+    svg = re.sub(r"font-family: (?!inherit)[^;\"]*", "font-family: inherit", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    size = re.search(r'viewBox="[^"]*"', svg)
+    head = f'<svg role="img" aria-label="{title}" {size.group() if size else ""}>'
+    body = svg[svg.index(">") + 1 :]
+    return "\n".join(line for line in (head + body).splitlines() if line.strip())
+
+
+def _spread(values: Sequence[float], gap: float) -> list[float]:
+    """Move ``values`` apart as little as needed for neighbours to be ``gap`` away.
+
+    Neighbours that are too close form a block, which is centred on where its members were.
+    """
+    order = sorted(range(len(values)), key=lambda number: values[number])
+    blocks: list[tuple[float, list[int]]] = []
+    for number in order:
+        blocks.append((values[number], [number]))
+        while len(blocks) > 1:
+            (low, low_members), (high, high_members) = blocks[-2:]
+            needed = gap * (len(low_members) + len(high_members)) / 2
+            if high - low >= needed:
+                break
+            members = low_members + high_members
+            middle = sum(values[member] for member in members) / len(members)
+            blocks[-2:] = [(middle, members)]
+    result = [0.0] * len(values)
+    for middle, members in blocks:
+        for place, member in enumerate(members):
+            result[member] = middle + gap * (place - (len(members) - 1) / 2)
+    return result
+
+
+def _score_limits(scores: Sequence[float]) -> tuple[float, float]:
+    """A vertical range that shows the differences without making noise look like cliffs."""
+    low, high = min(scores), max(scores)
+    room = max(high - low, 1.0)
+    return low - 0.35 * room, min(high + 0.35 * room, 100.0 + 0.05 * room)
+
+
+def scatter(
+    points: Sequence[Point], *, name: str, horizontal: str, vertical: str, scale: float = 1.0
+) -> str:
+    """Score against cost: the baseline hollow, every point labelled where it is.
+
+    Args:
+        points: the first one is the baseline.
+        name: unique among the pictures of a page; the SVG's internal names derive from it.
+        horizontal: the label of the cost axis, with its unit.
+        vertical: the label of the score axis.
+        scale: costs are divided by it (1000 for bytes shown in kB).
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    figure, (axes,) = _figure(name, 5.2, 3.5)
+    costs = [point.cost / scale for point in points]
+    scores = [point.score for point in points]
+    axes.set_xlim(0, 1.08 * max(costs))
+    axes.set_ylim(*_score_limits(scores))
+    axes.axhline(scores[0], color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+    axes.scatter(costs[1:], scores[1:], s=46, color=ACCENT, zorder=3)
+    axes.scatter(costs[:1], scores[:1], s=46, facecolor=PAPER, edgecolor=INK, lw=1.5, zorder=3)
+    low, high = axes.get_ylim()
+    places = _spread(scores, 0.075 * (high - low))
+    for number, point in enumerate(points):
+        right = costs[number] > 0.55 * max(costs)
+        moved = abs(places[number] - scores[number]) > 0.01 * (high - low)
+        axes.annotate(
+            point.label,
+            (costs[number], scores[number]),
+            xytext=(-9 if right else 9, 72 * 3.0 * (places[number] - scores[number]) / (high - low))
+            if moved
+            else (-9 if right else 9, 7),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="center",
+            color=MUTED if number == 0 else INK,
+        )
+    axes.set_xlabel(horizontal)
+    axes.set_ylabel(vertical)
+    return _svg(figure, name, f"{vertical} against {horizontal}")
+
+
+def training_curves(
+    history: Sequence[Mapping[str, Any]], *, name: str, metric: str, label: str
+) -> str:
+    """Loss and metric over the epochs of one stage.
+
+    Args:
+        history: one mapping per epoch with ``loss`` and, where it was evaluated, ``metrics``.
+        name: unique among the pictures of a page.
+        metric: the metric to draw, a key of ``metrics``.
+        label: how the metric is written.
+
+    Returns:
+        An ``<svg>`` element; empty when there is nothing to draw.
+    """
+    epochs = [float(row.get("epoch", number)) for number, row in enumerate(history)]
+    shift = 1.0 - min(epochs, default=1.0)  # people count epochs from one
+    losses = [
+        (e + shift, row["loss"])
+        for e, row in zip(epochs, history, strict=True)
+        if row.get("loss") is not None
+    ]
+    scores = [
+        (e + shift, row["metrics"][metric])
+        for e, row in zip(epochs, history, strict=True)
+        if metric in (row.get("metrics") or {})
+    ]
+    panels = [(title, rows) for title, rows in (("loss", losses), (label, scores)) if rows]
+    if not panels:
+        return ""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(name, 2.7 * len(panels), 2.1, len(panels))
+    for panel, (title, rows) in zip(axes, panels, strict=True):
+        x, y = [row[0] for row in rows], [row[1] for row in rows]
+        panel.plot(x, y, color=ACCENT, marker="o" if len(rows) < 4 else None, markersize=4)
+        written = words.score(y[-1]) if title == label else f"{y[-1]:.3g}"
+        panel.set_title(f"{title}, at the end {written}")
+        panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        panel.yaxis.set_major_locator(MaxNLocator(4))
+        panel.set_xlabel("epoch")
+    return _svg(figure, name, f"training of {name}")

@@ -1,0 +1,262 @@
+"""Reading ``report.json`` into values that the page, the tables and the pictures share.
+
+A report may miss pieces (no latency was measured, a stage has no history, there is one
+variant only); what is missing is ``None`` or empty here and left out of the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimkit.artifact import PathLike, read_json
+from slimkit.errors import ArtifactError
+from slimkit.report import words
+
+__all__ = ["Latency", "Report", "StageRun", "Variant", "load_report", "parse_report"]
+
+SCHEMA_VERSION = 1
+SCORES = {"accuracy": "accuracy", "map": "mAP", "miou": "mIoU"}
+"""The metrics that can head a report (in percent, more is better) and how they are written."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One measured latency of one file."""
+
+    backend: str
+    threads: int
+    batch: int
+    median_ms: float
+    p90_ms: float | None
+    busy: str | None
+
+    @property
+    def setting(self) -> tuple[str, int, int]:
+        """What must agree for two latencies to be comparable."""
+        return (self.backend, self.threads, self.batch)
+
+    @property
+    def label(self) -> str:
+        """``onnxruntime, 1 thread``; the batch is named when it is not 1."""
+        threads = f"{self.threads} thread" + ("" if self.threads == 1 else "s")
+        batch = "" if self.batch == 1 else f", batch {self.batch}"
+        return f"{self.backend}, {threads}{batch}"
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of one variant's chain."""
+
+    name: str
+    type: str
+    seconds: float | None
+    cached: bool
+    settings: Mapping[str, Any]
+    history: tuple[Mapping[str, Any], ...]
+    channels: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network of the report."""
+
+    name: str
+    metrics: Mapping[str, float]
+    torch_metrics: Mapping[str, float]
+    cost: Mapping[str, float]
+    latency: tuple[Latency, ...]
+    parity: Mapping[str, Any]
+    fusion: Mapping[str, Any]
+    files: tuple[tuple[str, str], ...]
+    stages: tuple[StageRun, ...]
+
+    def median_ms(self, setting: tuple[str, int, int] | None) -> float | None:
+        """The median latency under ``setting``, if it was measured."""
+        return next((item.median_ms for item in self.latency if item.setting == setting), None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole report; the first variant is the baseline, the last the final one."""
+
+    name: str
+    variants: tuple[Variant, ...]
+    gates: tuple[Mapping[str, Any], ...]
+    environment: Mapping[str, Any]
+    seed: int | None
+    data: Mapping[str, Any]
+    metric: str
+
+    @property
+    def baseline(self) -> Variant:
+        """The variant that all changes refer to."""
+        return self.variants[0]
+
+    @property
+    def final(self) -> Variant:
+        """The variant that the recipe is about."""
+        return self.variants[-1]
+
+    @property
+    def metric_label(self) -> str:
+        """The metric as it is written: accuracy, mAP, mIoU."""
+        return SCORES.get(self.metric, self.metric)
+
+    def score(self, variant: Variant) -> float | None:
+        """The heading metric of ``variant`` in percent."""
+        return variant.metrics.get(self.metric)
+
+    def score_change(self, variant: Variant) -> float | None:
+        """Points won (+) or lost (−) against the baseline."""
+        now, before = self.score(variant), self.score(self.baseline)
+        return None if now is None or before is None else now - before
+
+    @property
+    def latencies(self) -> list[Latency]:
+        """One example of each way in which latency was measured, in order of appearance."""
+        found: dict[tuple[str, int, int], Latency] = {}
+        for variant in self.variants:
+            for item in variant.latency:
+                found.setdefault(item.setting, item)
+        return list(found.values())
+
+    @property
+    def setting(self) -> tuple[str, int, int] | None:
+        """The way of measuring that the verdict refers to: the first one."""
+        return next((item.setting for item in self.latencies), None)
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether all gates hold; ``None`` when the recipe has none."""
+        return all(bool(gate.get("passed")) for gate in self.gates) if self.gates else None
+
+    def verdict(self) -> str:
+        """The whole report in one line: ``4.2× smaller, 3.1× faster, −0.20 points``."""
+        final, base = self.final, self.baseline
+        if final is base:
+            score = self.score(base)
+            pieces = [
+                "" if score is None else f"{score:.2f}{words.NARROW}% {self.metric_label}",
+                words.size(base.cost["bytes"]) if "bytes" in base.cost else "",
+            ]
+            return ", ".join(piece for piece in pieces if piece) or "one variant"
+        setting = self.setting
+        difference = self.score_change(final)
+        pieces = [
+            words.factor(final.cost.get("bytes"), base.cost.get("bytes"), "smaller", "larger"),
+            words.factor(final.median_ms(setting), base.median_ms(setting), "faster", "slower"),
+            "" if difference is None else f"{words.points(difference)} points",
+        ]
+        return ", ".join(piece for piece in pieces if piece) or "nothing was measured"
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        return {}
+    return {
+        str(key): item
+        for key, item in value.items()
+        if isinstance(item, int | float) and not isinstance(item, bool)
+    }
+
+
+def _rows(value: Any) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(value, Mapping):  # a history with its epochs inside
+        value = value.get("epochs")
+    return tuple(row for row in value or () if isinstance(row, Mapping))
+
+
+def _files(value: Any) -> tuple[tuple[str, str], ...]:
+    if isinstance(value, Mapping):
+        return tuple((str(kind), str(path)) for kind, path in value.items())
+    return tuple((Path(str(path)).name, str(path)) for path in value or ())
+
+
+def _latency(entry: Mapping[str, Any]) -> Latency:
+    busy = entry.get("busy")
+    return Latency(
+        backend=str(entry["backend"]),
+        threads=int(entry.get("threads", 1)),
+        batch=int(entry.get("batch", 1)),
+        median_ms=float(entry["median_ms"]),
+        p90_ms=entry.get("p90_ms"),
+        busy=str(busy) if isinstance(busy, str) else ("the CPU was busy" if busy else None),
+    )
+
+
+def _stage(entry: Mapping[str, Any]) -> StageRun:
+    return StageRun(
+        name=str(entry["name"]),
+        type=str(entry.get("type", "")),
+        seconds=entry.get("seconds"),
+        cached=bool(entry.get("cached")),
+        settings=entry.get("settings") or {},
+        history=_rows(entry.get("history")),
+        channels=_rows(entry.get("channels")),
+    )
+
+
+def _variant(entry: Mapping[str, Any]) -> Variant:
+    return Variant(
+        name=str(entry["name"]),
+        metrics=_numbers(entry.get("metrics")),
+        torch_metrics=_numbers(entry.get("torch_metrics")),
+        cost=_numbers(entry.get("cost")),
+        latency=tuple(_latency(item) for item in entry.get("latency") or ()),
+        parity=entry.get("parity") or {},
+        fusion=entry.get("fusion") or {},
+        files=_files(entry.get("files")),
+        stages=tuple(_stage(item) for item in entry.get("stages") or ()),
+    )
+
+
+def parse_report(data: Any, *, where: str = "report.json") -> Report:
+    """Check and read the contents of a ``report.json``.
+
+    Args:
+        data: the parsed JSON.
+        where: the file's name for messages.
+
+    Raises:
+        ArtifactError: it is no report, is damaged, or was written by a newer version.
+    """
+    if not isinstance(data, Mapping) or not data.get("variants"):
+        raise ArtifactError("this is not a report: it lists no variants", where=where)
+    version = data.get("schema_version", SCHEMA_VERSION)
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"the report has schema version {version!r}, this library reads {SCHEMA_VERSION}",
+            where=where,
+            hint="update slimkit",
+        )
+    try:
+        variants = tuple(_variant(entry) for entry in data["variants"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the report is damaged: {error!r}", where=where) from error
+    known = [name for name in SCORES if any(name in v.metrics for v in variants)]
+    first = next((name for v in variants for name in v.metrics if name != "loss"), "accuracy")
+    return Report(
+        name=str(data.get("name") or "Slimkit"),
+        variants=variants,
+        gates=_rows(data.get("gates")),
+        environment=data.get("environment") or {},
+        seed=data.get("seed"),
+        data=data.get("data") or {},
+        metric=known[0] if known else first,
+    )
+
+
+def load_report(source: Mapping[str, Any] | PathLike) -> Report:
+    """Read a report from its JSON, its file, or the folder of a run.
+
+    Raises:
+        ArtifactError: there is no such file, or it is no report.
+    """
+    if isinstance(source, Mapping):
+        return parse_report(source)
+    path = Path(source)
+    path = path / "report.json" if path.is_dir() else path
+    return parse_report(read_json(path), where=str(path))

@@ -1,0 +1,296 @@
+"""``report.html``: one self-contained page, built from ``report.json`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slimkit.artifact import PathLike, read_json, write_text
+from slimkit.report import words
+from slimkit.report.charts import Point, scatter, training_curves
+from slimkit.report.reading import Report, StageRun, Variant, parse_report
+
+__all__ = ["build_html", "write_report"]
+
+
+def write_report(out_dir: PathLike) -> Path:
+    """Build ``report.html`` beside the ``report.json`` of a run.
+
+    Args:
+        out_dir: the output folder of ``slimkit run``.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ArtifactError: there is no readable report in the folder, or it is not writable.
+    """
+    folder = Path(out_dir)
+    target = folder / "report.html"
+    write_text(target, build_html(read_json(folder / "report.json")))
+    return target
+
+
+def build_html(report: Mapping[str, Any]) -> str:
+    """The page for a report, as one HTML document without any outside resource.
+
+    Args:
+        report: the contents of a ``report.json``.
+
+    Raises:
+        ArtifactError: it is no report.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    parsed = parse_report(report)
+    environment = Environment(
+        loader=PackageLoader("slimkit.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(words=words)
+    page = environment.get_template("report.html.j2").render(
+        report=parsed,
+        headline=_headline(parsed),
+        columns=_columns(parsed),
+        rows=[_row(parsed, variant) for variant in parsed.variants],
+        pictures=_pictures(parsed),
+        estimates=_estimates(parsed),
+        curves=_curves(parsed),
+        channels=_channels(parsed),
+        gates=[_gate(gate) for gate in parsed.gates],
+        warnings=_warnings(parsed),
+        environment_rows=words.flat(parsed.environment),
+    )
+    return "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
+
+
+def _headline(report: Report) -> list[dict[str, str]]:
+    """The three figures on top: what they are now, and what they were."""
+    final, base, setting = report.final, report.baseline, report.setting
+    alone = final is base
+    difference = report.score_change(final)
+    figures = []
+    if report.score(final) is not None:
+        figures.append(
+            {
+                "name": report.metric_label,
+                "now": f"{words.score(report.score(final))}{words.NARROW}%",
+                "before": "" if alone else f"{words.score(report.score(base))}{words.NARROW}%",
+                "change": "" if alone else f"{words.points(difference)} points",
+            }
+        )
+    if "bytes" in final.cost:
+        now, before = final.cost["bytes"], base.cost.get("bytes")
+        figures.append(
+            {
+                "name": "file",
+                "now": words.size(now),
+                "before": "" if alone else words.size(before),
+                "change": "" if alone else words.factor(now, before, "smaller", "larger"),
+            }
+        )
+    if final.median_ms(setting) is not None:
+        fast, slow = final.median_ms(setting), base.median_ms(setting)
+        figures.append(
+            {
+                "name": "latency",
+                "now": words.milliseconds(fast),
+                "before": "" if alone else words.milliseconds(slow),
+                "change": "" if alone else words.factor(fast, slow, "faster", "slower"),
+            }
+        )
+    return figures
+
+
+def _columns(report: Report) -> list[str]:
+    score = [f"{report.metric_label}, %"] if report.score(report.baseline) is not None else []
+    latencies = [f"latency ({item.label})" for item in report.latencies]
+    return [*score, "parameters", "MACs", "file", *latencies]
+
+
+def _cell(text: str, change: str = "", title: str = "") -> dict[str, str]:
+    return {"text": text, "change": change, "title": title}
+
+
+def _row(report: Report, variant: Variant) -> dict[str, Any]:
+    base = report.baseline
+    first = variant is base
+    cells = []
+    if report.score(base) is not None:
+        exact = variant.torch_metrics.get(report.metric)
+        title = "" if exact is None else f"in PyTorch: {words.score(exact)} %"
+        change = "" if first else words.points(report.score_change(variant))
+        cells.append(_cell(words.score(report.score(variant)), change, title))
+    for key, write in (("params", words.count), ("macs", words.count), ("bytes", words.size)):
+        now, before = variant.cost.get(key), base.cost.get(key)
+        title = "" if now is None else f"{now:,.0f}"
+        cells.append(_cell(write(now), "" if first else words.change(now, before), title))
+    for example in report.latencies:
+        entry = next((e for e in variant.latency if e.setting == example.setting), None)
+        if entry is None:
+            cells.append(_cell("–"))
+            continue
+        before = base.median_ms(example.setting)
+        title = "" if entry.p90_ms is None else f"p90 {words.milliseconds(entry.p90_ms)}"
+        change = "" if first else words.change(entry.median_ms, before)
+        cells.append(_cell(words.milliseconds(entry.median_ms), change, title))
+    chain = " → ".join(stage.name for stage in variant.stages)
+    return {"name": variant.name, "chain": chain, "cells": cells, "proof": _proof(variant)}
+
+
+def _proof(variant: Variant) -> str:
+    """How well the file computes what the network computes, and what of it is integer."""
+    pieces = []
+    parity = variant.parity
+    if parity.get("max_abs_diff") is not None:
+        pieces.append(f"max difference {parity['max_abs_diff']:.1e}")
+    if parity.get("sqnr_db") is not None:
+        pieces.append(f"SQNR {parity['sqnr_db']:.0f}{words.NARROW}dB")
+    if parity.get("top1_agreement") is not None:
+        share = parity["top1_agreement"]
+        pieces.append(f"same answer {100 * share if share <= 1 else share:.1f}{words.NARROW}%")
+    fusion = variant.fusion
+    integer = [
+        f"{fusion[f'integer_{kind}']}/{fusion[kind]} {kind}"
+        for kind in ("convs", "linears", "adds")
+        if fusion.get(kind) and f"integer_{kind}" in fusion
+    ]
+    if integer and any(fusion.get(f"integer_{kind}") for kind in ("convs", "linears", "adds")):
+        pieces.append("integer: " + ", ".join(integer))
+    return " · ".join(pieces)
+
+
+def _pictures(report: Report) -> list[dict[str, str]]:
+    pictures = []
+    vertical = f"{report.metric_label}, %"
+
+    def points(costs: list[float | None]) -> list[Point]:
+        return [
+            Point(variant.name, cost, score)
+            for variant, cost in zip(report.variants, costs, strict=True)
+            if cost is not None and (score := report.score(variant)) is not None
+        ]
+
+    fast = points([variant.median_ms(report.setting) for variant in report.variants])
+    if len(fast) > 1:
+        label = report.latencies[0].label
+        picture = scatter(
+            fast, name="latency", horizontal=f"median latency, ms ({label})", vertical=vertical
+        )
+        pictures.append({"title": f"{report.metric_label} and latency", "svg": picture})
+    small = points([variant.cost.get("bytes") for variant in report.variants])
+    if len(small) > 1:
+        unit, scale = ("MB", 1e6) if max(point.cost for point in small) >= 2e6 else ("kB", 1e3)
+        picture = scatter(
+            small, name="size", horizontal=f"file, {unit}", vertical=vertical, scale=scale
+        )
+        pictures.append({"title": f"{report.metric_label} and size", "svg": picture})
+    return pictures
+
+
+def _estimates(report: Report) -> list[dict[str, Any]]:
+    """What arithmetic promises beside what was measured, as fractions of the baseline."""
+    base, setting = report.baseline, report.setting
+    pairs = (("latency", ("macs", "MACs"), ("bops", "BOPs")), ("file", ("weight_bytes", "weights")))
+    rows = []
+    for variant in report.variants[1:]:
+        groups = []
+        for measured, *estimated in pairs:
+            bars = [
+                (label, variant.cost.get(key), base.cost.get(key), False)
+                for key, label in estimated
+            ]
+            now, before = (
+                (variant.median_ms(setting), base.median_ms(setting))
+                if measured == "latency"
+                else (variant.cost.get("bytes"), base.cost.get("bytes"))
+            )
+            bars.append((f"{measured}, measured", now, before, True))
+            shown = [
+                {"label": label, "percent": round(100 * value / against, 1), "measured": proof}
+                for label, value, against, proof in bars
+                if value is not None and against
+            ]
+            if any(bar["measured"] for bar in shown) and len(shown) > 1:
+                groups.append(shown)
+        if groups:
+            rows.append({"name": variant.name, "groups": groups})
+    return rows
+
+
+def _runs(report: Report) -> list[tuple[str, StageRun]]:
+    """Every distinct stage run with the variants that it belongs to."""
+    found: list[tuple[list[str], StageRun]] = []
+    for variant in report.variants:
+        for stage in variant.stages:
+            for names, known in found:
+                same = (known.name, known.history, known.channels)
+                if same == (stage.name, stage.history, stage.channels):
+                    names.append(variant.name)
+                    break
+            else:
+                found.append(([variant.name], stage))
+    return [(", ".join(names), stage) for names, stage in found]
+
+
+def _curves(report: Report) -> list[dict[str, str]]:
+    curves = []
+    for number, (variants, stage) in enumerate(_runs(report)):
+        svg = training_curves(
+            stage.history, name=f"stage{number}", metric=report.metric, label=report.metric_label
+        )
+        if svg:
+            curves.append({"stage": stage.name, "variants": variants, "svg": svg})
+    return curves
+
+
+def _channels(report: Report) -> list[dict[str, Any]]:
+    result = []
+    for variants, stage in _runs(report):
+        layers = [
+            {
+                "layer": str(row["layer"]),
+                "kept": row["kept"],
+                "total": row["total"],
+                "percent": round(100 * row["kept"] / row["total"], 1),
+            }
+            for row in stage.channels
+            if row.get("total")
+        ]
+        if layers:
+            kept, total = (sum(layer[key] for layer in layers) for key in ("kept", "total"))
+            result.append(
+                {
+                    "stage": stage.name,
+                    "variants": variants,
+                    "layers": layers,
+                    "kept": kept,
+                    "total": total,
+                }
+            )
+    return result
+
+
+def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
+    value = gate.get("value")
+    return {
+        "name": str(gate.get("name", "")).replace("_", " "),
+        "limit": words.plain(gate.get("limit")),
+        "value": f"{value:.3g}" if isinstance(value, float) else words.plain(value),
+        "passed": bool(gate.get("passed")),
+    }
+
+
+def _warnings(report: Report) -> list[str]:
+    return sorted(
+        {
+            f"{variant.name}: {item.busy}"
+            for variant in report.variants
+            for item in variant.latency
+            if item.busy
+        }
+    )

@@ -1,0 +1,126 @@
+"""How numbers are written in reports: units, signs, ratios; one way for page and terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "change",
+    "count",
+    "factor",
+    "flat",
+    "milliseconds",
+    "plain",
+    "points",
+    "score",
+    "size",
+]
+
+MINUS = "−"
+NARROW = "\u202f"  # narrow no-break space between a number and its unit
+
+
+def _significant(value: float, digits: int = 3) -> str:
+    """``value`` with three significant digits and no exponent: 0.0123, 1.23, 12.3, 123."""
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(decimals, 6)}f}"
+
+
+def _scaled(value: float, units: Sequence[str], step: float) -> str:
+    scaled = float(value)
+    unit = 0
+    while abs(scaled) >= 0.9995 * step and unit < len(units) - 1:
+        scaled /= step
+        unit += 1
+    text = _significant(scaled) if unit else f"{scaled:.0f}"
+    return f"{text}{NARROW}{units[unit]}" if units[unit] else text
+
+
+def count(value: float | None) -> str:
+    """Parameters or MACs: ``272 k``, ``41.2 M``."""
+    return "–" if value is None else _scaled(value, ("", "k", "M", "G", "T"), 1000.0)
+
+
+def size(value: float | None) -> str:
+    """Bytes in powers of 1000: ``98.4 kB``."""
+    return "–" if value is None else _scaled(value, ("B", "kB", "MB", "GB", "TB"), 1000.0)
+
+
+def milliseconds(value: float | None) -> str:
+    """A latency in ms: ``0.412 ms``."""
+    return "–" if value is None else f"{_significant(value)}{NARROW}ms"
+
+
+def score(value: float | None) -> str:
+    """Accuracy, mAP or mIoU in percent with two decimals: ``98.89``."""
+    return "–" if value is None else f"{value:.2f}"
+
+
+def points(difference: float | None) -> str:
+    """A difference of two scores in percentage points, with its sign: ``−0.19``."""
+    if difference is None:
+        return ""
+    rounded = round(difference, 2)
+    if rounded == 0:
+        return "±0"
+    return f"{'+' if rounded > 0 else MINUS}{abs(rounded):.2f}"
+
+
+def change(value: float | None, baseline: float | None) -> str:
+    """The relative change of a cost in percent: ``−76.3 %``; empty when there is no baseline."""
+    if value is None or not baseline:
+        return ""
+    percent = 100.0 * (value / baseline - 1.0)
+    if abs(percent) < 0.05:
+        return "±0"
+    return f"{'+' if percent > 0 else MINUS}{abs(percent):.1f}{NARROW}%"
+
+
+def factor(value: float | None, baseline: float | None, less: str, more: str) -> str:
+    """A ratio in words: ``4.2× smaller``, or ``1.1× larger``; empty when it is unknown.
+
+    Args:
+        value: the cost now.
+        baseline: the cost before.
+        less: the word when ``value`` is below ``baseline``.
+        more: the word when it is above.
+    """
+    if not value or not baseline:
+        return ""
+    ratio, word = (baseline / value, less) if value <= baseline else (value / baseline, more)
+    text = f"{ratio:.1f}" if ratio < 99.95 else f"{ratio:.0f}"
+    return f"no {less}" if text == "1.0" else f"{text}× {word}"
+
+
+def plain(value: Any) -> str:
+    """A setting as a person writes it in a recipe."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(plain(item) for item in value) or "none"
+    return str(value)
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"distill.0.weight": 1.0}``, in the recipe's own path syntax."""
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        path = f"{prefix}{key}"
+        nested: Any = item
+        if isinstance(item, list) and any(isinstance(part, Mapping) for part in item):
+            nested = {str(number): part for number, part in enumerate(item)}
+        if isinstance(nested, Mapping) and nested:
+            result.update(flat(nested, f"{path}."))
+        else:
+            result[path] = item
+    return result
