@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from slimkit.graph.addressing import AddressMode, function_name
 from slimkit.graph.capture import Call, Graph, Op, Ref, TensorInfo, capture
+from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.groups import Group, Slot
 from slimkit.graph.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.graph.patterns import match_modules
@@ -12,6 +13,7 @@ __all__ = [
     "AddressMode",
     "Call",
     "ExampleInputs",
+    "FusePlan",
     "Graph",
     "Group",
     "Inputs",
@@ -20,6 +22,7 @@ __all__ = [
     "Slot",
     "TensorInfo",
     "as_inputs",
+    "batch_norm_pairs",
     "capture",
     "function_name",
     "match_modules",

@@ -89,8 +89,9 @@ class AddressMode(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """What to do at a call; the default just makes it. Torch functions called from
-        here are not addressed.
+        """What to do at a call; the default just makes it.
+
+        Torch functions called from here are not addressed.
 
         Args:
             address: ``"module:function#ordinal"``.
@@ -111,7 +112,7 @@ class AddressMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in _COMPOSITE:
-            with self._resumed():
+            with _Forwarding(self):
                 return _body_of(func)(*args, **(kwargs or {}))
         module = self._stack[-1]
         name = function_name(func)
@@ -119,20 +120,17 @@ class AddressMode(TorchFunctionMode):
         self._counts[(module, name)] = ordinal + 1
         return self.on_call(f"{module}:{name}#{ordinal}", func, args, kwargs or {})
 
-    def _resumed(self) -> TorchFunctionMode:
-        return _Forwarding(self)
-
     def __enter__(self) -> AddressMode:
         self._stack = [""]
         self._counts = {}
         for path, module in self._named:
             if path and not isinstance(module, torch.jit.ScriptModule):
                 self._follow(path, module)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
         self._handles = []

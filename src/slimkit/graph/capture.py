@@ -346,11 +346,11 @@ class _CallRecorder(AddressMode):
         return result
 
 
-class _OpRecorder(TorchDispatchMode):
+class _OpRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operators below the calls."""
 
     def __init__(self, recorder: _Recorder, calls: _CallRecorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
         self._calls = calls
 

@@ -28,7 +28,6 @@ class Slot:
             ``dim`` that belong to channel ``i`` of the group. ``width`` is 1 for most
             layers, 49 for a linear layer behind a flattened 7×7 map, the number of groups
             for a grouped convolution.
-        module: path of the module that owns the tensor.
     """
 
     tensor: str
@@ -38,6 +37,7 @@ class Slot:
 
     @property
     def module(self) -> str:
+        """Path of the module that owns the tensor."""
         return self.tensor.rpartition(".")[0]
 
     @property

@@ -54,7 +54,7 @@ def match_modules(
 def _matches(pattern: Pattern, path: str, module: nn.Module, where: str) -> bool:
     if isinstance(pattern, str):
         return fnmatchcase(path, pattern) or fnmatchcase(type(module).__name__, pattern)
-    if isinstance(pattern, type) and issubclass(pattern, nn.Module):
+    if isinstance(pattern, type):
         return isinstance(module, pattern)
     raise InputError(
         f"expected a name pattern or a module class, got {pattern!r}",
