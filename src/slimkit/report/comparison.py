@@ -64,8 +64,13 @@ class Comparison:
             for number, title in enumerate(header):
                 right = header is HEADER and number > 1
                 table.add_column(title, justify="right" if right else "left", overflow="fold")
+            previous = ""
             for row in rows:
-                table.add_row(*(escape(cell) for cell in row))
+                same = header is HEADER and row[0] == previous
+                if header is HEADER and previous and not same:
+                    table.add_section()
+                previous = row[0]
+                table.add_row("" if same else escape(row[0]), *(escape(cell) for cell in row[1:]))
             parts.append(table)
         return Group(*parts, *(escape(note) for note in self._notes()))
 

@@ -57,6 +57,7 @@ def build_html(report: Mapping[str, Any]) -> str:
         headline=_headline(parsed),
         columns=_columns(parsed),
         rows=[_row(parsed, variant) for variant in parsed.variants],
+        proofs=_proofs(parsed),
         pictures=_pictures(parsed),
         estimates=_estimates(parsed),
         curves=_curves(parsed),
@@ -108,7 +109,7 @@ def _headline(report: Report) -> list[dict[str, str]]:
 
 def _columns(report: Report) -> list[str]:
     score = [f"{report.metric_label}, %"] if report.score(report.baseline) is not None else []
-    latencies = [f"latency ({item.label})" for item in report.latencies]
+    latencies = [f"{item.label}, median" for item in report.latencies]
     return [*score, "parameters", "MACs", "file", *latencies]
 
 
@@ -139,29 +140,44 @@ def _row(report: Report, variant: Variant) -> dict[str, Any]:
         change = "" if first else words.change(entry.median_ms, before)
         cells.append(_cell(words.milliseconds(entry.median_ms), change, title))
     chain = " → ".join(stage.name for stage in variant.stages)
-    return {"name": variant.name, "chain": chain, "cells": cells, "proof": _proof(variant)}
+    return {"name": variant.name, "chain": chain, "cells": cells}
 
 
-def _proof(variant: Variant) -> str:
-    """How well the file computes what the network computes, and what of it is integer."""
-    pieces = []
-    parity = variant.parity
-    if parity.get("max_abs_diff") is not None:
-        pieces.append(f"max difference {parity['max_abs_diff']:.1e}")
-    if parity.get("sqnr_db") is not None:
-        pieces.append(f"SQNR {parity['sqnr_db']:.0f}{words.NARROW}dB")
-    if parity.get("top1_agreement") is not None:
-        share = parity["top1_agreement"]
-        pieces.append(f"same answer {100 * share if share <= 1 else share:.1f}{words.NARROW}%")
-    fusion = variant.fusion
-    integer = [
-        f"{fusion[f'integer_{kind}']}/{fusion[kind]} {kind}"
+def _proofs(report: Report) -> dict[str, Any]:
+    """How closely each file computes what its network computes, and what of it is integer."""
+    kinds = [
+        kind
         for kind in ("convs", "linears", "adds")
-        if fusion.get(kind) and f"integer_{kind}" in fusion
+        if any(v.fusion.get(kind) and f"integer_{kind}" in v.fusion for v in report.variants)
     ]
-    if integer and any(fusion.get(f"integer_{kind}") for kind in ("convs", "linears", "adds")):
-        pieces.append("integer: " + ", ".join(integer))
-    return " · ".join(pieces)
+    rows = []
+    for variant in report.variants:
+        parity, fusion = variant.parity, variant.fusion
+        agreement = parity.get("top1_agreement")
+        cells = [
+            _scientific(parity.get("max_abs_diff")),
+            "–" if parity.get("sqnr_db") is None else f"{parity['sqnr_db']:.0f}{words.NARROW}dB",
+            "–" if agreement is None else f"{100 * agreement:.2f}{words.NARROW}%",
+            *(
+                f"{fusion[f'integer_{kind}']} of {fusion[kind]}" if fusion.get(kind) else "–"
+                for kind in kinds
+            ),
+        ]
+        if parity or fusion:
+            rows.append({"name": variant.name, "cells": cells})
+    titles = {"convs": "convolutions", "linears": "linear layers", "adds": "additions"}
+    columns = ["largest difference", "signal to noise", "same answer"]
+    return {"columns": [*columns, *(f"integer {titles[kind]}" for kind in kinds)], "rows": rows}
+
+
+def _scientific(value: float | None) -> str:
+    if value is None:
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 1e3:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    digits = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{mantissa}{words.NARROW}×{words.NARROW}10{digits}"
 
 
 def _pictures(report: Report) -> list[dict[str, str]]:

@@ -26,7 +26,8 @@ def _significant(value: float, digits: int = 3) -> str:
     """``value`` with three significant digits and no exponent: 0.0123, 1.23, 12.3, 123."""
     if value == 0:
         return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    rounded = float(f"{value:.{digits}g}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
     return f"{value:.{min(decimals, 6)}f}"
 
 

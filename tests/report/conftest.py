@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 
 def _latency(median: float, openvino: float) -> list[dict[str, Any]]:
     return [
@@ -106,7 +108,8 @@ def _variant(
     }
 
 
-def example_report() -> dict[str, Any]:
+@pytest.fixture
+def report() -> dict[str, Any]:
     """Three variants of a small residual network, two backends, three gates."""
     exact = {"max_abs_diff": 3.1e-6, "sqnr_db": 121.0, "top1_agreement": 1.0, "samples": 540}
     close = {"max_abs_diff": 0.42, "sqnr_db": 38.2, "top1_agreement": 0.9981, "samples": 540}

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import copy
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimkit.artifact import write_json
+from slimkit.errors import ArtifactError
+from slimkit.report import build_html, write_report
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+RESOURCES = {"src", "href", "action", "data", "poster", "srcset"}
+
+
+class Page(HTMLParser):
+    """Checks nesting while reading, and keeps text, identifiers and references."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.svgs = 0
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.svgs += tag == "svg"
+        self.ids += [value or "" for key, value in attrs if key == "id"]
+        self.references += [value or "" for key, value in attrs if key in RESOURCES]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text += data.replace("\u202f", " ")
+
+
+def test_page_is_well_formed_and_self_contained(report: dict[str, Any]) -> None:
+    html = build_html(report)
+    page = Page(html)
+    assert "://" not in html, "a report refers to nothing outside"
+    assert all(not reference.startswith("//") for reference in page.references)
+    assert "<script" not in html
+    assert "@import" not in html
+
+
+def test_identifiers_in_the_pictures_are_unique_and_resolve(report: dict[str, Any]) -> None:
+    html = build_html(report)
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    used = set(re.findall(r"url\(#([^)]+)\)", html)) | set(re.findall(r'href="#([^"]+)"', html))
+    assert used
+    assert used <= set(page.ids)
+
+
+def test_page_shows_every_figure_with_its_change(report: dict[str, Any]) -> None:
+    text = Page(build_html(report)).text
+    for expected in (
+        "9.3× smaller, 3.2× faster, −0.18 points",  # 1103214/118731, 1.212/0.382, 98.89-99.07
+        "98.89", "94.0 k", "15.9 M", "119 kB", "0.382 ms",
+        "−65.5 %", "−60.8 %", "−89.2 %", "−68.5 %",
+        "21 of 21", "38 dB", "99.81 %", "3.1 × 10⁻⁶",
+        "accuracy drop", "layer3.1.conv1", "40 / 64", "distill.0.temperature", "avx512, vnni",
+    ):  # fmt: skip
+        assert expected in text, expected
+
+
+def test_pictures_take_the_colours_of_the_page(report: dict[str, Any]) -> None:
+    html = build_html(report)
+    drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    assert len(drawings) == 2 + 3  # two scatters, three trained stages
+    for drawing in drawings:
+        assert "var(--accent)" in drawing
+        assert not re.search(r"#[0-9a-f]{6}\b", drawing), "a colour that ignores dark mode"
+
+
+def test_each_stage_run_is_shown_once_though_variants_share_it(report: dict[str, Any]) -> None:
+    text = Page(build_html(report)).text
+    assert text.count("train in baseline, pruned, final") == 1
+    assert text.count("prune in pruned, final") == 1
+
+
+def test_a_failed_gate_is_marked(report: dict[str, Any]) -> None:
+    report["gates"][0].update(value=1.4, passed=False)
+    html = build_html(report)
+    assert html.count('class="fail"') == 1
+    assert html.count('class="pass"') == 2
+    assert "1.4 missed" in re.sub(r"<[^>]+>", "", html)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["latency", "parity", "fusion", "stages", "files", "torch_metrics", "cost", "metrics"],
+)
+def test_page_does_without_a_missing_piece(report: dict[str, Any], missing: str) -> None:
+    for variant in report["variants"]:
+        for stage in variant["stages"]:
+            stage.pop("history", None)  # drawing curves takes most of the time
+        del variant[missing]
+    assert Page(build_html(report)).text.count("final") >= 1
+
+
+def test_page_of_a_single_bare_variant(report: dict[str, Any]) -> None:
+    bare = {"schema_version": 1, "variants": [{"name": "baseline"}]}
+    assert "one variant" in Page(build_html(bare)).text
+    alone = {**report, "variants": report["variants"][:1], "gates": []}
+    page = Page(build_html(alone))
+    assert "99.07 % accuracy, 1.10 MB" in page.text
+    assert page.svgs == 1  # the training curve; one point makes no scatter
+
+
+def test_names_from_the_recipe_are_escaped(report: dict[str, Any]) -> None:
+    del report["variants"][:2]
+    report["name"] = report["variants"][-1]["name"] = "<script>alert(1)</script> & <b>"
+    html = build_html(report)
+    assert "<script" not in html
+    assert "<script>alert(1)</script> & <b>" in Page(html).text
+
+
+def test_building_does_not_change_the_report_and_is_repeatable(report: dict[str, Any]) -> None:
+    before = copy.deepcopy(report)
+    assert build_html(report) == build_html(report)
+    assert report == before
+
+
+def test_write_report_reads_json_and_leaves_a_page(report: dict[str, Any], tmp_path: Path) -> None:
+    write_json(tmp_path / "report.json", report)
+    page = write_report(tmp_path)
+    assert page == tmp_path / "report.html"
+    assert page.read_text(encoding="utf-8") == build_html(report)
+
+
+@pytest.mark.parametrize("content", [{}, [], {"variants": []}, {"variants": [{}]}, "text"])
+def test_what_is_no_report_is_refused(content: Any, tmp_path: Path) -> None:
+    write_json(tmp_path / "report.json", content)
+    with pytest.raises(ArtifactError, match="report"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_report_of_a_newer_version_is_refused(report: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match="update slimkit"):
+        build_html({**report, "schema_version": 99})
