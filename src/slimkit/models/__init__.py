@@ -1,0 +1,8 @@
+"""Reference networks, and how a model is named, built and given its weights."""
+
+from __future__ import annotations
+
+from slimkit.models.building import MODELS, build_model, list_models
+from slimkit.models.checkpoints import load_checkpoint
+
+__all__ = ["MODELS", "build_model", "list_models", "load_checkpoint"]

@@ -1,0 +1,74 @@
+"""State dicts on disk: safetensors only, so that loading never runs code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from slimkit.artifact import PathLike, read_tensors
+from slimkit.errors import CheckpointError, nearest
+
+__all__ = ["load_checkpoint"]
+
+
+def load_checkpoint(model: nn.Module, path: PathLike) -> nn.Module:
+    """Load a safetensors state dict into ``model`` in place; every name and shape must fit.
+
+    Args:
+        model: the network to fill.
+        path: a ``.safetensors`` file with the keys of ``model.state_dict()``. Keys that all
+            start with ``module.`` (saved from DataParallel or DDP) are accepted.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        CheckpointError: a pickled file, or names or shapes that do not fit; the model is
+            then unchanged.
+        ArtifactError: the file is missing or cut off.
+    """
+    source = Path(path)
+    if source.suffix in {".pt", ".pth", ".bin", ".ckpt", ".pkl"}:
+        raise CheckpointError(
+            "pickled checkpoints can run code when they are loaded and are not read",
+            where=str(source),
+            hint="convert once: safetensors.torch.save_file(torch.load(PATH, weights_only=True), "
+            f"'{source.stem}.safetensors')",
+        )
+    tensors = read_tensors(source)
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    _check_fits(model.state_dict(), tensors, where=str(source))
+    model.load_state_dict(tensors)
+    return model
+
+
+def _check_fits(own: dict[str, Tensor], loaded: dict[str, Tensor], *, where: str) -> None:
+    missing = [name for name in own if name not in loaded]
+    # batch counters carry no knowledge: checkpoints of older tools leave them out
+    for name in [name for name in missing if name.endswith("num_batches_tracked")]:
+        loaded[name] = own[name]
+        missing.remove(name)
+    unexpected = [name for name in loaded if name not in own]
+    if missing or unexpected:
+        parts = []
+        if missing:
+            parts.append(f"the model's {_some(missing)} not in the file")
+        if unexpected:
+            parts.append(f"the file's {_some(unexpected)} not in the model")
+        hint = nearest(missing[0], unexpected) if missing and unexpected else None
+        raise CheckpointError("; ".join(parts), where=where, hint=hint)
+    for name, value in own.items():
+        if value.shape != loaded[name].shape:
+            raise CheckpointError(
+                f"{name} is {tuple(loaded[name].shape)} in the file "
+                f"and {tuple(value.shape)} in the model",
+                where=where,
+                hint="another number of classes or input channels, or another width?",
+            )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"

@@ -1,0 +1,18 @@
+"""Image-classification data: where it comes from, how it is split, batched and augmented."""
+
+from __future__ import annotations
+
+from slimkit.tasks.data.loaders import ArrayLoader
+from slimkit.tasks.data.loading import Splits, load_data, synthetic_data
+from slimkit.tasks.data.settings import AugmentSettings, DataSettings
+from slimkit.tasks.data.sources import SOURCES
+
+__all__ = [
+    "SOURCES",
+    "ArrayLoader",
+    "AugmentSettings",
+    "DataSettings",
+    "Splits",
+    "load_data",
+    "synthetic_data",
+]

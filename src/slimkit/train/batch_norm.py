@@ -1,0 +1,86 @@
+"""Measuring batch-norm statistics anew, after weights were averaged, pruned or quantized."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimkit.errors import InputError
+
+__all__ = ["frozen_batch_norm", "reestimate_batch_norm", "tracking_norms"]
+
+
+def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch-norm layers that keep running statistics."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Replace running statistics by the plain mean over ``batches``.
+
+    Unlike an exponential average it forgets nothing and starts from nothing ("precise BN",
+    Wu & Johnson 2021, section 3.2). Everything but batch norm runs in eval mode, so that
+    dropout does not disturb it; training flags are restored.
+
+    Args:
+        model: changed in place.
+        batches: inputs, or tuples whose first entry is the input, of training data.
+
+    Returns:
+        How many batches were used; 0 when the model has no batch norm.
+
+    Raises:
+        InputError: there are no batches.
+    """
+    norms = tracking_norms(model)
+    if not norms:
+        return 0
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    flags = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    before = [{name: b.clone() for name, b in norm.named_buffers(recurse=False)} for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's spelling of a cumulative average
+    count = 0
+    try:
+        for batch in batches:
+            images: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(images.to(device))
+            count += 1
+    finally:
+        for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
+            norm.momentum = momentum
+            if not count:
+                for name, buffer in norm.named_buffers(recurse=False):
+                    buffer.copy_(buffers[name])
+        for module, flag in flags.items():
+            module.training = flag
+    if not count:
+        raise InputError("there are no batches to measure batch norm on", where="batches")
+    return count
+
+
+@contextlib.contextmanager
+def frozen_batch_norm(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Batch norm uses and keeps its running statistics inside of the ``with`` block."""
+    norms = [norm for norm in tracking_norms(model) if norm.training] if enabled else []
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()

@@ -1,0 +1,68 @@
+"""A moving average of the weights, which often generalises better than the last weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["WeightAverage"]
+
+
+class WeightAverage:
+    """Exponential moving average (Polyak averaging as in Tarvainen & Valpola 2017, equation 1).
+
+    ``average = d·average + (1 - d)·weights`` after each step, where ``d`` rises as
+    ``(1 + t) / (10 + t)`` up to ``decay`` so that early steps are forgotten soon. Batch-norm
+    statistics are averaged alike; other buffers are taken from the model as they are.
+
+    Args:
+        model: whose weights to follow; its state when this is called is the first average.
+        decay: the final ``d``, 0 … 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self._live = _averaged(model)
+        self.average = {name: t.detach().clone() for name, t in self._live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after one more step."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        torch._foreach_lerp_(list(self.average.values()), list(self._live.values()), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Put the average into the model for good."""
+        for name, live in self._live.items():
+            live.copy_(self.average[name])
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights inside of the ``with`` block."""
+        held = {name: live.detach().clone() for name, live in self._live.items()}
+        self.copy_to_model()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, live in self._live.items():
+                    live.copy_(held[name])
+
+
+def _averaged(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and batch-norm statistics, by name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            for name in ("running_mean", "running_var"):
+                buffer = getattr(module, name)
+                if buffer is not None:
+                    tensors[f"{path}.{name}"] = buffer
+    return {name: t for name, t in tensors.items() if t.is_floating_point()}

@@ -1,0 +1,64 @@
+"""What a recipe says about training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["TrainSettings"]
+
+
+class TrainSettings(BaseModel):
+    """How :func:`slimkit.train.fit` trains.
+
+    Attributes:
+        epochs: passes over the training data; a fraction ends within the last one.
+        lr: highest learning rate.
+        optimizer: ``"sgd"`` (with ``momentum``, ``nesterov``) or ``"adamw"``.
+        weight_decay: L2 penalty (sgd) or decoupled decay (adamw).
+        decay_norms: apply it also to one-dimensional parameters, that is to norms and biases.
+        schedule: learning rate over the run: ``"cosine"`` to zero (Loshchilov & Hutter 2017,
+            equation 5, without restarts), ``"one_cycle"`` up from ``lr / 25`` and down to
+            nearly zero (Smith & Topin 2019), ``"linear"`` to zero, or ``"constant"``.
+        warmup_epochs: rise linearly from zero first; for one_cycle the length of its rise
+            (0 means 30 % of the run).
+        label_smoothing: for the task's loss, 0 … 1.
+        loss_weight: of the task's loss beside the extra losses; 0 trains on those alone.
+        ema: decay of the moving average of weights that is evaluated and kept, such as 0.999;
+            ``None`` keeps the last weights.
+        clip_grad_norm: scale gradients down to this norm.
+        precision: ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: whichever takes a training
+            step faster here, measured on the model itself.
+        channels_last: memory layout of images and weights; ``"auto"`` when there are
+            two-dimensional convolutions.
+        freeze_batch_norm: keep running statistics and use them, as in evaluation.
+        batch_norm_reestimation: measure batch-norm statistics anew at the end, over so many
+            training batches; 0 does not.
+        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        log_every: steps between updates of the progress bar and of TensorBoard.
+        device: ``"auto"`` takes an accelerator where there is one; ``"cpu"`` does not.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: Annotated[float, Field(gt=0)] = 10
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    decay_norms: bool = True
+    schedule: Literal["cosine", "one_cycle", "linear", "constant"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
+    loss_weight: Annotated[float, Field(ge=0)] = 1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: Literal["auto"] | bool = "auto"
+    freeze_batch_norm: bool = False
+    batch_norm_reestimation: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=1)] = 1
+    log_every: Annotated[int, Field(ge=1)] = 20
+    device: Literal["auto", "cpu"] = "auto"
