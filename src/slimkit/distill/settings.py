@@ -194,8 +194,11 @@ def _parse_loss(entry: object, where: str) -> DistillLoss:
         )
     name = entry.get("type")
     if not isinstance(name, str):
-        hint = nearest(str(name), DISTILL_LOSSES)
-        raise RecipeError("the type of the loss is missing", where=f"{where}.type", hint=hint)
+        raise RecipeError(
+            "the type of the loss is missing",
+            where=f"{where}.type",
+            hint=nearest(str(name), DISTILL_LOSSES),
+        )
     settings: object = DISTILL_LOSSES.get(name, where=f"{where}.type")
     if not (isinstance(settings, type) and issubclass(settings, DistillLoss)):
         raise RecipeError(f"{name!r} is not a DistillLoss class", where=f"{where}.type")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from slimkit.distill.recording import Recorder, check_layers, main_tensor, probing, run
 from slimkit.errors import CaptureError, InputError, ModelError, PlanError, nearest
+from slimkit.graph.capture import capture
+from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.inputs import Inputs
 
 __all__ = ["FrozenTeacher", "TeacherPrecision"]
@@ -142,9 +144,6 @@ def _frozen_copy(teacher: nn.Module) -> nn.Module:
 
 def _folded(model: nn.Module, inputs: Inputs, *, keep: Iterable[str]) -> nn.Module:
     """``model`` with batch norms folded, except where a record would change its meaning."""
-    from slimkit.graph.capture import capture
-    from slimkit.graph.folding import FusePlan, batch_norm_pairs
-
     kept = set(keep)
     try:
         pairs = batch_norm_pairs(model, capture(model, inputs))
