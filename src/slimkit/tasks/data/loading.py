@@ -142,9 +142,7 @@ def _limited(labels: Tensor, settings: DataSettings) -> Tensor:
     return stratified(labels, settings.limit, seed=settings.seed)[1]
 
 
-def _held_out(
-    train: Tensor, labels: Tensor, settings: DataSettings
-) -> tuple[Tensor, Tensor]:
+def _held_out(train: Tensor, labels: Tensor, settings: DataSettings) -> tuple[Tensor, Tensor]:
     wanted = settings.validation
     count = wanted if isinstance(wanted, int) else round(wanted * len(train))
     rest, held = stratified(labels[train], count, seed=settings.seed)
@@ -165,7 +163,7 @@ def _statistics(
         return settings.mean * repeat, settings.std * repeat
     some = train[:: max(1, len(train) // 10_000)]
     count, total, squares = 0, torch.zeros(channels).double(), torch.zeros(channels).double()
-    for chunk in some.split(500):
+    for chunk in torch.split(some, 500):
         images, _ = store.fetch(chunk)
         pixels = images.reshape(-1, channels).double() / 255
         count += len(pixels)
@@ -181,7 +179,9 @@ def _statistics(
 
 
 def _fingerprint(digest: str, settings: DataSettings) -> str:
-    shaping = settings.model_dump(mode="json", exclude={"eval_batch_size", "cache"})
+    shaping = settings.model_dump(
+        mode="json", exclude={"eval_batch_size", "cache"}, exclude_defaults=True
+    )  # without defaults: a setting that is added later changes no fingerprint
     shaping["source"] = settings.source.partition(":")[0]  # the same data may lie elsewhere
     return content_hash({"content": digest, "settings": shaping})
 
@@ -213,5 +213,6 @@ def synthetic_data(settings: DataSettings, classes: int, *, batches: int = 2) ->
         classes=[str(label) for label in range(classes)],
         digest="synthetic",
     )
-    indices = [torch.arange(len(part.labels)) for part in (train, validation, test)]
-    return _splits(raw, validation, *indices, settings)
+    counted = torch.arange(max(len(train.labels), len(test.labels)))
+    every = counted[: len(test.labels)]
+    return _splits(raw, validation, counted[: len(train.labels)], every, every, settings)

@@ -1,0 +1,157 @@
+"""The stage cache: results by content, complete or not there at all.
+
+::
+
+    ROOT/stages/ab/abcdef…/      model/ (weights + plans), stage.json
+    ROOT/work/abcdef…/           a stage in progress: its training checkpoint survives a kill
+    ROOT/proofs/…                what was measured of an exported file
+    ROOT/locks/abcdef….lock      held while a stage runs; freed by the kernel if the run dies
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from slimkit.artifact import PathLike, atomic_directory, read_json, write_json
+from slimkit.errors import ArtifactError
+from slimkit.plan import save
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Cache", "default_cache"]
+
+
+def default_cache() -> Path:
+    """``$SLIMKIT_CACHE``, or ``~/.cache/slimkit``."""
+    chosen = os.environ.get("SLIMKIT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "slimkit"
+
+
+class Cache:
+    """Results of stages under their keys.
+
+    Args:
+        root: a folder, made if it is not there; None for :func:`default_cache`.
+
+    Raises:
+        ArtifactError: the folder cannot be made.
+    """
+
+    def __init__(self, root: PathLike | None = None) -> None:
+        self.root = Path(root) if root is not None else default_cache()
+        with _storing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """The record of a finished stage, or None. A damaged entry counts as not there."""
+        folder = self._entry(key)
+        if not (folder / "model" / "plans.json").exists():
+            return None
+        try:
+            record = read_json(folder / "stage.json")
+        except ArtifactError:
+            return None
+        return record if isinstance(record, dict) else None
+
+    def model_folder(self, key: str) -> Path:
+        """Where the weights and plans of a finished stage are."""
+        return self._entry(key) / "model"
+
+    def store(self, key: str, model: nn.Module, record: Mapping[str, Any]) -> None:
+        """File a finished stage and remove its work folder.
+
+        Raises:
+            ArtifactError: not writable or disk full; the stage then counts as not run.
+        """
+        folder = self._entry(key)
+        for remains in folder.parent.glob(f".{key}.*"):  # of a run that was killed while storing
+            shutil.rmtree(remains, ignore_errors=True)
+        with atomic_directory(folder) as temporary:
+            save(model, temporary / "model")
+            write_json(temporary / "stage.json", dict(record))
+        shutil.rmtree(self.root / "work" / key, ignore_errors=True)
+
+    def discard(self, key: str) -> None:
+        """Remove an entry that turned out to be damaged."""
+        shutil.rmtree(self._entry(key), ignore_errors=True)
+
+    def work(self, key: str) -> Path:
+        """The folder in which the stage works; the same one after a kill."""
+        folder = self.root / "work" / key
+        with _storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def reset_work(self, key: str) -> bool:
+        """Forget what an interrupted run of the stage left; False if it left nothing."""
+        folder = self.root / "work" / key
+        left = folder.is_dir() and any(folder.iterdir())
+        shutil.rmtree(folder, ignore_errors=True)
+        return left
+
+    @contextlib.contextmanager
+    def lock(self, key: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Keep other processes from running the same stage at the same time.
+
+        Args:
+            key: of the stage.
+            waiting: called when another process holds it, before waiting for that one.
+        """
+        path = self.root / "locks" / f"{key}.lock"
+        with _storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        with file:
+            _acquire(file, waiting)
+            yield
+
+    def note(self, kind: str, key: str) -> Any:
+        """A small JSON value kept under ``kind``, or None."""
+        path = self.root / kind / f"{key}.json"
+        if not path.exists():
+            return None
+        try:
+            return read_json(path)
+        except ArtifactError:
+            return None
+
+    def keep(self, kind: str, key: str, value: object) -> None:
+        """Keep a small JSON value under ``kind``."""
+        write_json(self.root / kind / f"{key}.json", value)
+
+    def _entry(self, key: str) -> Path:
+        return self.root / "stages" / key[:2] / key
+
+
+def _acquire(file: IO[str], waiting: Callable[[], None]) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs of one stage then do the work twice, no harm done
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waiting()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+        return
+
+
+@contextlib.contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write: {error.strerror or error}",
+            where=str(path),
+            hint="SLIMKIT_CACHE chooses another folder for the cache",
+        ) from error

@@ -1,0 +1,116 @@
+"""Which stage runs on what: variants and teachers resolved into steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slimkit.errors import RecipeError
+from slimkit.recipe.schema import Recipe
+from slimkit.recipe.stages import Stage
+
+__all__ = ["Chain", "Step", "check_teachers", "resolve_steps", "teacher_chain"]
+
+Chain = tuple[str, ...]
+"""Stage names from the recipe's model on; a stage's place in it is what a result depends on."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage at its place in a chain.
+
+    Attributes:
+        chain: the stages up to and including this one.
+        settings: of the stage.
+        teacher_model: name under ``teachers:``, if that teaches it.
+        teacher_chain: the chain whose result teaches it, if a stage does.
+    """
+
+    chain: Chain
+    settings: Stage
+    teacher_model: str | None = None
+    teacher_chain: Chain | None = None
+
+    @property
+    def name(self) -> str:
+        """The stage's name in the recipe."""
+        return self.chain[-1]
+
+    @property
+    def parent(self) -> Chain:
+        """What it runs on; empty for the recipe's model itself."""
+        return self.chain[:-1]
+
+
+def resolve_steps(recipe: Recipe) -> dict[Chain, Step]:
+    """All steps that the variants need, each once, in an order in which they can run."""
+    steps: dict[Chain, Step] = {}
+
+    def visit(chain: Chain) -> None:
+        if not chain or chain in steps:
+            return
+        visit(chain[:-1])
+        settings = recipe.stages[chain[-1]]
+        name = settings.teacher_name()
+        if name is None:
+            steps[chain] = Step(chain, settings)
+        elif name in recipe.teachers:
+            steps[chain] = Step(chain, settings, teacher_model=name)
+        else:
+            teacher = teacher_chain(recipe, name, where=f"stages.{chain[-1]}.teacher")
+            visit(teacher)
+            steps[chain] = Step(chain, settings, teacher_chain=teacher)
+
+    for variant in recipe.variants.values():
+        visit(variant)
+    return steps
+
+
+def teacher_chain(recipe: Recipe, stage: str, *, where: str) -> Chain:
+    """The chain that ends in ``stage``; on the recipe's model when no variant has the stage.
+
+    Raises:
+        RecipeError: several variants run the stage on different things.
+    """
+    found: list[Chain] = []
+    for chain in recipe.variants.values():
+        if stage in chain:
+            prefix = chain[: chain.index(stage) + 1]
+            if prefix not in found:
+                found.append(prefix)
+    if len(found) > 1:
+        shown = " and ".join(" → ".join(chain) for chain in found[:3])
+        raise RecipeError(
+            f"{stage!r} has several results: {shown}",
+            where=where,
+            hint="give the stage that shall teach a name of its own",
+        )
+    return found[0] if found else (stage,)
+
+
+def check_teachers(recipe: Recipe) -> None:
+    """Make sure that no stage waits for its own result.
+
+    Raises:
+        RecipeError: ambiguous teacher, or a cycle, which is shown.
+    """
+    done: set[Chain] = set()
+
+    def visit(chain: Chain, waiting: tuple[Chain, ...]) -> None:
+        if not chain or chain in done:
+            return
+        if chain in waiting:
+            cycle = [link[-1] for link in waiting[waiting.index(chain) :]] + [chain[-1]]
+            raise RecipeError(
+                f"a cycle: {' waits for '.join(cycle)}",
+                where=f"stages.{chain[-1]}.teacher",
+                hint="a teacher must not depend on its student",
+            )
+        path = (*waiting, chain)
+        visit(chain[:-1], path)
+        name = recipe.stages[chain[-1]].teacher_name()
+        if name is not None and name not in recipe.teachers:
+            visit(teacher_chain(recipe, name, where=f"stages.{chain[-1]}.teacher"), path)
+        done.add(chain)
+
+    for variant in recipe.variants.values():
+        visit(variant, ())

@@ -1,0 +1,169 @@
+"""Field types of recipes whose valid values live in a registry.
+
+:class:`OneOf` is a name in a registry (a criterion). :class:`TypedBy` is a mapping whose
+``type`` selects the settings class that reads the rest (a stage, a distillation loss). Both
+answer a mistake with the nearest valid name, at its own path in the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import PydanticCustomError, core_schema
+
+from slimkit.errors import SlimkitError, nearest
+from slimkit.registry import Registry, import_object
+
+__all__ = ["OneOf", "TypedBy", "registered_class", "type_reference", "wrong"]
+
+REFERENCE = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
+
+
+def wrong(message: str, hint: str | None = None, *, path: str | None = None) -> PydanticCustomError:
+    """The error that a validator raises so that the recipe's reader can show the hint.
+
+    Args:
+        message: what is wrong.
+        hint: the nearest valid choice.
+        path: path below the validated field, when that is more precise.
+    """
+    # the message goes through a template: braces in it would be taken for place-holders
+    return PydanticCustomError(
+        "slimkit", "{message}", {"message": message, "hint": hint or "", "path": path or ""}
+    )
+
+
+class OneOf:
+    """A string that names an entry of a registry (or ``package.module:attribute``).
+
+    Args:
+        reference: where the registry is, ``"package.module:REGISTRY"``; imported when needed.
+    """
+
+    def __init__(self, reference: str) -> None:
+        self.reference = reference
+
+    @property
+    def registry(self) -> Registry[Any]:
+        """The registry itself."""
+        registry = import_object(self.reference)
+        assert isinstance(registry, Registry)  # noqa: S101  a reference of our own
+        return registry
+
+    def _check(self, value: str) -> str:
+        try:
+            self.registry.get(value)
+        except SlimkitError as error:
+            raise wrong(error.message, error.hint) from error
+        return value
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        # taken from the registry, so that what a user registered is in the schema too
+        return {
+            "anyOf": [
+                {"enum": self.registry.names()},
+                {"type": "string", "pattern": REFERENCE, "description": "package.module:attribute"},
+            ]
+        }
+
+
+class TypedBy:
+    """A settings object chosen by the ``type`` key among the classes of a registry.
+
+    Args:
+        reference: where the registry is, ``"package.module:REGISTRY"``.
+    """
+
+    def __init__(self, reference: str) -> None:
+        self.reference = reference
+
+    @property
+    def registry(self) -> Registry[Any]:
+        """The registry itself."""
+        registry = import_object(self.reference)
+        assert isinstance(registry, Registry)  # noqa: S101  a reference of our own
+        return registry
+
+    def _read(self, value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return value
+        if not isinstance(value, Mapping):
+            raise wrong(f"expected a mapping with a type, got {value!r}", "write {type: …}")
+        settings = registered_class(self.registry, value.get("type"))
+        # a class reached by package.module:Class has its own literal as its type
+        literal = settings.model_fields["type"].default
+        return settings.model_validate({**value, "type": literal})
+
+    def _write(self, value: BaseModel) -> dict[str, Any]:
+        written = value.model_dump(mode="json")
+        return {"type": type_reference(self.registry, value), **_without_type(written)}
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self._read,
+            serialization=core_schema.plain_serializer_function_ser_schema(self._write),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        choices: list[JsonSchemaValue] = []
+        for name in self.registry.names():
+            settings = self.registry.get(name)
+            choices.append(handler(settings.__pydantic_core_schema__))
+        own = {
+            "type": "object",
+            "properties": {"type": {"type": "string", "pattern": REFERENCE}},
+            "required": ["type"],
+            "description": "a class of one's own, as package.module:Class",
+        }
+        return {"anyOf": [*choices, own]}
+
+
+def _without_type(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != "type"}
+
+
+def registered_class(registry: Registry[Any], name: object) -> type[BaseModel]:
+    """The settings class called ``name``.
+
+    Raises:
+        PydanticCustomError: with the path ``type`` and the nearest names.
+    """
+    if not isinstance(name, str):
+        raise wrong(
+            f"the {registry.kind} is missing", nearest(str(name or ""), registry), path="type"
+        )
+    try:
+        settings = registry.get(name)
+    except SlimkitError as error:
+        raise wrong(error.message, error.hint, path="type") from error
+    if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
+        raise wrong(f"{name} is not a settings class", path="type")
+    if "type" not in settings.model_fields or not settings.model_fields["type"].default:
+        raise wrong(
+            f"{name} has no default for its type",
+            'write: type: Literal["name"] = "name"',
+            path="type",
+        )
+    return settings
+
+
+def type_reference(registry: Registry[Any], settings: BaseModel) -> str:
+    """The registered name of a settings object, or ``package.module:Class``."""
+    name = str(getattr(settings, "type", ""))
+    if name in registry and registry.get(name) is type(settings):
+        return name
+    return f"{type(settings).__module__}:{type(settings).__qualname__}"

@@ -1,0 +1,159 @@
+"""Keys of the stage cache: a hash of everything that a stage's result depends on.
+
+Settings at their default are left out, so that a setting which a later version adds does not
+change the keys of results that never used it; a change of what a stage does under the same
+settings raises the stage's ``version`` instead. The source of Slimkit itself is not part of a
+key, the source of a user's own factory or stage is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from slimkit.artifact import content_hash
+from slimkit.errors import ArtifactError
+from slimkit.recipe.chains import Chain, Step
+from slimkit.recipe.schema import ModelSettings, Recipe
+from slimkit.recipe.stages import Stage
+from slimkit.registry import import_object
+
+__all__ = ["Keys", "essence"]
+
+KEY_FORMAT = 1
+_WITHOUT_EFFECT = {"teacher", "log_every", "device"}
+"""Of stages; the key of the teacher stands for its name."""
+
+
+class Keys:
+    """Computes the keys of one run.
+
+    Args:
+        recipe: the recipe.
+        steps: its steps, by chain.
+        fingerprint: of the data.
+        smoke: keys of a smoke run are others than those of a real one.
+    """
+
+    def __init__(
+        self, recipe: Recipe, steps: Mapping[Chain, Step], fingerprint: str, *, smoke: bool = False
+    ) -> None:
+        self.recipe = recipe
+        self.steps = steps
+        self.fingerprint = fingerprint
+        self.smoke = smoke
+        self._known: dict[Chain, str] = {}
+
+    def model(self, settings: ModelSettings) -> str:
+        """The key of a network with its first weights."""
+        return content_hash(
+            {
+                "format": KEY_FORMAT,
+                "name": settings.name,
+                "args": settings.args,
+                "checkpoint": file_hash(settings.checkpoint),
+                "factory": factory_source(settings.name),
+                "seed": self.recipe.seed,
+                "torch": _torch_version(),
+            }
+        )
+
+    def chain(self, chain: Chain) -> str:
+        """The key of what comes out of the last stage of ``chain``."""
+        if not chain:
+            return self.model(self.recipe.model)
+        if chain not in self._known:
+            step = self.steps[chain]
+            teacher = None
+            if step.teacher_model is not None:
+                teacher = self.model(self.recipe.teachers[step.teacher_model])
+            elif step.teacher_chain is not None:
+                teacher = self.chain(step.teacher_chain)
+            value = {
+                "format": KEY_FORMAT,
+                "type": step.settings.type,
+                "version": step.settings.version,
+                "source": class_source(type(step.settings)),
+                "settings": essence(step.settings),
+                "parent": self.chain(step.parent),
+                "teacher": teacher,
+                "seed": self.recipe.seed,
+                "torch": _torch_version(),
+                "data": self.fingerprint,
+            }
+            if self.smoke:
+                value["smoke"] = True
+            self._known[chain] = content_hash(value)
+        return self._known[chain]
+
+
+def essence(value: Any) -> Any:
+    """Settings without what is at its default or has no effect on a result."""
+    if isinstance(value, BaseModel):
+        kept: dict[str, Any] = {}
+        for name, field in type(value).model_fields.items():
+            item = getattr(value, name)
+            if name in _WITHOUT_EFFECT and isinstance(value, Stage):
+                continue
+            default = field.get_default(call_default_factory=True)
+            if name == "type" or field.is_required() or item != default:
+                kept[name] = essence(item)
+        return kept
+    if isinstance(value, Mapping):
+        return {str(key): essence(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [essence(item) for item in value]
+    return value
+
+
+def file_hash(path: str | None) -> str | None:
+    """SHA-256 (hex) of a file.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"cannot read: {error.strerror or error}", where=path) from error
+
+
+def factory_source(name: str) -> str | None:
+    """What the code behind a model name is: a version for libraries, a hash for a user's own."""
+    source = name.partition(":")[0]
+    if source == "slimkit":
+        return None
+    if source in {"torchvision", "timm"}:
+        from importlib.metadata import version
+
+        return version(source)
+    return _module_hash(getattr(import_object(name), "__module__", source))
+
+
+def class_source(settings: type) -> str | None:
+    """A hash of the module of a stage that is not Slimkit's own."""
+    module = settings.__module__
+    return None if module.startswith("slimkit.") else _module_hash(module)
+
+
+def _module_hash(module: str) -> str | None:
+    try:
+        text = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError, KeyError):  # built in, or typed into a session
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _torch_version() -> str:
+    import torch
+
+    return torch.__version__

@@ -1,0 +1,174 @@
+"""From YAML text and ``--set`` overrides to a checked recipe, with errors that name the path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from slimkit.artifact import PathLike
+from slimkit.errors import RecipeError, nearest
+from slimkit.recipe.explaining import explain_problems
+from slimkit.recipe.schema import Recipe
+
+__all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
+
+_OPEN = {"stages", "teachers", "variants", "model.args"}  # mappings whose keys the user chooses
+
+
+def load_recipe(path: PathLike, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: YAML.
+        overrides: ``"stages.prune.macs=0.5"`` …, as given to ``--set``; values are YAML.
+
+    Raises:
+        RecipeError: not readable, not YAML, or not a valid recipe; all mistakes in one message.
+    """
+    source = Path(path)
+    try:
+        text = source.read_text(encoding="utf-8")
+    except OSError as error:
+        found = (
+            [str(p) for p in sorted(source.parent.glob("*.y*ml"))] if not source.exists() else []
+        )
+        raise RecipeError(
+            f"cannot read the recipe: {error.strerror or error}",
+            where=str(source),
+            hint=nearest(str(source), found) if found else None,
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe is not UTF-8 text: {error}", where=str(source)) from error
+    data = _parse_yaml(text, where=str(source))
+    return parse_recipe(data, overrides)
+
+
+def parse_recipe(data: object, overrides: Sequence[str] = ()) -> Recipe:
+    """Check a recipe that is given as plain values.
+
+    Args:
+        data: what the YAML says: mappings, lists, strings, numbers.
+        overrides: as in :func:`load_recipe`.
+
+    Raises:
+        RecipeError: all mistakes, one a line, each with its path and the nearest valid choice.
+    """
+    if not isinstance(data, Mapping):
+        raise RecipeError(
+            f"a recipe is a mapping, this is {type(data).__name__}",
+            hint="start with name:, data:, model:, stages: and variants:",
+        )
+    values = _plain(data)
+    for override in overrides:
+        _override(values, override)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise explain_problems(error, values) from error
+    from slimkit.recipe.chains import check_teachers
+
+    check_teachers(recipe)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every default written out. Reads back as an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=96)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  a subclass of the safe loader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"not valid YAML: {problem}", where=place) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads ``1e-4`` as a number and refuses a key that is written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            if isinstance(key, str) and key != "<<":
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _plain(value: Any) -> Any:
+    """A deep copy of mappings and lists with string keys, so that overrides can edit it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one ``path=value`` in ``values``."""
+    path, equals, text = override.partition("=")
+    keys = [key for key in re.split(r"[.\[\]]+", path.strip()) if key]
+    if not equals or not keys:
+        raise RecipeError(
+            f"expected path=value, got {override!r}",
+            where="--set",
+            hint="for example stages.prune.macs=0.5",
+        )
+    value = _parse_yaml(text, where=f"--set {path}")
+    target: Any = values
+    for depth, key in enumerate(keys[:-1]):
+        target = _child(target, key, ".".join(keys[:depth]), path, last=False)
+    _child(target, keys[-1], ".".join(keys[:-1]), path, last=True, value=value)
+
+
+def _child(target: Any, key: str, parent: str, path: str, *, last: bool, value: Any = None) -> Any:
+    """The value at ``key`` of ``target``; with ``last`` it is replaced by ``value``."""
+    if isinstance(target, list):
+        if not key.isdigit() or int(key) >= len(target):
+            raise RecipeError(
+                f"{parent} has entries 0 to {len(target) - 1}, there is no {key!r}",
+                where=f"--set {path}",
+            )
+        if last:
+            target[int(key)] = value
+        return target[int(key)]
+    if not isinstance(target, dict):
+        raise RecipeError(f"{parent} is {target!r}, it has no keys", where=f"--set {path}")
+    if last:
+        target[key] = value
+        return value
+    if target.get(key) is None:
+        if parent in _OPEN:
+            raise RecipeError(
+                f"{parent} has no {key!r}", where=f"--set {path}", hint=nearest(key, target)
+            )
+        _check_top(key, parent, path)
+        target[key] = {}
+    return target[key]
+
+
+def _check_top(key: str, parent: str, path: str) -> None:
+    known: Iterable[str] = Recipe.model_fields
+    if not parent and key not in known:
+        raise RecipeError(
+            f"there is no key {key!r}", where=f"--set {path}", hint=nearest(key, known)
+        )

@@ -1,0 +1,188 @@
+"""``--dry-run``: what a recipe would do, found out on untrained weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from slimkit.measure import profile
+from slimkit.recipe.chains import Chain, Step
+from slimkit.recipe.workbench import Workbench
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+__all__ = ["Preview", "PreviewRow", "preview_recipe"]
+
+_TIMED_STEPS = 2
+_TIMED_BATCH = 16
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """One stage of one variant.
+
+    Attributes:
+        variant: its name.
+        stage, type: of the stage; ``"model"`` for what the recipe starts from.
+        params, macs: after the stage; with pruning by trained weights they come out near.
+        cached: whether the result is in the cache.
+        shared: whether an earlier row of the table is the same work.
+        seconds: estimate of the time it takes; 0 when cached or shared, None when unknown.
+    """
+
+    variant: str
+    stage: str
+    type: str
+    params: int
+    macs: int
+    cached: bool
+    shared: bool
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The outcome of a dry run; print :meth:`table`."""
+
+    name: str
+    data: Mapping[str, Any]
+    rows: tuple[PreviewRow, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Estimate for all stages that are left to run."""
+        return sum(row.seconds or 0.0 for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values."""
+        rows = [dict(vars(row)) for row in self.rows]
+        return {"name": self.name, "data": dict(self.data), "rows": rows, "seconds": self.seconds}
+
+    def table(self) -> Table:
+        """A rich table."""
+        from rich.table import Table
+
+        from slimkit.measure.tables import human_count
+
+        table = Table(title=f"{self.name}: dry run", title_justify="left", box=None, pad_edge=False)
+        for heading in ("variant", "stage", "type"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("params", "MACs", "state", "estimate"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        variant = None
+        for row in self.rows:
+            state = "as above" if row.shared else "cached" if row.cached else "to run"
+            table.add_row(
+                row.variant if row.variant != variant else "",
+                row.stage,
+                row.type,
+                human_count(row.params),
+                human_count(row.macs),
+                "" if row.type == "" else state,
+                _duration(row.seconds) if state == "to run" and row.type else "",
+            )
+            variant = row.variant
+        table.add_row("", "", "", "", "", "total", _duration(self.seconds), style="bold")
+        return table
+
+
+def preview_recipe(bench: Workbench) -> Preview:
+    """Walk through all variants without training or testing anything.
+
+    Raises:
+        SlimkitError: a stage's settings do not fit its network.
+    """
+    clock = _StepClock(bench)
+    seen: set[Chain] = set()
+    rows: list[PreviewRow] = []
+    for variant, chain in bench.recipe.variants.items():
+        for end in range(len(chain) + 1):
+            part = chain[:end]
+            model = bench.preview(part)
+            costs = profile(model, bench.example_inputs)
+            cached, shared = bool(part) and bench.is_cached(part), part in seen
+            seconds: float | None = 0.0
+            if part and not cached and not shared:
+                seconds = _estimate(bench, bench.steps[part], model, clock)
+            stage = bench.steps[part] if part else None
+            rows.append(
+                PreviewRow(
+                    variant=variant,
+                    stage=stage.name if stage else "(model)",
+                    type=stage.settings.type if stage else "",
+                    params=costs.params,
+                    macs=costs.macs,
+                    cached=cached,
+                    shared=shared,
+                    seconds=seconds,
+                )
+            )
+            seen.add(part)
+    return Preview(bench.recipe.name, bench.data_facts(), tuple(rows))
+
+
+def _estimate(bench: Workbench, step: Step, model: nn.Module, clock: _StepClock) -> float | None:
+    """Seconds for a stage: as long as it took before, or its steps times a measured step."""
+    epochs = step.settings.training_epochs()
+    if not epochs:
+        return 5.0 if step.settings.type in {"prune", "ptq"} else None
+    images = epochs * bench.splits.train.samples
+    per_image = clock.training(model)
+    teacher = step.teacher_chain or step.teacher_model
+    if teacher is not None:
+        network = (
+            bench.preview(step.teacher_chain)
+            if step.teacher_chain is not None
+            else bench.preview_teacher(str(step.teacher_model))
+        )
+        per_image += clock.inference(network)
+    factor = 2.0 if step.settings.type == "qat" else 1.0  # simulated rounding costs as much again
+    return images * per_image * factor
+
+
+class _StepClock:
+    """Seconds per image, measured on a few small batches."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.images = torch.randn(_TIMED_BATCH, *bench.splits.shape)
+        self.labels = torch.arange(_TIMED_BATCH) % len(bench.splits.classes)
+
+    def training(self, model: nn.Module) -> float:
+        model.train()
+
+        def step() -> None:
+            F.cross_entropy(model(self.images), self.labels).backward()
+
+        return self._time(step)
+
+    def inference(self, model: nn.Module) -> float:
+        model.eval()
+
+        def step() -> None:
+            with torch.no_grad():
+                model(self.images)
+
+        return self._time(step)
+
+    def _time(self, step: Any) -> float:
+        step()
+        started = time.perf_counter()
+        for _ in range(_TIMED_STEPS):
+            step()
+        return (time.perf_counter() - started) / (_TIMED_STEPS * _TIMED_BATCH)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

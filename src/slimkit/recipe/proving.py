@@ -1,0 +1,175 @@
+"""What a variant is worth: exported, run in the runtime, compared with torch, counted.
+
+The test split is read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimkit.artifact import content_hash, write_text
+from slimkit.measure import profile
+from slimkit.plan import save
+from slimkit.recipe.chains import Chain
+from slimkit.recipe.prediction import PREDICT, model_metadata
+from slimkit.runtime import export, open_session
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from slimkit.recipe.workbench import Workbench
+
+__all__ = ["Proof", "measure_latency", "prove"]
+
+PROOF_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A variant's exported file and everything that was found out about it but its latency."""
+
+    path: Path
+    metrics: dict[str, float]
+    torch_metrics: dict[str, float]
+    cost: dict[str, int]
+    parity: dict[str, Any]
+    fusion: dict[str, Any]
+    cached: bool
+
+
+def prove(bench: Workbench, chain: Chain, folder: Path) -> Proof:
+    """Write ``model/``, ``model.onnx`` and ``predict.py`` into ``folder``; test the file.
+
+    Args:
+        bench: of the run.
+        chain: the variant's stages.
+        folder: of the variant, made if need be.
+
+    Raises:
+        ExportError, BackendError: the network cannot be exported or run.
+        ArtifactError: not writable.
+    """
+    model = bench.result(chain).eval()
+    save(model, folder / "model")
+    write_text(folder / "predict.py", PREDICT)
+    splits = bench.splits
+    facts = {"recipe": bench.recipe.name, "stages": " ".join(chain)}
+    written = export(
+        model,
+        folder / "model.onnx",
+        bench.example_inputs,
+        metadata=model_metadata(splits.preprocessing, splits.classes, **facts),
+    )
+    costs = profile(model, bench.example_inputs)
+    cost = {
+        "params": costs.params,
+        "nonzero_params": costs.nonzero_params,
+        "macs": costs.macs,
+        "bops": costs.bops,
+        "weight_bytes": costs.bytes,
+        "bytes": written.bytes,
+    }
+    key = _proof_key(bench, chain, written.path)
+    known = bench.cache.note("proofs", key)
+    if known is None:
+        known = _test(bench, model, written.path)
+        bench.cache.keep("proofs", key, known)
+        cached = False
+    else:
+        cached = True
+    return Proof(path=written.path, cost=cost, cached=cached, **known)
+
+
+def measure_latency(bench: Workbench, paths: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """Latency of all variants on every backend of the recipe, taken in turns.
+
+    Returns:
+        Variant name → one entry per backend, in the recipe's order.
+    """
+    from slimkit.measure import benchmark_interleaved
+
+    settings = bench.recipe.measure
+    seconds = min(settings.seconds, 0.05) if bench.smoke else settings.seconds
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in paths}
+    for backend in settings.backends:
+        timings = benchmark_interleaved(
+            paths,
+            backend=backend.name,
+            threads=backend.threads,
+            batch=backend.batch,
+            seconds=seconds,
+        )
+        for name, timing in timings.items():
+            found[name].append(timing.to_json())
+    return found
+
+
+def _proof_key(bench: Workbench, chain: Chain, path: Path) -> str:
+    """The tests of a file depend on its bytes, the network, the test images and the runtime."""
+    from importlib.metadata import version
+
+    backend = bench.recipe.measure.backends[0].name
+    return content_hash(
+        {
+            "version": PROOF_VERSION,
+            "file": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "network": bench.keys.chain(chain),
+            "data": bench.splits.fingerprint,
+            "batch": bench.splits.test.batch_size,
+            "backend": [backend, version(backend)],
+            "parity_batches": bench.recipe.measure.parity_batches,
+        }
+    )
+
+
+def _test(bench: Workbench, model: nn.Module, path: Path) -> dict[str, Any]:
+    from slimkit.runtime import fusion_report, parity
+
+    settings = bench.recipe.measure
+    backend = settings.backends[0].name
+    test = bench.splits.test
+    found = parity(model, path, _images(test.batches(settings.parity_batches)), backend=backend)
+    session = open_session(path, backend=backend, threads=_threads())
+
+    def run(images: NDArray[np.float32]) -> Any:
+        return session.run([images])[0]
+
+    return {
+        "metrics": _rounded(bench.task.evaluate(run, test)),
+        "torch_metrics": _rounded(bench.task.evaluate(model, test)),
+        "parity": _plain(found.to_json()),
+        "fusion": _plain(fusion_report(path).to_json()),
+    }
+
+
+def _images(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    for images, _ in batches:
+        yield images
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _rounded(scores: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in scores.items()}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: a signal without any noise is reported as 999 dB."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else math.copysign(999.0, value)
+    return value

@@ -1,0 +1,127 @@
+"""``type: ptq`` and ``type: qat``: int8 by calibration alone, or with training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from slimkit.recipe.stages import Stage, StageContext, StageResult
+from slimkit.recipe.training_stage import DistillOptions, distilling, train_model, training_facts
+from slimkit.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["PtqStage", "QatStage", "QuantizeOptions"]
+
+
+class QuantizeOptions(BaseModel):
+    """How a network is quantized.
+
+    Attributes:
+        target: the runtime whose integer operators the scheme must fit.
+        granularity: weight scales per output channel, or one per tensor.
+        observer: how ranges of activations are taken from calibration batches.
+        skip: patterns of layers that stay in float.
+        batches: calibration batches, taken from the training split without augmentation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: Literal["onnxruntime"] = "onnxruntime"
+    granularity: Literal["channel", "tensor"] = "channel"
+    observer: Literal["minmax", "moving_average", "percentile"] = "percentile"
+    skip: tuple[str, ...] = ()
+    batches: int = Field(default=8, ge=1)
+
+    def arguments(self, context: StageContext) -> dict[str, Any]:
+        """Keyword arguments for :func:`slimkit.quantize.ptq` and ``qat``."""
+        return {
+            "calibration": CalibrationBatches(context, self.batches),
+            "target": self.target,
+            "granularity": self.granularity,
+            "observer": self.observer,
+            "skip": self.skip,
+        }
+
+
+class CalibrationBatches:
+    """The first ``count`` batches of training images, as the quantizer wants to be shown them.
+
+    Attributes:
+        role: the split it reads, which the quantizer checks.
+    """
+
+    def __init__(self, context: StageContext, count: int) -> None:
+        self.loader = context.splits.calibration
+        self.count = 1 if context.max_steps is not None else count
+        self.role = self.loader.role
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for number, (images, _) in enumerate(self.loader):
+            if number == self.count:
+                return
+            yield images
+
+
+class PtqStage(QuantizeOptions, Stage):
+    """Post-training quantization: calibrated on training images, no training."""
+
+    version: ClassVar[int] = 1
+    type: Literal["ptq"] = "ptq"
+
+    def run(self, model: nn.Module, context: StageContext) -> StageResult:
+        """See the base class."""
+        from slimkit.quantize import ptq
+
+        quantized = ptq(model.eval(), context.example_inputs, **self.arguments(context))
+        return StageResult(quantized)
+
+    def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
+        """See the base class. Checks the ``skip`` patterns."""
+        _check_skip(model, self.skip)
+        return model
+
+
+class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
+    """Quantization-aware training, started from calibrated scales.
+
+    All settings of :class:`slimkit.train.TrainSettings` are fields of the stage, and a teacher
+    can be named as in ``type: train``.
+    """
+
+    version: ClassVar[int] = 1
+    type: Literal["qat"] = "qat"
+
+    def run(self, model: nn.Module, context: StageContext) -> StageResult:
+        """See the base class."""
+        from slimkit.quantize import qat
+
+        quantized = qat(model.eval(), context.example_inputs, **self.arguments(context))
+        history = train_model(quantized, self, self, context)
+        return StageResult(quantized, training_facts(history))
+
+    def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
+        """See the base class. Checks the ``skip`` patterns and the teacher."""
+        _check_skip(model, self.skip)
+        if context.teacher is not None:
+            with distilling(model, self, context):
+                pass
+        return model
+
+    def teacher_name(self) -> str | None:
+        """See the base class."""
+        return self.teacher
+
+    def training_epochs(self) -> float:
+        """See the base class."""
+        return float(self.epochs)
+
+
+def _check_skip(model: nn.Module, skip: tuple[str, ...]) -> None:
+    from slimkit.graph.patterns import match_modules
+
+    if skip:
+        match_modules(model, skip, where="skip")

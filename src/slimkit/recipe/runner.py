@@ -1,0 +1,203 @@
+"""``slimkit run``: a recipe from its first stage to its report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from slimkit.artifact import PathLike, write_json, write_text
+from slimkit.errors import ArtifactError, GateError
+from slimkit.recipe.cache import Cache
+from slimkit.recipe.chains import Chain
+from slimkit.recipe.gates import check_gates, missed_text
+from slimkit.recipe.loading import dump_recipe
+from slimkit.recipe.preview import Preview, preview_recipe
+from slimkit.recipe.proving import Proof, measure_latency, prove
+from slimkit.recipe.schema import Recipe
+from slimkit.recipe.workbench import Workbench
+
+__all__ = ["SCHEMA_VERSION", "preview_run", "run_recipe"]
+
+SCHEMA_VERSION = 1
+Listener = Callable[[Mapping[str, Any]], None]
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: PathLike | None = None,
+    *,
+    smoke: bool = False,
+    progress: bool = True,
+    cache: PathLike | None = None,
+    listener: Listener = lambda event: None,
+) -> dict[str, Any]:
+    """Run every variant of ``recipe``, measure them beside each other, write the report.
+
+    Stages that are in the cache are not run again; a run that was interrupted continues where
+    it was. What is written: ``report.json``, ``report.html``, ``recipe.yaml`` (resolved),
+    ``log.jsonl`` and ``variants/NAME/`` with ``model/``, ``model.onnx`` and ``predict.py``.
+
+    Args:
+        recipe: from :func:`slimkit.recipe.load_recipe`.
+        out: output folder; ``runs/NAME`` by default.
+        smoke: two steps per stage on synthetic data, with a cache of its own in ``out``.
+        progress: show progress bars.
+        cache: folder of the stage cache; see :func:`slimkit.recipe.cache.default_cache`.
+        listener: is called with every event that goes to the log.
+
+    Returns:
+        The contents of ``report.json``.
+
+    Raises:
+        GateError: the result misses a gate of ``require:``; everything is written.
+        SlimkitError: bad input.
+    """
+    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    store = Cache(folder / "cache" if smoke else cache)
+    with _Log(folder / "log.jsonl", listener) as log:
+        log({"event": "run", "recipe": recipe.name, "seed": recipe.seed, "smoke": smoke})
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        bench = Workbench(
+            recipe,
+            store,
+            smoke=smoke,
+            progress=progress,
+            emit=log,
+            log_dir=folder / "tensorboard",
+        )
+        _check_early(bench)
+        report = _report(bench, folder, log)
+        write_json(folder / "report.json", report)
+        _write_page(folder)
+        log({"event": "done", "report": str(folder / "report.json")})
+        missed = missed_text(report["gates"])
+        if missed and not smoke:
+            log({"event": "gates", "missed": missed})
+            raise GateError(missed, where="require")
+    return report
+
+
+def preview_run(recipe: Recipe, *, smoke: bool = False, cache: PathLike | None = None) -> Preview:
+    """What :func:`run_recipe` would do: sizes, what is cached, and how long the rest takes."""
+    bench = Workbench(recipe, Cache(cache), smoke=smoke)
+    bench.check_models()
+    return preview_recipe(bench)
+
+
+def _check_early(bench: Workbench) -> None:
+    """Find mistakes that lie late in a chain before the hours of training in front of them."""
+    bench.check_models()
+    for chain in bench.recipe.variants.values():
+        if chain and not bench.is_cached(chain):
+            bench.preview(chain)
+
+
+def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
+    recipe = bench.recipe
+    proofs: dict[str, Proof] = {}
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for name, chain in recipe.variants.items():
+        log({"event": "variant", "variant": name, "chain": list(chain)})
+        stages[name] = [_stage(bench, chain[: end + 1]) for end in range(len(chain))]
+    for name, chain in recipe.variants.items():
+        proofs[name] = prove(bench, chain, folder / "variants" / name)
+        log({"event": "proof", "variant": name, **proofs[name].metrics, **proofs[name].cost})
+    started = time.perf_counter()
+    latency = measure_latency(bench, {name: proof.path for name, proof in proofs.items()})
+    log({"event": "latency", "seconds": time.perf_counter() - started})
+    variants = [
+        {
+            "name": name,
+            "metrics": proof.metrics,
+            "torch_metrics": proof.torch_metrics,
+            "cost": proof.cost,
+            "latency": latency[name],
+            "parity": proof.parity,
+            "fusion": proof.fusion,
+            "files": {
+                "model": f"variants/{name}/model",
+                "onnx": f"variants/{name}/model.onnx",
+                "predict": f"variants/{name}/predict.py",
+            },
+            "stages": stages[name],
+        }
+        for name, proof in proofs.items()
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": recipe.name,
+        "environment": _environment(),
+        "seed": recipe.seed,
+        "smoke": bench.smoke,
+        "data": bench.data_facts(),
+        "recipe": recipe.model_dump(mode="json"),
+        "variants": variants,
+        "gates": check_gates(recipe.require, variants[0], variants[-1]),
+    }
+
+
+def _stage(bench: Workbench, chain: Chain) -> dict[str, Any]:
+    record = bench.record(chain)
+    settings = bench.recipe.model_dump(mode="json")["stages"][chain[-1]]
+    return {
+        "name": chain[-1],
+        "type": settings["type"],
+        "key": record.key,
+        "seconds": round(record.seconds, 3),
+        "cached": record.cached,
+        "settings": settings,
+        **record.extra,
+    }
+
+
+def _environment() -> dict[str, Any]:
+    from slimkit.runtime.environment import environment
+
+    return environment()
+
+
+def _write_page(folder: Path) -> None:
+    from slimkit.report import write_report
+
+    write_report(folder)
+
+
+class _Log:
+    """``log.jsonl``: one event a line, with its time; a resumed run appends."""
+
+    def __init__(self, path: Path, listener: Listener) -> None:
+        self.path = path
+        self.listener = listener
+        self.file: IO[str] | None = None
+
+    def __enter__(self) -> _Log:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write: {error.strerror or error}",
+                where=str(self.path),
+                hint="choose another folder with --out",
+            ) from error
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **event}
+        if self.file is not None:
+            try:
+                self.file.write(json.dumps(line, default=str) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise ArtifactError(
+                    f"cannot write: {error.strerror or error}", where=str(self.path)
+                ) from error
+        self.listener(event)

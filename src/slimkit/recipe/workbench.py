@@ -1,0 +1,324 @@
+"""Running the steps of a recipe: build, look up in the cache, or do the work and file it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from slimkit.errors import CheckpointError, DataError, ModelError, SlimkitError
+from slimkit.models import build_model, load_checkpoint
+from slimkit.plan import load
+from slimkit.recipe.cache import Cache
+from slimkit.recipe.chains import Chain, Step, resolve_steps
+from slimkit.recipe.keys import Keys
+from slimkit.recipe.schema import ModelSettings, Recipe
+from slimkit.recipe.stages import StageContext, StageResult
+from slimkit.tasks import ClassificationTask
+from slimkit.tasks.data import Splits, load_data, synthetic_data
+from slimkit.tasks.data.settings import DataSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Event", "StageRecord", "Workbench", "at"]
+
+Event = Callable[[Mapping[str, Any]], None]
+SMOKE_STEPS = 2
+SMOKE_BATCH = 8
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What is known of a finished stage.
+
+    Attributes:
+        key: in the cache.
+        seconds: the work took, whenever it was done (its last part, if it was interrupted).
+        cached: whether it was there already when this run came to it.
+        extra: facts for the report.
+    """
+
+    key: str
+    seconds: float
+    cached: bool
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Workbench:
+    """Everything that the stages of one run share.
+
+    Args:
+        recipe: what to run.
+        cache: where results are kept.
+        smoke: synthetic data, two steps per stage.
+        progress: show progress bars.
+        emit: is told what happens.
+        log_dir: TensorBoard scalars go to a folder per stage in here; None for none.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        cache: Cache,
+        *,
+        smoke: bool = False,
+        progress: bool = False,
+        emit: Event = lambda event: None,
+        log_dir: Path | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.cache = cache
+        self.smoke = smoke
+        self.progress = progress
+        self.emit = emit
+        self.log_dir = log_dir
+        self.task = ClassificationTask()
+        self.steps = resolve_steps(recipe)
+        self._records: dict[Chain, StageRecord] = {}
+        started = time.perf_counter()
+        self.splits = self._load_data()
+        emit({"event": "data", "seconds": time.perf_counter() - started, **self.data_facts()})
+        self.keys = Keys(recipe, self.steps, self.splits.fingerprint, smoke=smoke)
+
+    @property
+    def example_inputs(self) -> Tensor:
+        """One image of zeros, (1, C, H, W): shapes matter here, values do not."""
+        return torch.zeros(1, *self.splits.shape)
+
+    def data_facts(self) -> dict[str, Any]:
+        """What the report says about the data."""
+        splits = self.splits
+        validation = splits.validation.samples if splits.validation is not None else 0
+        return {
+            "source": "synthetic" if self.smoke else self.recipe.data.source,
+            "fingerprint": splits.fingerprint,
+            "classes": list(splits.classes),
+            "shape": list(splits.shape),
+            "train": splits.train.samples,
+            "validation": validation,
+            "test": splits.test.samples,
+            "skipped": dict(splits.skipped),
+        }
+
+    def check_models(self) -> None:
+        """Build the model and the teachers once, so that a mistake in them shows at once.
+
+        Raises:
+            ModelError: a network does not fit the data.
+            CheckpointError: a checkpoint does not fit its network.
+        """
+        self.build(self.recipe.model, "model")
+        for name, settings in self.recipe.teachers.items():
+            self.build(settings, f"teachers.{name}")
+
+    def build(self, settings: ModelSettings, where: str) -> nn.Module:
+        """A network with its first weights, the same every time.
+
+        Raises:
+            ModelError, UnknownNameError, CheckpointError: with the path in the recipe.
+        """
+        model = self._bare(settings, where)
+        with at(where):
+            self.task.check_head(model, self.splits)
+        return model
+
+    def result(self, chain: Chain) -> nn.Module:
+        """The network that comes out of ``chain``; its stages are run if need be."""
+        if not chain:
+            return self.build(self.recipe.model, "model")
+        key = self.record(chain).key
+        model = self._bare(self.recipe.model, "model", checkpoint=False)
+        return load(self.cache.model_folder(key), model=model)
+
+    def record(self, chain: Chain) -> StageRecord:
+        """The record of the last stage of ``chain``, which is run unless it is cached."""
+        if chain not in self._records:
+            self._records[chain] = self._look_up(chain) or self._run(self.steps[chain])
+        return self._records[chain]
+
+    def is_cached(self, chain: Chain) -> bool:
+        """Whether the last stage of ``chain`` would be taken from the cache."""
+        return self.cache.find(self.keys.chain(chain)) is not None
+
+    def context(self, step: Step, teacher: nn.Module | None, work: Path | None) -> StageContext:
+        """What the stage of ``step`` gets to see."""
+        name = step.name
+        return StageContext(
+            name=name,
+            splits=self.splits,
+            task=self.task,
+            seed=self.recipe.seed,
+            example_inputs=self.example_inputs,
+            teacher=teacher,
+            work=work,
+            log_dir=self.log_dir / "-".join(step.chain) if self.log_dir else None,
+            max_steps=SMOKE_STEPS if self.smoke else None,
+            progress=self.progress,
+            emit=lambda event: self.emit({"stage": name, **event}),
+        )
+
+    def preview_teacher(self, name: str) -> nn.Module:
+        """A network under ``teachers:`` without its weights."""
+        return self._bare(self.recipe.teachers[name], f"teachers.{name}", checkpoint=False)
+
+    def _bare(self, settings: ModelSettings, where: str, *, checkpoint: bool = True) -> nn.Module:
+        arguments = dict(settings.args)
+        if self.smoke:  # a smoke run downloads nothing and needs no files
+            checkpoint = checkpoint and Path(settings.checkpoint or "").is_file()
+            source = settings.name.partition(":")[0]
+            arguments |= {"torchvision": {"weights": None}, "timm": {"pretrained": False}}.get(
+                source, {}
+            )
+        seed_everything(self.recipe.seed)
+        with at(f"{where}.name", replacing=True):
+            model = build_model(settings.name, **arguments)
+        if checkpoint and settings.checkpoint is not None:
+            with at(f"{where}.checkpoint"):
+                load_checkpoint(model, settings.checkpoint)
+        return model
+
+    def _load_data(self) -> Splits:
+        with at("data"):
+            if not self.smoke:
+                return load_data(self.recipe.data)
+            settings = self.recipe.data
+            settings = settings.model_copy(
+                update={
+                    "batch_size": min(settings.batch_size, SMOKE_BATCH),
+                    "eval_batch_size": min(settings.eval_batch_size, SMOKE_BATCH),
+                }
+            )
+            return synthetic_data(settings, self._classes(settings), batches=SMOKE_STEPS)
+
+    def _classes(self, settings: DataSettings) -> int:
+        """How many classes the model has, for a smoke run that has no data to count them in."""
+        shape = synthetic_data(settings, 2, batches=1).shape
+        model = self._bare(self.recipe.model, "model", checkpoint=False).eval()
+        with torch.no_grad():
+            try:
+                outputs = model(torch.zeros(1, *shape))
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ModelError(
+                    f"it cannot take images of shape {shape}: {error}", where="model"
+                ) from error
+        if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2:
+            raise ModelError("its output is not one row of logits per image", where="model")
+        return outputs.shape[1]
+
+    def _look_up(self, chain: Chain) -> StageRecord | None:
+        key = self.keys.chain(chain)
+        found = self.cache.find(key)
+        if found is None:
+            return None
+        self.emit({"event": "cached", "stage": chain[-1], "chain": list(chain), "key": key})
+        return StageRecord(key, found["seconds"], True, found["extra"])
+
+    def _run(self, step: Step) -> StageRecord:
+        key = self.keys.chain(step.chain)
+        teacher = self._teacher(step)
+        waiting = {"event": "waiting", "stage": step.name, "key": key}
+        with self.cache.lock(key, lambda: self.emit(waiting)):
+            found = self._look_up(step.chain)  # another process may have done it meanwhile
+            if found is not None:
+                return found
+            self.emit({"event": "start", "stage": step.name, "chain": list(step.chain), "key": key})
+            started = time.perf_counter()
+            result = self._work(step, teacher, key)
+            extra = dict(result.extra)
+            seconds = time.perf_counter() - started
+            self.cache.store(
+                key,
+                result.model,
+                {
+                    "type": step.settings.type,
+                    "name": step.name,
+                    "seconds": seconds,
+                    "settings": step.settings.model_dump(mode="json"),
+                    "extra": extra,
+                },
+            )
+        self.emit({"event": "end", "stage": step.name, "seconds": seconds, "key": key})
+        return StageRecord(key, seconds, False, extra)
+
+    def _work(self, step: Step, teacher: nn.Module | None, key: str) -> StageResult:
+        where = f"stages.{step.name}"
+        model = self.result(step.parent)
+        context = self.context(step, teacher, self.cache.work(key))
+        seed_everything(self.recipe.seed)
+        self.splits.train.set_seed(self.recipe.seed)
+        try:
+            with at(where):
+                result = step.settings.run(model, context)
+        except CheckpointError:
+            if not self.cache.reset_work(key):
+                raise
+            # the checkpoint of an interrupted run that another version of the library left
+            self.emit({"event": "restart", "stage": step.name, "key": key})
+            return self._work(step, teacher, key)
+        if not isinstance(result, StageResult):
+            raise SlimkitError(
+                f"run() returned {type(result).__name__}, not a StageResult", where=where
+            )
+        return result
+
+    def _teacher(self, step: Step) -> nn.Module | None:
+        if step.teacher_model is not None:
+            settings = self.recipe.teachers[step.teacher_model]
+            return self.build(settings, f"teachers.{step.teacher_model}").eval()
+        if step.teacher_chain is not None:
+            return self.result(step.teacher_chain).eval()
+        return None
+
+    def preview(self, chain: Chain) -> nn.Module:
+        """The structure that comes out of ``chain``, on untrained weights.
+
+        Raises:
+            SlimkitError: a stage's settings do not fit its network.
+        """
+        if not chain:
+            return self._bare(self.recipe.model, "model", checkpoint=False)
+        step = self.steps[chain]
+        teacher = None
+        if step.teacher_model is not None:
+            teacher = self.preview_teacher(step.teacher_model)
+        elif step.teacher_chain is not None:
+            teacher = self.preview(step.teacher_chain)
+        model = self.preview(step.parent)
+        with at(f"stages.{step.name}"):
+            return step.settings.preview(model, self.context(step, teacher, None))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  user code may draw from the global generator
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def at(where: str, *, replacing: bool = False) -> Iterator[None]:
+    """Put the path in the recipe in front of the place that an error names.
+
+    Args:
+        where: the path.
+        replacing: the error's own place is no path of the recipe: leave it out.
+    """
+    try:
+        yield
+    except SlimkitError as error:
+        own = error.where
+        if own is None or replacing or own == where or own.startswith(f"{where}."):
+            place = where if own is None or replacing else own
+        elif isinstance(error, DataError | ModelError) and own == where.split(".")[0]:
+            place = where
+        else:
+            place = f"{where}.{own}" if own.isidentifier() else f"{where}: {own}"
+        raise type(error)(error.message, where=place, hint=error.hint) from error
