@@ -1,0 +1,250 @@
+"""The pruning plan: which slices of which tensors stay, and what else changes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.errors import PlanError, nearest
+from slimkit.plan import PLAN_KINDS, Plan, applied_plans
+from slimkit.prune.costing import Cost
+from slimkit.prune.explaining import LayerChange, explanation
+
+__all__ = ["AttributeEdit", "Edit", "PrunePlan", "pack_indices", "unpack_indices"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What stays of one dimension of one parameter or buffer.
+
+    Attributes:
+        tensor: its name in the model.
+        dim: the dimension that shrinks.
+        keep: positions that stay, ascending.
+    """
+
+    tensor: str
+    dim: int
+    keep: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AttributeEdit:
+    """A plain attribute that follows the new sizes, such as ``out_channels``.
+
+    Attributes:
+        module: path of the module.
+        attribute: its name.
+        before: the value that it must have.
+        after: the value that it gets.
+    """
+
+    module: str
+    attribute: str
+    before: Any
+    after: Any
+
+
+@PLAN_KINDS.register("prune")
+@dataclass(frozen=True)
+class PrunePlan(Plan):
+    """Structured pruning: channels that leave, with everything that depends on them.
+
+    Attributes:
+        model: class name of the network that it was made for.
+        shapes: name → shape that each edited tensor has before.
+        edits: what stays of them.
+        attributes: attributes that follow.
+        layers: what happens to each layer and why, for people.
+        before, after: costs for the example input.
+        settings: how the plan was made (criterion, allocation, target …).
+    """
+
+    kind: ClassVar[str] = "prune"
+
+    model: str
+    shapes: Mapping[str, tuple[int, ...]]
+    edits: tuple[Edit, ...]
+    attributes: tuple[AttributeEdit, ...]
+    layers: tuple[LayerChange, ...]
+    before: Cost
+    after: Cost
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, tuple[int, int]]:
+        """Layer → (output channels kept, output channels before)."""
+        return {layer.name: (layer.kept, layer.channels) for layer in self.layers}
+
+    def explain(self) -> str:
+        """A table of all layers that multiply: group, channels before → after, or why not."""
+        return explanation(self.model, self.layers, self.before, self.after, self.settings)
+
+    def __str__(self) -> str:
+        return self.explain()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-able values; runs of indices as ``[first, last + 1]``."""
+        return {
+            "model": self.model,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "edits": [
+                {"tensor": e.tensor, "dim": e.dim, "keep": pack_indices(e.keep)} for e in self.edits
+            ],
+            "attributes": [asdict(edit) for edit in self.attributes],
+            "layers": [asdict(layer) for layer in self.layers],
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_json(
+        cls,
+        data: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],  # noqa: ARG003 - a pruning plan has none
+    ) -> PrunePlan:
+        """The inverse of :meth:`to_json`."""
+        return cls(
+            model=data["model"],
+            shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
+            edits=tuple(
+                Edit(e["tensor"], e["dim"], unpack_indices(e["keep"])) for e in data["edits"]
+            ),
+            attributes=tuple(
+                AttributeEdit(
+                    e["module"], e["attribute"], _tupled(e["before"]), _tupled(e["after"])
+                )
+                for e in data["attributes"]
+            ),
+            layers=tuple(
+                LayerChange(**{**layer, "groups": tuple(layer["groups"])})
+                for layer in data["layers"]
+            ),
+            before=Cost(**data["before"]),
+            after=Cost(**data["after"]),
+            settings=data["settings"],
+        )
+
+    def apply_to(self, model: nn.Module) -> nn.Module:
+        """Slice the tensors of ``model`` in place; see :func:`slimkit.apply`.
+
+        Parameters are replaced by new ones (``requires_grad`` stays, gradients go), tied
+        ones together; an optimizer must be made afterwards.
+
+        Raises:
+            PlanError: a tensor or attribute differs from what the plan expects; nothing
+                was changed.
+        """
+        self._check(model)
+        holders = _holders(model)
+        for name, edits in _by_tensor(self.edits).items():
+            old = _find(model, name)
+            new = _sliced(old, edits)
+            for module, local in holders[id(old)]:
+                _replace(module, local, new)
+        for edit in self.attributes:
+            setattr(model.get_submodule(edit.module), edit.attribute, edit.after)
+        return model
+
+    def _check(self, model: nn.Module) -> None:
+        named = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers()),
+        }
+        again = any(earlier is self or earlier == self for earlier in applied_plans(model))
+        for name, shape in self.shapes.items():
+            if name not in named:
+                raise PlanError(
+                    f"the plan was made for {self.model} and edits {name!r}, which this "
+                    f"{type(model).__name__} does not have",
+                    where=name,
+                    hint=nearest(name, named),
+                )
+            if tuple(named[name].shape) != shape:
+                raise PlanError(
+                    f"the plan expects shape {shape}, the model has {tuple(named[name].shape)}",
+                    where=name,
+                    hint="this plan was applied to this model before"
+                    if again
+                    else f"apply it to the {self.model} that it was made for, before any "
+                    "other pruning",
+                )
+        for edit in self.attributes:
+            found = getattr(model.get_submodule(edit.module), edit.attribute, None)
+            if found != edit.before:
+                raise PlanError(
+                    f"the plan expects {edit.attribute} = {edit.before}, the model has {found}",
+                    where=edit.module,
+                )
+
+
+def pack_indices(indices: Sequence[int]) -> list[int] | list[list[int]]:
+    """Ascending indices as runs ``[first, last + 1]`` where that is shorter."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index:
+            runs[-1][1] = index + 1
+        else:
+            runs.append([index, index + 1])
+    return runs if 2 * len(runs) < len(indices) else list(indices)
+
+
+def unpack_indices(packed: Iterable[int | Sequence[int]]) -> tuple[int, ...]:
+    """The inverse of :func:`pack_indices`."""
+    indices: list[int] = []
+    for item in packed:
+        indices.extend([item] if isinstance(item, int) else range(item[0], item[1]))
+    return tuple(indices)
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _by_tensor(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
+    grouped: dict[str, list[Edit]] = {}
+    for edit in edits:
+        grouped.setdefault(edit.tensor, []).append(edit)
+    return grouped
+
+
+def _find(model: nn.Module, name: str) -> Tensor:
+    path, _, local = name.rpartition(".")
+    found = getattr(model.get_submodule(path), local)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Tensor identity → every (module, attribute) that holds it: tied weights have several."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for local, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                holders.setdefault(id(tensor), []).append((module, local))
+    return holders
+
+
+def _sliced(old: Tensor, edits: Iterable[Edit]) -> Tensor:
+    """A copy of what stays of ``old``, in the same memory format."""
+    data = old.detach()
+    for edit in edits:
+        index = torch.tensor(edit.keep, dtype=torch.long, device=data.device)
+        data = data.index_select(edit.dim, index)
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
+        data = data.contiguous(memory_format=torch.channels_last)
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(data, requires_grad=old.requires_grad)
+    return data
+
+
+def _replace(module: nn.Module, local: str, new: Tensor) -> None:
+    if isinstance(new, nn.Parameter):
+        module._parameters[local] = new
+    else:
+        module._buffers[local] = new
