@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from slimkit.distill.recording import Recorder, check_layers, main_tensor, probing, run
 from slimkit.distill.settings import DistillLoss, parse_losses
 from slimkit.distill.teacher import FrozenTeacher, TeacherPrecision
-from slimkit.errors import InputError, ModelError
+from slimkit.errors import CheckpointError, InputError, ModelError
 from slimkit.inputs import ExampleInputs, as_inputs
+from slimkit.plan import load_weights
 
 if TYPE_CHECKING:
-    from slimkit.train.training import StepContext
+    from slimkit.train.callbacks import StepContext
 
 __all__ = ["Distiller"]
 
+_PRECISIONS: tuple[str, ...] = get_args(TeacherPrecision)
 OUTPUT = ""  # the record of the whole network: its path as a module
 
 
@@ -128,12 +130,27 @@ class Distiller:
         return self.connectors.parameters()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: the connectors' weights."""
-        return dict(self.connectors.state_dict())
+        """What a checkpoint must hold so that a resumed run ends like an uninterrupted one.
+
+        Returns:
+            The connectors' weights, and how the teacher runs (which was decided by timing).
+        """
+        choice = torch.tensor(_PRECISIONS.index(self.precision))
+        return {**self.connectors.state_dict(prefix="connectors."), "teacher_precision": choice}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.connectors.load_state_dict(dict(state))
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: the state is another distiller's; nothing was loaded.
+        """
+        prefix = "connectors."
+        weights = {key.removeprefix(prefix): value for key, value in state.items() if prefix in key}
+        choice = state.get("teacher_precision")
+        if choice is None or not 0 <= int(choice) < len(_PRECISIONS):
+            raise CheckpointError("this is not the state of a distiller", where="distiller")
+        load_weights(self.connectors, weights, where="distiller")
+        self._teacher.use(_PRECISIONS[int(choice)])
 
     def close(self) -> None:
         """Remove all hooks; the student is as it was before."""

@@ -91,6 +91,13 @@ class FrozenTeacher:
         self._runner: _Runner | None = None
         self._recorder: Recorder | None = None
 
+    def use(self, precision: str) -> None:
+        """Run in ``precision`` from now on; ``"auto"`` decides anew on the next batch."""
+        if precision == self.precision:
+            return
+        self.close()
+        self.precision, self._runner, self._recorder = precision, None, None
+
     def probe(self, inputs: Inputs) -> dict[str, Tensor]:
         """Records in float32 without choosing a precision; for shapes."""
         recorder = Recorder(self._copy, self._layers)

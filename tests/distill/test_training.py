@@ -1,0 +1,131 @@
+"""The distiller inside the training loop of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimkit.distill import KD, Distiller, Mimic
+from slimkit.errors import CheckpointError
+from slimkit.train import TrainSettings, fit
+
+
+class Batches:
+    """Four batches; the same in every epoch."""
+
+    role = "train"
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(4, 8, 3, 6, 6, generator=generator)
+        labels = torch.randint(4, (4, 8), generator=generator)
+        self.batches = list(zip(images, labels, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+
+def network(width: int) -> nn.Sequential:
+    torch.manual_seed(width)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 4),
+    )
+
+
+class KilledError(Exception):
+    """Stands for a killed process."""
+
+
+def trained(checkpoint: Path, *, stop_after: int | None = None) -> dict[str, Tensor]:
+    student, teacher = network(4), network(8)
+    losses = [KD(temperature=2), Mimic(student="2")]
+    example = torch.zeros(1, 3, 6, 6)
+    steps = 0
+    with Distiller(student, teacher, losses, example_inputs=example) as distiller:
+
+        class Term:
+            """The distiller, until the process is killed."""
+
+            parameters = distiller.parameters
+            state_dict = distiller.state_dict
+            load_state_dict = distiller.load_state_dict
+
+            def __call__(self, context: object) -> Tensor:
+                nonlocal steps
+                steps += 1
+                if steps == stop_after:
+                    raise KilledError
+                return distiller(context)  # type: ignore[arg-type]
+
+        settings = TrainSettings(epochs=3, lr=0.05, precision="fp32", ema=0.9)
+        fit(
+            student,
+            Batches(),
+            loss_fn=F.cross_entropy,
+            settings=settings,
+            losses=[Term()],
+            checkpoint=checkpoint,
+            progress=False,
+        )
+        assert len(list(distiller.parameters())) == 2
+        return {**student.state_dict(), **distiller.state_dict()}
+
+
+def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KilledError):
+        trained(tmp_path / "killed", stop_after=7)
+    resumed = trained(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    different = [key for key in whole if not torch.equal(whole[key], resumed[key])]
+    assert different == []
+
+
+def test_the_connector_is_trained(tmp_path: Path) -> None:
+    with Distiller(
+        network(4), network(8), [Mimic(student="2")], example_inputs=torch.zeros(1, 3, 6, 6)
+    ) as fresh:
+        before = fresh.state_dict()
+    after = trained(tmp_path / "run")
+    pairs = zip(
+        [value for key, value in before.items() if key.endswith("weight")],
+        [value for key, value in after.items() if key.startswith("connectors") and "weight" in key],
+        strict=True,
+    )
+    assert all(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_state_carries_the_teachers_precision() -> None:
+    images = torch.randn(4, 3, 6, 6)
+    with Distiller(network(4), network(8), [KD()], precision="bf16") as first:
+        state = first.state_dict()
+    student = network(4)
+    with Distiller(student, network(8), [KD()]) as second:
+        second.load_state_dict(state)
+        second.loss(images, student(images))
+        assert second.precision == "bf16"
+
+
+def test_the_state_of_another_distiller_is_refused() -> None:
+    example = torch.zeros(1, 3, 6, 6)
+    with (
+        Distiller(network(4), network(8), [Mimic(student="2")], example_inputs=example) as one,
+        Distiller(network(4), network(16), [Mimic(student="2")], example_inputs=example) as two,
+    ):
+        with pytest.raises(CheckpointError):
+            two.load_state_dict(one.state_dict())
+        with pytest.raises(CheckpointError):
+            two.load_state_dict({})
