@@ -26,6 +26,7 @@ from slimkit.runtime.structure import (
     batched_positions,
     default_input_names,
     default_output_names,
+    evaluation,
     named_outputs,
 )
 
@@ -96,7 +97,7 @@ def export(
     """
     _check_arguments(model, path, opset, metadata)
     inputs = _on_device(as_inputs(example_inputs), model)
-    with _evaluation(model), torch.no_grad(), _quiet():
+    with evaluation(model), torch.no_grad(), _quiet():
         batched = batched_positions(inputs) if dynamic_batch else []
         if dynamic_batch and not batched:
             raise ExportError(
@@ -308,17 +309,6 @@ def _spec(value: ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
     return TensorSpec(value.name, shape, str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ n-th output of one is the n-th output of the other.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -25,6 +26,7 @@ __all__ = [
     "batched_positions",
     "default_input_names",
     "default_output_names",
+    "evaluation",
     "named_outputs",
 ]
 
@@ -145,3 +147,15 @@ def batched_positions(inputs: Inputs) -> list[int]:
     batch = sized[0].shape[0]
     chosen = {id(tensor) for tensor in sized if tensor.shape[0] == batch}
     return [index for index, tensor in enumerate(tensors) if id(tensor) in chosen]
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode; every module's own training flag is restored afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
