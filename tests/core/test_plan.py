@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slimkit as sk
+from slimkit.artifact import read_json, write_json
+from slimkit.errors import ArtifactError, CheckpointError, PlanError
+from slimkit.plan import PLAN_KINDS, Plan, applied_plans
+
+
+@dataclass(frozen=True)
+class KeepRows(Plan):
+    """Keeps the first rows of a linear layer; a plan small enough to read at a glance."""
+
+    kind: ClassVar[str] = "keep_rows"
+    rows: int
+    scale: Tensor | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> KeepRows:
+        return cls(data["rows"], tensors.get("scale"))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.scale is None else {"scale": self.scale}
+
+    def explain(self) -> str:
+        return f"keeps {self.rows} rows"
+
+    def apply_to(self, model: nn.Module) -> nn.Module:
+        if not isinstance(model, nn.Linear) or model.out_features < self.rows:
+            raise PlanError("this model has too few rows")
+        model.weight = nn.Parameter(model.weight.detach()[: self.rows].clone())
+        model.bias = nn.Parameter(model.bias.detach()[: self.rows].clone())
+        model.out_features = self.rows
+        return model
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    PLAN_KINDS.register("keep_rows")(KeepRows)
+    yield
+    del PLAN_KINDS._entries["keep_rows"]
+
+
+def test_apply_changes_in_place_returns_the_model_and_remembers_the_plan() -> None:
+    model = nn.Linear(3, 8)
+    first, second = KeepRows(6), KeepRows(4)
+    assert sk.apply(model, first) is model
+    sk.apply(model, second)
+    assert model(torch.zeros(1, 3)).shape == (1, 4)
+    assert applied_plans(model) == [first, second]
+    assert applied_plans(nn.Linear(1, 1)) == []
+
+
+def test_a_plan_that_does_not_fit_changes_and_records_nothing() -> None:
+    model = nn.Linear(3, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PlanError, match="too few rows"):
+        sk.apply(model, KeepRows(9))
+    assert applied_plans(model) == []
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(PlanError, match=r"expected a slimkit\.Plan, got str"):
+        sk.apply(model, "half of it")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.5, 2.0])])
+def test_a_plan_comes_back_from_its_file_with_its_tensors(
+    tmp_path: Path, scale: Tensor | None
+) -> None:
+    path = KeepRows(5, scale).save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.safetensors").exists() == (scale is not None)
+    plan = sk.Plan.load(path)
+    assert isinstance(plan, KeepRows)
+    assert plan.rows == 5
+    assert plan.scale is None if scale is None else torch.equal(plan.scale, scale)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"kind": "keep_row"}, PlanError, "did you mean 'keep_rows'"),
+        ({"version": 2}, PlanError, "update slimkit"),
+        ({"format": 99}, PlanError, "update slimkit"),
+        ({"plan": {}}, ArtifactError, "keep_rows plan is damaged"),
+        ({"plan": None}, ArtifactError, "keep_rows plan is damaged"),
+        ({"has_tensors": True}, ArtifactError, r"plan\.safetensors"),
+    ],
+)
+def test_a_wrong_plan_file_is_refused_with_the_reason(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    path = KeepRows(5).save(tmp_path / "plan.json")
+    write_json(path, {**read_json(path), **change})
+    with pytest.raises(error, match=message):
+        sk.Plan.load(path)
+
+
+def test_some_other_json_file_is_no_plan(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", ["nothing"])
+    with pytest.raises(ArtifactError, match="this is not a plan"):
+        sk.Plan.load(tmp_path / "x.json")
+
+
+def test_saved_weights_and_plans_rebuild_the_model_exactly(tmp_path: Path) -> None:
+    model = nn.Linear(3, 8)
+    sk.apply(sk.apply(model, KeepRows(6)), KeepRows(4))
+    sk.save(model, tmp_path / "model")
+    again = sk.load(tmp_path / "model", model=nn.Linear(3, 8))
+    inputs = torch.randn(5, 3)
+    assert torch.equal(again(inputs), model(inputs))
+    assert applied_plans(again) == applied_plans(model)
+    assert not [
+        p for p in (tmp_path / "model").iterdir() if p.suffix not in {".json", ".safetensors"}
+    ]
+
+
+def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
+    sk.save(sk.apply(nn.Linear(3, 8), KeepRows(4)), tmp_path / "model")
+    plain = nn.Linear(3, 8)
+    sk.save(plain, tmp_path / "model")
+    again = sk.load(tmp_path / "model", model=nn.Linear(3, 8))
+    assert torch.equal(again.weight, plain.weight)
+    assert len(list((tmp_path / "model").iterdir())) == 2
+
+
+def test_weights_of_another_network_are_refused_untouched(tmp_path: Path) -> None:
+    sk.save(nn.Linear(3, 8), tmp_path / "model")
+    other = nn.Linear(4, 8)
+    before = other.weight.detach().clone()
+    with pytest.raises(
+        CheckpointError, match=r"'weight': the model has \(8, 4\), the file \(8, 3\)"
+    ):
+        sk.load(tmp_path / "model", model=other)
+    assert torch.equal(other.weight, before)
+    with pytest.raises(CheckpointError, match=r"2 missing, first '0.weight' .*2 unexpected"):
+        sk.load(tmp_path / "model", model=nn.Sequential(nn.Linear(3, 8)))
+
+
+def test_a_missing_or_damaged_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nowhere"):
+        sk.load(tmp_path / "nowhere", model=nn.Linear(1, 1))

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from slimkit.errors import MissingDependencyError, SlimkitError, UnknownNameError
+from slimkit.registry import Registry, import_object
+
+
+def test_a_registered_object_is_found_by_its_name() -> None:
+    registry: Registry[object] = Registry("criterion")
+
+    @registry.register("mine")
+    def mine() -> None: ...
+
+    assert registry.get("mine") is mine
+    assert "mine" in registry
+    assert list(registry) == registry.names() == ["mine"]
+    assert len(registry) == 1
+
+
+def test_a_lazy_entry_is_imported_on_first_use_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "heavy_library_for_test.py").write_text("thing = object()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry: Registry[object] = Registry("criterion")
+    registry.register_lazy("heavy", "heavy_library_for_test:thing")
+    assert registry.names() == ["heavy"]
+    assert "heavy_library_for_test" not in sys.modules
+    thing = registry.get("heavy")
+    assert registry.get("heavy") is thing is sys.modules["heavy_library_for_test"].thing
+
+
+def test_a_lazy_entry_can_be_replaced_and_does_not_replace() -> None:
+    registry: Registry[object] = Registry("criterion")
+    registry.register_lazy("a", "math:pi")
+    registry.register("a")(one := object())
+    registry.register_lazy("a", "math:e")
+    assert registry.get("a") is one
+
+
+def test_a_name_is_given_once() -> None:
+    registry: Registry[object] = Registry("criterion")
+    registry.register("a")(first := object())
+    registry.register("a")(first)
+    with pytest.raises(SlimkitError, match="criterion 'a' is registered already"):
+        registry.register("a")(object())
+    assert registry.get("a") is first
+
+
+def test_a_notebook_cell_may_be_run_again() -> None:
+    registry: Registry[object] = Registry("criterion")
+
+    def cell() -> object:
+        @registry.register("mine")
+        def mine() -> None: ...
+
+        return mine
+
+    cell()
+    second = cell()
+    assert registry.get("mine") is second
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_one() -> None:
+    registry: Registry[object] = Registry("criterion")
+    registry.register("geometric_median")(object())
+    with pytest.raises(UnknownNameError, match="did you mean 'geometric_median'") as caught:
+        registry.get("geometric_mean", where="stages.prune.criterion")
+    assert caught.value.where == "stages.prune.criterion"
+
+
+def test_a_users_own_object_needs_no_registration() -> None:
+    registry: Registry[object] = Registry("criterion")
+    assert registry.get("os.path:join") is __import__("os").path.join
+    assert import_object("collections:OrderedDict.fromkeys")
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("no_such_package_here:x", "there is no module 'no_such_package_here'"),
+        ("os.no_such:x", "there is no module 'os.no_such'"),
+        ("os.path:joyn", r"no attribute 'joyn'.*did you mean .*'join'"),
+    ],
+)
+def test_a_wrong_reference_says_which_part_is_wrong(reference: str, message: str) -> None:
+    with pytest.raises(UnknownNameError, match=message):
+        import_object(reference)
+
+
+def test_a_module_that_lacks_its_own_dependency_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needs_more_for_test.py").write_text("import no_such_package_here\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(MissingDependencyError, match="pip install no_such_package_here"):
+        import_object("needs_more_for_test:x")
