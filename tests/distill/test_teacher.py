@@ -56,7 +56,21 @@ def test_bf16_weights_are_bf16_and_records_float32() -> None:
     assert not records[""].requires_grad
 
 
-def test_precision_that_disagrees_is_not_chosen() -> None:
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_bf16_is_chosen_where_the_device_multiplies_it(
+    native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimkit.distill.teacher._multiplies_bf16", lambda device: native)
+    model = network()
+    model[-1].bias.data[2] += 10  # a clear winner, whatever the precision
+    teacher = FrozenTeacher(model, [""])
+    teacher(as_inputs(images()))
+    assert teacher.precision == expected
+
+
+def test_precision_that_disagrees_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimkit.distill.teacher._multiplies_bf16", lambda device: True)
+
     class Fragile(nn.Module):
         """Its classes differ by less than bf16 can tell."""
 
@@ -75,7 +89,9 @@ def test_precision_that_disagrees_is_not_chosen() -> None:
     assert torch.equal(records[""].argmax(1), (1000 + values).argmax(1))
 
 
-def test_an_operator_without_bf16_leaves_float32() -> None:
+def test_an_operator_without_bf16_leaves_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimkit.distill.teacher._multiplies_bf16", lambda device: True)
+
     class Inverse(nn.Module):
         def __init__(self) -> None:
             super().__init__()

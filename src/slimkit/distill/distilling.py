@@ -42,8 +42,8 @@ class Distiller:
         example_inputs: one batch, however small; needed by losses with connectors, whose
             parameters must exist before the optimizer is built. With it, class counts and
             feature shapes are checked at once instead of on the first batch.
-        precision: how the teacher runs: ``"auto"`` takes the fastest of float32, bf16 and
-            autocast on the first batch whose arg-max agrees with float32 on ≥ 99 % of it.
+        precision: how the teacher runs: ``"auto"`` takes bf16 where the device multiplies it
+            natively and the arg-max agrees with float32 on ≥ 99 % of the first batch.
 
     Attributes:
         connectors: the trainable modules between student's and teacher's features.
@@ -133,7 +133,7 @@ class Distiller:
         """What a checkpoint must hold so that a resumed run ends like an uninterrupted one.
 
         Returns:
-            The connectors' weights, and how the teacher runs (which was decided by timing).
+            The connectors' weights, and how the teacher runs (decided on the first batch).
         """
         choice = torch.tensor(_PRECISIONS.index(self.precision))
         return {**self.connectors.state_dict(prefix="connectors."), "teacher_precision": choice}
