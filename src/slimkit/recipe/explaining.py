@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from slimkit.errors import RecipeError, SlimkitError, nearest
 from slimkit.recipe.fields import TypedBy
@@ -61,7 +62,7 @@ def explain_problems(error: ValidationError, data: Mapping[str, Any]) -> RecipeE
     path, message, hint = items[0]
     if len(items) == 1:
         return RecipeError(message, where=path or None, hint=hint)
-    lines = [f"  {str(RecipeError(m, where=p or None, hint=h))}" for p, m, h in items]
+    lines = [f"  {RecipeError(m, where=p or None, hint=h)!s}" for p, m, h in items]
     return RecipeError(f"the recipe has {len(items)} mistakes:\n" + "\n".join(lines))
 
 
@@ -121,7 +122,7 @@ def _locate(location: tuple[Any, ...], data: Any) -> tuple[list[str], list[str]]
             field = settings.model_fields.get(str(part))
             if field is None and not (isinstance(data, Mapping) and part in data):
                 continue
-            annotation = Annotated[field.annotation, *field.metadata] if field else None
+            annotation = _annotation_of(field) if field is not None else None
         else:
             item = _item_annotation(annotation)
             if not isinstance(part, int) and not (isinstance(data, Mapping) and part in data):
@@ -130,6 +131,13 @@ def _locate(location: tuple[Any, ...], data: Any) -> tuple[list[str], list[str]]
         keys.append(str(part))
         data = _item(data, part)
     return keys, owner
+
+
+def _annotation_of(field: FieldInfo) -> Any:
+    """The annotation with its marks, which pydantic keeps apart."""
+    if not field.metadata:
+        return field.annotation
+    return Annotated[field.annotation, *field.metadata]
 
 
 def _item(data: Any, part: Any) -> Any:

@@ -50,7 +50,7 @@ class OneOf:
     def registry(self) -> Registry[Any]:
         """The registry itself."""
         registry = import_object(self.reference)
-        assert isinstance(registry, Registry)  # noqa: S101  a reference of our own
+        assert isinstance(registry, Registry)
         return registry
 
     def _check(self, value: str) -> str:
@@ -91,7 +91,7 @@ class TypedBy:
     def registry(self) -> Registry[Any]:
         """The registry itself."""
         registry = import_object(self.reference)
-        assert isinstance(registry, Registry)  # noqa: S101  a reference of our own
+        assert isinstance(registry, Registry)
         return registry
 
     def _read(self, value: Any) -> Any:

@@ -87,6 +87,8 @@ class Keys:
                 "torch": _torch_version(),
                 "data": self.fingerprint,
             }
+            if step.settings.sees_eval_batches:
+                value["eval_batch_size"] = self.recipe.data.eval_batch_size
             if self.smoke:
                 value["smoke"] = True
             self._known[chain] = content_hash(value)

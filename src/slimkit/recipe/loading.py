@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+import slimkit
 from slimkit.artifact import PathLike
 from slimkit.errors import RecipeError, nearest
 from slimkit.recipe.explaining import explain_problems
@@ -24,28 +25,46 @@ def load_recipe(path: PathLike, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file.
 
     Args:
-        path: YAML.
+        path: a YAML file, or the name of a recipe that comes with Slimkit (``quickstart``).
         overrides: ``"stages.prune.macs=0.5"`` …, as given to ``--set``; values are YAML.
 
     Raises:
         RecipeError: not readable, not YAML, or not a valid recipe; all mistakes in one message.
     """
-    source = Path(path)
+    source = find_recipe(path)
     try:
         text = source.read_text(encoding="utf-8")
     except OSError as error:
-        found = (
-            [str(p) for p in sorted(source.parent.glob("*.y*ml"))] if not source.exists() else []
-        )
         raise RecipeError(
-            f"cannot read the recipe: {error.strerror or error}",
-            where=str(source),
-            hint=nearest(str(source), found) if found else None,
+            f"cannot read the recipe: {error.strerror or error}", where=str(source)
         ) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"the recipe is not UTF-8 text: {error}", where=str(source)) from error
     data = _parse_yaml(text, where=str(source))
     return parse_recipe(data, overrides)
+
+
+def find_recipe(path: PathLike) -> Path:
+    """The file that ``path`` names: itself, or a recipe that comes with Slimkit.
+
+    Raises:
+        RecipeError: there is none; with the nearest names.
+    """
+    given = Path(path)
+    if given.exists():
+        return given
+    supplied: dict[str, Path] = {}
+    package = Path(slimkit.__file__).parent
+    for folder in (package / "recipes", package.parent.parent / "recipes"):
+        for file in sorted(folder.rglob("*.yaml")):
+            supplied.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
+    name = given.with_suffix("").as_posix() if given.suffix == ".yaml" else given.as_posix()
+    if name in supplied:
+        return supplied[name]
+    beside = [str(p) for p in given.parent.glob("[!.]*.y*ml")] if given.parent.is_dir() else []
+    raise RecipeError(
+        "there is no such recipe", where=str(given), hint=nearest(name, [*supplied, *beside])
+    )
 
 
 def parse_recipe(data: object, overrides: Sequence[str] = ()) -> Recipe:
@@ -83,7 +102,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  a subclass of the safe loader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where

@@ -100,7 +100,8 @@ class PruneStage(Stage):
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
         """See the base class. Prunes by the untrained weights: the sizes are right for uniform
-        allocation and near for the others."""
+        allocation and near for the others.
+        """
         from slimkit.plan import apply
 
         return apply(model, self.plan(model, context))

@@ -18,6 +18,7 @@ from slimkit.recipe.loading import dump_recipe
 from slimkit.recipe.preview import Preview, preview_recipe
 from slimkit.recipe.proving import Proof, measure_latency, prove
 from slimkit.recipe.schema import Recipe
+from slimkit.recipe.stages import ignore_event
 from slimkit.recipe.workbench import Workbench
 
 __all__ = ["SCHEMA_VERSION", "preview_run", "run_recipe"]
@@ -33,7 +34,7 @@ def run_recipe(
     smoke: bool = False,
     progress: bool = True,
     cache: PathLike | None = None,
-    listener: Listener = lambda event: None,
+    listener: Listener = ignore_event,
 ) -> dict[str, Any]:
     """Run every variant of ``recipe``, measure them beside each other, write the report.
 

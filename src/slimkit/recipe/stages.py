@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from slimkit.tasks.classification import ClassificationTask
     from slimkit.tasks.data import Splits
 
-__all__ = ["STAGES", "Stage", "StageContext", "StageResult"]
+__all__ = ["STAGES", "Stage", "StageContext", "StageResult", "ignore_event"]
+
+
+def ignore_event(event: Mapping[str, Any]) -> None:
+    """A listener that does not listen."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class StageContext:
     log_dir: Path | None = None
     max_steps: int | None = None
     progress: bool = False
-    emit: Callable[[Mapping[str, Any]], None] = lambda event: None
+    emit: Callable[[Mapping[str, Any]], None] = ignore_event
 
 
 class Stage(BaseModel):
@@ -91,6 +95,8 @@ class Stage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     version: ClassVar[int] = 1
+    sees_eval_batches: ClassVar[bool] = True
+    """Whether the result may depend on ``data.eval_batch_size``, as calibration does."""
 
     type: str
 

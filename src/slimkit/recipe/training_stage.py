@@ -60,6 +60,7 @@ class TrainStage(DistillOptions, TrainSettings, Stage):
     """
 
     version: ClassVar[int] = 1
+    sees_eval_batches: ClassVar[bool] = False
     type: Literal["train"] = "train"
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:

@@ -20,7 +20,7 @@ from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import Chain, Step, resolve_steps
 from slimkit.recipe.keys import Keys
 from slimkit.recipe.schema import ModelSettings, Recipe
-from slimkit.recipe.stages import StageContext, StageResult
+from slimkit.recipe.stages import StageContext, StageResult, ignore_event
 from slimkit.tasks import ClassificationTask
 from slimkit.tasks.data import Splits, load_data, synthetic_data
 from slimkit.tasks.data.settings import DataSettings
@@ -71,7 +71,7 @@ class Workbench:
         *,
         smoke: bool = False,
         progress: bool = False,
-        emit: Event = lambda event: None,
+        emit: Event = ignore_event,
         log_dir: Path | None = None,
     ) -> None:
         self.recipe = recipe
@@ -317,7 +317,7 @@ def at(where: str, *, replacing: bool = False) -> Iterator[None]:
         own = error.where
         if own is None or replacing or own == where or own.startswith(f"{where}."):
             place = where if own is None or replacing else own
-        elif isinstance(error, DataError | ModelError) and own == where.split(".")[0]:
+        elif isinstance(error, DataError | ModelError) and own == where.split(".", maxsplit=1)[0]:
             place = where
         else:
             place = f"{where}.{own}" if own.isidentifier() else f"{where}: {own}"

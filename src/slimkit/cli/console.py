@@ -1,0 +1,52 @@
+"""What the command line prints errors on, and how an error becomes an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from slimkit.errors import SlimkitError
+
+__all__ = ["errors", "exit_code_of", "output"]
+
+output = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+INTERRUPTED = 130
+BAD_INPUT = 2
+# Typer brings its own copy of click or uses the installed one: ask it for the class
+CLICK_ERROR: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+
+
+def exit_code_of(command: Callable[[], object]) -> int:
+    """Run ``command``; print what went wrong in red, without a traceback, and return the code."""
+    try:
+        returned = command()
+    except SlimkitError as error:
+        errors.print(Text(f"error: {error}", style="red"))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print(Text("stopped; the next `slimkit run` goes on from here", style="yellow"))
+        return INTERRUPTED
+    except CLICK_ERROR as error:
+        errors.print(Text(f"error: {_click_text(error)}", style="red"))
+        return BAD_INPUT
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return returned if isinstance(returned, int) else 0
+
+
+def _click_text(error: object) -> str:
+    message = str(getattr(error, "format_message", lambda: error)())
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return message
+    return f"{message.rstrip('.')} (see {context.command_path} --help)"

@@ -1,0 +1,108 @@
+"""``slimkit list``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from slimkit.errors import UnknownNameError, nearest
+
+__all__ = ["list_command"]
+
+Rows = list[tuple[str, str]]
+
+
+def list_command(
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[KIND]",
+            help="models, stages, criteria, allocations, losses, observers, targets, data, "
+            "backends; or torchvision, timm for all models of theirs.",
+            show_default="everything",
+        ),
+    ] = None,
+) -> None:
+    """List what a recipe may name."""
+    from rich.markup import escape
+
+    from slimkit.cli.console import output
+
+    if kind is not None and kind not in _KINDS | _LIBRARIES:
+        raise UnknownNameError(
+            f"there is no list of {kind!r}", where="KIND", hint=nearest(kind, _KINDS | _LIBRARIES)
+        )
+    if kind is not None:
+        for name, about in (_KINDS | _LIBRARIES)[kind]():
+            output.print(escape(f"{name:<24} {about}".rstrip()))
+        return
+    for title, rows in _KINDS.items():
+        output.print(title, style="bold")
+        for name, about in rows():
+            output.print(escape(f"  {name:<24} {about}".rstrip()))
+
+
+def _first_line(thing: Any) -> str:
+    text = getattr(thing, "__doc__", None) or ""
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def _registered(reference: str) -> Callable[[], Rows]:
+    def rows() -> Rows:
+        from slimkit.registry import Registry, import_object
+
+        registry: Any = import_object(reference)
+        names = registry.names() if isinstance(registry, Registry) else sorted(registry)
+        get = registry.get if isinstance(registry, Registry) else registry.__getitem__
+        return [(name, _first_line(get(name))) for name in names]
+
+    return rows
+
+
+def _models() -> Rows:
+    from slimkit.models import MODELS
+
+    own = [(f"slimkit:{name}", _first_line(MODELS.get(name))) for name in MODELS.names()]
+    return [
+        *own,
+        ("torchvision:NAME", "any model of torchvision; slimkit list torchvision"),
+        ("timm:NAME", "any model of timm, if it is installed; slimkit list timm"),
+        ("package.module:factory", "a function of your own that returns an nn.Module"),
+    ]
+
+
+def _library(source: str) -> Callable[[], Rows]:
+    def rows() -> Rows:
+        from slimkit.models import list_models
+
+        return [(name, "") for name in list_models(source)]
+
+    return rows
+
+
+def _backends() -> Rows:
+    from slimkit.runtime import available_backends
+
+    return [
+        (name, str(status.version) if status.version else f"not here: {status.reason}")
+        for name, status in available_backends().items()
+    ]
+
+
+_KINDS: dict[str, Callable[[], Rows]] = {
+    "models": _models,
+    "stages": _registered("slimkit.recipe.stages:STAGES"),
+    "criteria": _registered("slimkit.prune.criteria:CRITERIA"),
+    "allocations": _registered("slimkit.prune.allocation:ALLOCATIONS"),
+    "losses": _registered("slimkit.distill:DISTILL_LOSSES"),
+    "observers": _registered("slimkit.quantize.observers:OBSERVERS"),
+    "targets": _registered("slimkit.quantize.targets:TARGETS"),
+    "data": _registered("slimkit.tasks.data:SOURCES"),
+    "backends": _backends,
+}
+_LIBRARIES: dict[str, Callable[[], Rows]] = {
+    "torchvision": _library("torchvision"),
+    "timm": _library("timm"),
+}

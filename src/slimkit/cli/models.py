@@ -1,0 +1,83 @@
+"""Models and inputs as they are named on the command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from slimkit.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["model_and_input", "parse_arguments", "parse_shape"]
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """``"1,3,224,224"`` → ``(1, 3, 224, 224)``.
+
+    Raises:
+        InputError: it is not a list of positive whole numbers.
+    """
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise InputError(
+            f"expected positive numbers with commas, got {text!r}",
+            where="--input",
+            hint="for example 1,3,224,224",
+        )
+    return shape
+
+
+def parse_arguments(given: list[str] | None) -> dict[str, Any]:
+    """``["num_classes=10"]`` → keyword arguments; values are YAML.
+
+    Raises:
+        InputError: an entry is not ``name=value``.
+    """
+    import yaml
+
+    arguments = {}
+    for entry in given or ():
+        name, equals, text = entry.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(
+                f"expected name=value, got {entry!r}", where="--arg", hint="--arg num_classes=10"
+            )
+        try:
+            arguments[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"cannot read the value {text!r}", where=f"--arg {name}") from error
+    return arguments
+
+
+def model_and_input(
+    name: str, input_shape: str | None, arguments: list[str] | None, checkpoint: str | None = None
+) -> tuple[nn.Module, Tensor]:
+    """Build a model in evaluation mode, and an example input for it.
+
+    Args:
+        name: such as ``torchvision:resnet18``.
+        input_shape: ``N,C,H,W``; by default an image that fits the source of the model.
+        arguments: of the factory.
+        checkpoint: a safetensors file with its weights.
+    """
+    import torch
+
+    from slimkit.models import build_model, load_checkpoint
+
+    keywords = parse_arguments(arguments)
+    shape = parse_shape(input_shape) if input_shape else _default_shape(name, keywords)
+    model = build_model(name, **keywords).eval()
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model, torch.zeros(shape)
+
+
+def _default_shape(name: str, keywords: dict[str, Any]) -> tuple[int, ...]:
+    channels = keywords.get("in_channels", keywords.get("in_chans", 3))
+    small = name.startswith("slimkit:") and keywords.get("stem") != "imagenet"
+    size = 32 if small else 224
+    return (1, channels, size, size)

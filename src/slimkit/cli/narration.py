@@ -1,0 +1,70 @@
+"""A run's events as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+__all__ = ["Narrator"]
+
+
+class Narrator:
+    """A listener for :func:`slimkit.recipe.run_recipe`.
+
+    Args:
+        console: where lines go.
+        quiet: print nothing.
+
+    Attributes:
+        finished: the report is complete.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console = console
+        self.quiet = quiet
+        self.finished = False
+        self._told: set[str] = set()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Print one event."""
+        kind = event["event"]
+        self.finished = self.finished or kind == "done"
+        line = _LINES[kind](event) if kind in _LINES else None
+        if line is None or self.quiet or (kind == "cached" and line in self._told):
+            return
+        self._told.add(line)
+        self.console.print(Text(line, style=_STYLES.get(kind, "")))
+
+
+def _chain(event: Mapping[str, Any]) -> str:
+    return " → ".join(event["chain"]) or "the model as it is"
+
+
+def _data(event: Mapping[str, Any]) -> str:
+    shape = "×".join(str(size) for size in event["shape"])
+    counts = f"{event['train']} train, {event['validation']} validation, {event['test']} test"
+    skipped = sum(event["skipped"].values())
+    bad = f", {skipped} unreadable images left out" if skipped else ""
+    return f"data     {event['source']}: {counts}, {shape}{bad}"
+
+
+def _proof(event: Mapping[str, Any]) -> str:
+    size = event["bytes"] / 1000
+    return f"proof    {event['variant']}: accuracy {event['accuracy']:.2f} %, {size:,.1f} kB"
+
+
+_LINES = {
+    "data": _data,
+    "variant": lambda event: f"variant  {event['variant']}: {_chain(event)}",
+    "cached": lambda event: f"cached   {_chain(event)}",
+    "start": lambda event: f"stage    {_chain(event)}",
+    "end": lambda event: f"done     {event['stage']} in {event['seconds']:.1f} s",
+    "waiting": lambda event: f"waiting  another run is working on {event['stage']}",
+    "restart": lambda event: f"restart  {event['stage']}: its checkpoint was of another version",
+    "proof": _proof,
+    "latency": lambda event: f"latency  measured in {event['seconds']:.1f} s",
+}
+_STYLES = {"variant": "bold", "cached": "dim", "waiting": "yellow", "restart": "yellow"}

@@ -1,0 +1,27 @@
+"""The verbs and the files that they live in, imported when they are called for."""
+
+from __future__ import annotations
+
+import importlib
+
+import typer
+
+__all__ = ["VERBS", "register"]
+
+VERBS = (
+    "run",
+    "profile",
+    "explain",
+    "benchmark",
+    "compare",
+    "report",
+    "list",
+    "schema",
+    "doctor",
+)
+
+
+def register(app: typer.Typer, verb: str) -> None:
+    """Add ``slimkit VERB`` from ``slimkit/cli/VERB_command.py``."""
+    module = importlib.import_module(f"slimkit.cli.{verb}_command")
+    app.command(verb)(getattr(module, f"{verb}_command"))
