@@ -117,6 +117,11 @@ def report() -> dict[str, Any]:
         "schema_version": 1,
         "name": "quickstart",
         "seed": 0,
+        "smoke": False,
+        "data": {
+            "source": "digits", "shape": [1, 32, 32], "train": 1132, "validation": 125,
+            "test": 540, "classes": list("0123456789"), "skipped": {},
+        },
         "environment": {
             "slimkit": "0.1.0",
             "python": "3.11.7",

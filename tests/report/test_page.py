@@ -101,7 +101,37 @@ def test_a_failed_gate_is_marked(report: dict[str, Any]) -> None:
     html = build_html(report)
     assert html.count('class="fail"') == 1
     assert html.count('class="pass"') == 2
-    assert "1.4 missed" in re.sub(r"<[^>]+>", "", html)
+    assert "1.4, at most 1: missed" in re.sub(r"<[^>]+>", "", html)
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "passed", "said"),
+    [
+        (98.9, 98.0, True, "98.9, at least 98"),
+        (97.9, 98.0, False, "97.9, at least 98: missed"),
+        (0.2, 1.0, True, "0.2, at most 1"),
+        (None, 30.0, False, "not measured, at most 30: missed"),
+    ],
+)
+def test_a_gate_says_which_way_round_it_is(
+    report: dict[str, Any], value: float | None, limit: float, passed: bool, said: str
+) -> None:
+    report["gates"] = [{"name": "gate", "limit": limit, "value": value, "passed": passed}]
+    assert said in Page(build_html({**report, "variants": report["variants"][:1]})).text
+
+
+def test_a_smoke_run_cannot_be_taken_for_a_result(report: dict[str, Any]) -> None:
+    assert "its figures mean nothing" not in build_html(report)
+    assert "its figures mean nothing" in build_html({**report, "smoke": True})
+
+
+def test_what_stays_in_float_is_named(report: dict[str, Any]) -> None:
+    nodes = [{"name": "fc", "type": "Gemm"}, {"name": "", "type": "Softmax"}]
+    for variant in report["variants"]:
+        variant["fusion"]["float_nodes"] = nodes
+    text = Page(build_html(report)).text
+    assert "final leaves in float: fc, Softmax." in text
+    assert "baseline leaves in float" not in text
 
 
 @pytest.mark.parametrize(

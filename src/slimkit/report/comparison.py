@@ -135,11 +135,12 @@ def _variant_rows(
 
 def _different_settings(first: Report, second: Report) -> list[tuple[str, str, str]]:
     def collect(report: Report) -> dict[str, str]:
-        found = {"seed": words.plain(report.seed)}
-        for variant in report.variants:
-            for stage in variant.stages:
-                for path, value in words.flat(stage.settings).items():
-                    found[f"stages.{stage.name}.{path}"] = words.plain(value)
+        recipe: dict[str, Any] = dict(report.recipe)
+        if not recipe:  # an older or hand-made report: what its stages say
+            stages = [stage for variant in report.variants for stage in variant.stages]
+            recipe["seed"] = report.seed
+            recipe["stages"] = {stage.name: stage.settings for stage in stages}
+        found = {path: words.plain(value) for path, value in words.flat(recipe).items()}
         for path, value in words.flat(report.environment).items():
             found[f"environment.{path}"] = words.plain(value)
         return found

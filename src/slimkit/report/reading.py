@@ -88,6 +88,8 @@ class Report:
     environment: Mapping[str, Any]
     seed: int | None
     data: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    smoke: bool
     metric: str
 
     @property
@@ -245,6 +247,8 @@ def parse_report(data: Any, *, where: str = "report.json") -> Report:
         environment=data.get("environment") or {},
         seed=data.get("seed"),
         data=data.get("data") or {},
+        recipe=data.get("recipe") or {},
+        smoke=bool(data.get("smoke")),
         metric=known[0] if known else first,
     )
 

@@ -64,7 +64,7 @@ def build_html(report: Mapping[str, Any]) -> str:
         channels=_channels(parsed),
         gates=[_gate(gate) for gate in parsed.gates],
         warnings=_warnings(parsed),
-        environment_rows=words.flat(parsed.environment),
+        facts=_facts(parsed),
     )
     return "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
 
@@ -150,24 +150,38 @@ def _proofs(report: Report) -> dict[str, Any]:
         for kind in ("convs", "linears", "adds")
         if any(v.fusion.get(kind) and f"integer_{kind}" in v.fusion for v in report.variants)
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
     for variant in report.variants:
         parity, fusion = variant.parity, variant.fusion
         agreement = parity.get("top1_agreement")
         cells = [
             _scientific(parity.get("max_abs_diff")),
-            "–" if parity.get("sqnr_db") is None else f"{parity['sqnr_db']:.0f}{words.NARROW}dB",
+            _decibels(parity.get("sqnr_db")),
             "–" if agreement is None else f"{100 * agreement:.2f}{words.NARROW}%",
             *(
-                f"{fusion[f'integer_{kind}']} of {fusion[kind]}" if fusion.get(kind) else "–"
+                f"{fusion.get(f'integer_{kind}', 0)} of {fusion[kind]}" if fusion.get(kind) else "–"
                 for kind in kinds
             ),
         ]
         if parity or fusion:
             rows.append({"name": variant.name, "cells": cells})
+        names = [
+            str(node.get("name") or node.get("type")) for node in fusion.get("float_nodes", ())
+        ]
+        if names and any(fusion.get(f"integer_{kind}") for kind in kinds):
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            notes.append(f"{variant.name} leaves in float: {', '.join(names[:8])}{more}.")
     titles = {"convs": "convolutions", "linears": "linear layers", "adds": "additions"}
     columns = ["largest difference", "signal to noise", "same answer"]
-    return {"columns": [*columns, *(f"integer {titles[kind]}" for kind in kinds)], "rows": rows}
+    columns += [f"integer {titles[kind]}" for kind in kinds]
+    return {"columns": columns, "rows": rows, "notes": notes}
+
+
+def _decibels(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "exact" if value >= 999 else f"{value:.0f}{words.NARROW}dB"
 
 
 def _scientific(value: float | None) -> str:
@@ -292,12 +306,16 @@ def _channels(report: Report) -> list[dict[str, Any]]:
 
 
 def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
-    value = gate.get("value")
+    value, limit, passed = gate.get("value"), gate.get("limit"), bool(gate.get("passed"))
+    written, at_least = "not measured", False
+    if isinstance(value, int | float) and isinstance(limit, int | float):
+        at_least = passed == (value > limit)  # which way round follows from the outcome
+        written = f"{value:.3g}"
     return {
         "name": str(gate.get("name", "")).replace("_", " "),
-        "limit": words.plain(gate.get("limit")),
-        "value": f"{value:.3g}" if isinstance(value, float) else words.plain(value),
-        "passed": bool(gate.get("passed")),
+        "limit": f"{'at least' if at_least else 'at most'} {words.plain(limit)}",
+        "value": written,
+        "passed": passed,
     }
 
 
@@ -310,3 +328,17 @@ def _warnings(report: Report) -> list[str]:
             if item.busy
         }
     )
+
+
+def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What else was recorded: data, model, teachers, environment; as titled lists."""
+    recipe = {
+        key: report.recipe[key] for key in ("model", "teachers", "measure") if key in report.recipe
+    }
+    data: dict[str, Any] = {**(report.recipe.get("data") or {}), **report.data}
+    sections = {"data": data, **recipe, "environment": {"seed": report.seed, **report.environment}}
+    return [
+        (title, [(key, words.plain(value)) for key, value in words.flat(section).items()])
+        for title, section in sections.items()
+        if section
+    ]
