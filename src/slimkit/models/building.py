@@ -92,12 +92,12 @@ def _factory(name: str) -> Callable[..., nn.Module]:
     if source == "torchvision":
         models = _library("torchvision.models")
         _check_known(short, models.list_models(), name)
-        return lambda **kwargs: models.get_model(short, **{"weights": None, **kwargs})  # type: ignore[no-any-return]
+        return lambda **kwargs: models.get_model(short, **{"weights": None, **kwargs})
     if source == "timm":
         timm = _library("timm")
         if not timm.is_model(short.split(".")[0]):
             _check_known(short, timm.list_models(), name)
-        return lambda **kwargs: timm.create_model(short, **kwargs)  # type: ignore[no-any-return]
+        return lambda **kwargs: timm.create_model(short, **kwargs)
     factory = import_object(name, where=name)
     if not callable(factory):
         raise ModelError(f"{short} is not callable", where=name)
@@ -110,13 +110,12 @@ def _check_known(short: str, known: list[str], where: str) -> None:
 
 
 def _library(module: str) -> Any:
-    """torchvision or timm: heavy, and timm is optional."""
+    """Import torchvision or timm: heavy, and timm is optional."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        package = module.split(".")[0]
+        package = module.partition(".")[0]
+        what = "'slimkit[models]'" if package == "timm" else package
         raise MissingDependencyError(
-            f"{package} is not installed",
-            where=f"{package}:",
-            hint="pip install 'slimkit[models]'" if package == "timm" else "pip install torchvision",
+            f"{package} is not installed", where=f"{package}:", hint=f"pip install {what}"
         ) from error

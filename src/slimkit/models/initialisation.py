@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 __all__ = ["initialise"]
@@ -16,7 +18,7 @@ def initialise(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            mode = "fan_in" if module.groups > 1 else "fan_out"
+            mode: Literal["fan_in", "fan_out"] = "fan_in" if module.groups > 1 else "fan_out"
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -19,7 +19,7 @@ __all__ = ["BasicBlock", "CifarResNet", "resnet20", "resnet56"]
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with a shortcut around them; (N, in, H, W) → (N, out, H/s, W/s)."""
+    """Two 3×3 convolutions with a shortcut around them."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -35,6 +35,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) → (N, out, H/stride, W/stride)."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         shortcut = x if self.downsample is None else self.downsample(x)

@@ -119,8 +119,8 @@ def _restore_optimizer(
 ) -> None:
     entries: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *numbers.items()]:
-        index, _, key = name.partition("/")
-        entries.setdefault(int(index), {})[key] = value
+        number, _, key = name.partition("/")
+        entries.setdefault(int(number), {})[key] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entry in entries.items():
         for key, value in entry.items():

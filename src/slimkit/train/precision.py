@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,10 @@ def choose_precision(
     times: dict[str, list[float]] = {"fp32": [], "bf16": []}
     with torch.random.fork_rng(devices=devices):
         for repeat in range(_WARMUP + _STEPS):
-            for name in times:  # interleaved: a busy moment hits both
-                seconds = _timed(lambda chosen=name: step(chosen == "bf16").backward(), device)
+            for name, seconds in times.items():  # interleaved: a busy moment hits both
+                spent = _timed(step, name == "bf16", device)
                 if repeat >= _WARMUP:
-                    times[name].append(seconds)
+                    seconds.append(spent)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(held[name])
@@ -55,11 +55,11 @@ def choose_precision(
     return choice, {name: round(value, 3) for name, value in best.items()}
 
 
-def _timed(action: Callable[[], Any], device: torch.device) -> float:
+def _timed(step: Callable[[bool], Tensor], bf16: bool, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    action()
+    torch.autograd.backward(step(bf16))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

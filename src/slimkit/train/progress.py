@@ -97,7 +97,7 @@ class Scalars:
         if folder is not None:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=step or None)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder), purge_step=step or None)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Write some scalars."""

@@ -123,9 +123,7 @@ def fit(
                 loader.set_seed(seed)
             run = _Run(model, loader, loss_fn, settings, losses, callbacks, seed, max_steps, device)
             run.restore_or_start(None if checkpoint is None else Path(checkpoint))
-            show = Display(
-                run.total, run.step, label=label, enabled=progress and device.is_main
-            )
+            show = Display(run.total, run.step, label=label, enabled=progress and device.is_main)
             folder = Path(tensorboard) if tensorboard is not None and device.is_main else None
             with show, Scalars(folder, run.step) as scalars:
                 while run.step < run.total:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -89,7 +90,7 @@ class ArrayLoader:
         samples = self.samples // self._world
         if self.drop_last:
             return max(1, samples // self.batch_size)
-        return -(-samples // self.batch_size)
+        return math.ceil(samples / self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the random changes of the next iteration."""
@@ -114,18 +115,17 @@ class ArrayLoader:
         draws = draw(self.augment, count, generator) if self.augment else None
         if self._world > 1:
             order = order[self._rank : count - count % self._world : self._world]
-        chunks = list(order.split(self.batch_size))[: len(self)]
+        chunks = list(torch.split(order, self.batch_size))[: len(self)]
         if isinstance(self.store, MemoryStore):
             for chunk in chunks:
                 yield self._batch(chunk, draws)
             return
         with ThreadPoolExecutor(1, "slimkit-prefetch") as ahead:  # decode while the model works
             pending = ahead.submit(self._batch, chunks[0], draws)
-            for chunk in [*chunks[1:], None]:
-                ready = pending.result()
-                if chunk is not None:
-                    pending = ahead.submit(self._batch, chunk, draws)
+            for chunk in chunks[1:]:
+                ready, pending = pending.result(), ahead.submit(self._batch, chunk, draws)
                 yield ready
+            yield pending.result()
 
     def _batch(self, chunk: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
         images, read = self.store.fetch(self.indices[chunk])

@@ -51,7 +51,8 @@ class DataSettings(BaseModel):
         limit: use at most so many images of each split (a quick look); ``None`` uses all.
         on_bad_image: an unreadable image is an ``"error"``, or is ``"skip"``-ped and counted.
         cache: keep decoded images in ``"memory"``, read ``"files"`` again each epoch, or
-            decide by the memory that is free (``"auto"``).
+            decide by the memory that is free (``"auto"``). Only ``imagefolder:`` can leave
+            them in files; other sources are always decoded into memory.
         seed: of the validation split and of ``limit``; not of training.
     """
 

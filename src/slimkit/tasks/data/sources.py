@@ -126,8 +126,8 @@ def checked_labels(labels: list[int] | Tensor, classes: list[str], where: str) -
         DataError: a label is outside.
     """
     tensor = torch.as_tensor(labels, dtype=torch.int64)
-    if len(tensor) and not (0 <= int(tensor.min()) and int(tensor.max()) < len(classes)):
-        outside = tensor[(tensor < 0) | (tensor >= len(classes))]
+    outside = tensor[(tensor < 0) | (tensor >= len(classes))]
+    if len(outside):
         raise DataError(
             f"label {int(outside[0])} is outside 0 … {len(classes) - 1}",
             where=where,

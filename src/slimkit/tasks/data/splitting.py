@@ -27,9 +27,7 @@ def stratified(labels: Tensor, held_out: int, *, seed: int) -> tuple[Tensor, Ten
     """
     count = len(labels)
     if not 0 <= held_out < max(1, count):
-        raise DataError(
-            f"cannot hold out {held_out} of {count} images", where="data.validation"
-        )
+        raise DataError(f"cannot hold out {held_out} of {count} images", where="data.validation")
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.bincount(labels)
     exact = sizes.double() * held_out / max(1, count)

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Decoder", "FileStore", "ImageStore", "MemoryStore", "decode_all"]
+__all__ = ["Decoder", "FileStore", "ImageStore", "MemoryStore", "decode_all", "free_memory"]
 
 
 class ImageStore(Protocol):
     """Images by number."""
 
-    skipped: int
+    @property
+    def skipped(self) -> int:
+        """Unreadable images that were left out."""
 
     def __len__(self) -> int: ...
 
@@ -53,10 +55,12 @@ class MemoryStore:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
         height, width, channels = self.images.shape[1:]
         return height, width, channels
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Some images, all of them readable."""
         return self.images.index_select(0, indices), torch.arange(len(indices))
 
 
@@ -80,7 +84,6 @@ class Decoder:
         Raises:
             DataError: it is cut off or not an image; ``where`` names it.
         """
-        import numpy as np
         from PIL import Image
 
         try:
@@ -89,15 +92,21 @@ class Decoder:
                 if self.size is not None:  # JPEG can be decoded at ½, ¼, ⅛ for nothing
                     side = round(self.size / self.crop_fraction)
                     image.draft(None, (2 * side, 2 * side))
-                converted = image.convert("L" if self.channels == 1 else "RGB")
-                pixels = np.asarray(self._sized(converted), dtype=np.uint8)
+                return self.pixels(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(
                 f"the image cannot be read: {error}",
                 where=where,
                 hint="set on_bad_image: skip to leave such images out",
             ) from error
-        return pixels.reshape(*pixels.shape[:2], self.channels)
+
+    def pixels(self, image: Any) -> NDArray[np.uint8]:
+        """An opened (PIL) image, converted, resized and cropped."""
+        import numpy as np
+
+        converted = image.convert("L" if self.channels == 1 else "RGB")
+        array = np.asarray(self._sized(converted), dtype=np.uint8)
+        return array.reshape(*array.shape[:2], self.channels)
 
     def _sized(self, image: Any) -> Any:
         from PIL import Image
@@ -135,6 +144,7 @@ class FileStore:
 
     @property
     def skipped(self) -> int:
+        """Unreadable images met so far."""
         return len(self._bad)
 
     def __len__(self) -> int:
@@ -142,12 +152,14 @@ class FileStore:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) after decoding."""
         size = self.decoder.size
         if size is None:
             raise DataError("images that stay in files need an image_size", where="image_size")
         return size, size, self.decoder.channels
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode some images; see :class:`ImageStore`."""
         decoded = list(self._pool.map(self._decode, indices.tolist()))
         kept = [position for position, pixels in enumerate(decoded) if pixels is not None]
         if not kept:
@@ -215,6 +227,7 @@ def _collect(
                 raise pixels
             continue
         if images is None:
+            _check_memory(len(items) * pixels.nbytes, items[index][1])
             images = torch.empty((len(items), *pixels.shape), dtype=torch.uint8)
         if images.shape[1:] != pixels.shape:
             raise DataError(
@@ -228,3 +241,20 @@ def _collect(
     if images is None:
         raise DataError("there is no readable image", where=items[0][1] if items else None)
     return MemoryStore(images[: len(kept)], skipped=len(items) - len(kept)), kept
+
+
+def free_memory() -> int:
+    """Bytes that can be taken without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _check_memory(needed: int, where: str) -> None:
+    free = free_memory()
+    if needed > 0.8 * free:
+        raise DataError(
+            f"the decoded images take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
+            where=where,
+            hint="a smaller image_size, or imagefolder: with cache: files",
+        )
