@@ -5,7 +5,7 @@ from __future__ import annotations
 from slimkit.graph.addressing import AddressMode, function_name
 from slimkit.graph.capture import Call, Graph, Op, Ref, TensorInfo, capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
-from slimkit.graph.groups import Group, Slot
+from slimkit.graph.groups import Group, Slot, dependency_groups
 from slimkit.graph.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.graph.patterns import match_modules
 
@@ -24,6 +24,7 @@ __all__ = [
     "as_inputs",
     "batch_norm_pairs",
     "capture",
+    "dependency_groups",
     "function_name",
     "match_modules",
 ]

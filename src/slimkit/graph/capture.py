@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimkit.errors import CaptureError, SlimkitError
 from slimkit.graph.addressing import AddressMode
 from slimkit.graph.inputs import ExampleInputs, as_inputs
+from slimkit.graph.sizes import Origin, TrackedInt
 
 __all__ = ["Call", "Graph", "Op", "Ref", "TensorInfo", "capture", "tensors_in"]
 
@@ -93,6 +94,8 @@ class Call:
         inputs: value numbers of the tensors in the arguments, in order.
         outputs: value numbers of the tensors in the result. A function that hands its
             argument back (dropout in evaluation) has it in both.
+        args, kwargs: the arguments, tensors replaced by :class:`Ref`; a size that the model
+            read from a tensor is a :class:`~slimkit.graph.sizes.TrackedInt`.
     """
 
     index: int
@@ -101,6 +104,8 @@ class Call:
     ordinal: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -119,6 +124,7 @@ class Graph:
         outputs: value numbers of the tensors in the model's result.
         parameters: name of a parameter or buffer → value number; tied names share it.
         aliases: first name → all names, for tied parameters only.
+        escaped: (value number, dimension) of sizes that entered arithmetic in Python.
     """
 
     def __init__(self) -> None:
@@ -129,6 +135,7 @@ class Graph:
         self.outputs: tuple[int, ...] = ()
         self.parameters: dict[str, int] = {}
         self.aliases: dict[str, list[str]] = {}
+        self.escaped: set[Origin] = set()
         self._producer: dict[int, Op] = {}
         self._consumers: dict[int, list[Op]] = {}
         self._call_producer: dict[int, Call] = {}
@@ -185,8 +192,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         for item in value:
             yield from tensors_in(item)
     elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name, None))
+        for item in fields(value):
+            yield from tensors_in(getattr(value, item.name, None))
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
@@ -302,8 +309,27 @@ class _Recorder:
         if isinstance(argument, Tensor):
             return Ref(self.value(argument))
         if isinstance(argument, tuple | list):
-            return type(argument)(self.refs(item) for item in argument)
+            items = [self.refs(item) for item in argument]
+            return items if isinstance(argument, list) else tuple(items)
+        if isinstance(argument, dict):
+            return {key: self.refs(item) for key, item in argument.items()}
         return argument
+
+    def tracked(
+        self, tensor: Tensor, sizes: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The result of ``tensor.shape`` or ``tensor.size()`` with its origin attached."""
+        value = self.value(tensor)
+        escaped = self.graph.escaped
+        if isinstance(sizes, int):
+            dim = kwargs.get("dim", args[0] if args else 0)
+            return TrackedInt(sizes, ((value, dim % tensor.ndim),), escaped)
+        return torch.Size(
+            TrackedInt(size, ((value, dim),), escaped) for dim, size in enumerate(sizes)
+        )
+
+
+_SHAPE = torch.Tensor.shape.__get__
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
@@ -328,6 +354,9 @@ class _CallRecorder(AddressMode):
         kwargs: Mapping[str, Any],
     ) -> Any:
         graph = self._recorder.graph
+        if func == _SHAPE or func is torch.Tensor.size:
+            return self._recorder.tracked(args[0], func(*args, **kwargs), args[1:], kwargs)
+        recorded = self._recorder.refs(args), self._recorder.refs(dict(kwargs))
         inputs = self._recorder.values((args, kwargs))
         first_op = len(graph.ops)
         self.current = len(graph.calls)
@@ -342,7 +371,18 @@ class _CallRecorder(AddressMode):
         if outputs or issued:
             module, _, rest = address.rpartition(":")
             function, _, ordinal = rest.rpartition("#")
-            graph._add_call(Call(len(graph.calls), module, function, int(ordinal), inputs, outputs))
+            graph._add_call(
+                Call(
+                    index=len(graph.calls),
+                    module=module,
+                    function=function,
+                    ordinal=int(ordinal),
+                    inputs=inputs,
+                    outputs=outputs,
+                    args=recorded[0],
+                    kwargs=recorded[1],
+                )
+            )
         return result
 
 

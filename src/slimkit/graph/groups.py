@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Group", "Role", "Slot"]
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimkit.graph.capture import Graph
+    from slimkit.graph.channels import AtomArray, ChannelTracker, ParameterDim
+
+__all__ = ["Group", "Role", "Slot", "dependency_groups"]
 
 Role = Literal["producer", "consumer", "vector"]
 """What a tensor's dimension does for a channel: ``"producer"`` makes it (output dimension of
@@ -59,7 +65,8 @@ class Group:
 
     Attributes:
         name: path of the first module that makes the channels (``"layer1.0.conv1"``), with
-            ``":2"``, ``":3"`` … where one module makes the channels of several groups.
+            ``":2"``, ``":3"`` … where one module makes the channels of several groups;
+            ``"conv1 input"`` where no module makes them.
         size: the number of channels that can be removed independently; at least one stays.
         slots: all places, in order of execution.
         frozen_reason: why none can be removed, in plain language; ``None`` if they can.
@@ -97,3 +104,107 @@ class Group:
         if self.frozen_reason is not None:
             head += f", kept because {self.frozen_reason}"
         return "\n".join([head, *(f"  {slot}" for slot in self.slots)])
+
+
+def dependency_groups(graph: Graph, model: nn.Module) -> list[Group]:
+    """Find all channels of a network and what leaves with each.
+
+    Channels that the model's output shows, that meet its input, or that an operator uses
+    in a way that cannot be followed come in groups with a ``frozen_reason``; everything
+    else stays free. Cost is linear in the number of channels times the layers they touch.
+
+    Args:
+        graph: what :func:`~slimkit.graph.capture.capture` returned for ``model``.
+        model: the captured model.
+
+    Returns:
+        Groups in the order in which their first layers run.
+    """
+    from slimkit.graph.channels import track
+
+    return groups_of(track(graph, model))
+
+
+def groups_of(tracker: ChannelTracker) -> list[Group]:
+    """The groups that a finished pass of rules found."""
+    labels, frozen = tracker.components()
+    owners = list(tracker.parameter_dims.values())
+    if not owners:
+        return []
+    # One row per place: which parameter dimension, which position, which component.
+    owner = np.repeat(np.arange(len(owners)), [o.size for o in owners])
+    position = np.concatenate([np.arange(o.size) for o in owners])
+    label = np.concatenate([labels[o.start : o.start + o.size] for o in owners])
+    components, component = np.unique(label, return_inverse=True)
+    kinds = _kinds(owner, component, len(components), len(owners), components, frozen)
+
+    groups: list[tuple[int, int, Group]] = []
+    order = np.lexsort((position, component, owner, kinds[component]))
+    kind_of_row = kinds[component][order]
+    starts = np.flatnonzero(np.r_[True, kind_of_row[1:] != kind_of_row[:-1]])
+    for rows in np.split(order, starts[1:]):
+        groups.append(
+            _group(owners, owner[rows], position[rows], component[rows], components, frozen)
+        )
+    groups.sort(key=lambda item: item[:2])
+    return _named([group for _, _, group in groups])
+
+
+def _kinds(
+    owner: AtomArray,
+    component: AtomArray,
+    count: int,
+    owner_count: int,
+    components: AtomArray,
+    frozen: dict[int, str],
+) -> AtomArray:
+    """A number per component, equal for those that have as many places in the same tensors."""
+    generator = np.random.default_rng(0)  # a hash of the multiset of owners
+    hashes = generator.integers(0, 2**62, owner_count, dtype=np.uint64)
+    total = np.zeros(count, dtype=np.uint64)
+    np.add.at(total, component, hashes[owner])
+    reasons = {reason: i + 1 for i, reason in enumerate(dict.fromkeys(frozen.values()))}
+    reason_of = np.array([reasons.get(frozen.get(c, ""), 0) for c in components.tolist()])
+    spread = generator.integers(0, 2**62, len(reasons) + 1, dtype=np.uint64)
+    return np.unique(total + spread[reason_of], return_inverse=True)[1]
+
+
+def _group(
+    owners: list[ParameterDim],
+    owner: AtomArray,
+    position: AtomArray,
+    component: AtomArray,
+    components: AtomArray,
+    frozen: dict[int, str],
+) -> tuple[int, int, Group]:
+    """One group from its places, which are sorted by owner, component and position."""
+    size = len(np.unique(component))
+    slots: list[tuple[bool, int, Slot]] = []
+    starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
+    for rows in np.split(np.arange(len(owner)), starts[1:]):
+        index = int(owner[rows[0]])
+        held = owners[index]
+        role = held.role or "vector"
+        places = position[rows].reshape(size, -1)
+        slots.append((role != "producer", index, Slot(held.tensor, held.dim, role, places)))
+    slots.sort(key=lambda item: item[:2])
+    reason = frozen.get(int(components[component[0]]))
+    width = slots[0][2].width
+    if reason is None and size == 1:
+        reason = "there is only one" if width == 1 else "they can only leave all at once"
+    name = slots[0][2].module
+    if slots[0][2].role == "consumer":
+        name = f"{name} input"
+    group = Group(name, size, tuple(slot for _, _, slot in slots), reason)
+    first = slots[0][2].positions
+    return slots[0][1], int(first.min()), group
+
+
+def _named(groups: list[Group]) -> list[Group]:
+    """Distinct names: ``conv``, ``conv:2``, ``conv:3`` …"""
+    seen: dict[str, int] = {}
+    named = []
+    for group in groups:
+        seen[group.name] = number = seen.get(group.name, 0) + 1
+        named.append(replace(group, name=f"{group.name}:{number}") if number > 1 else group)
+    return named

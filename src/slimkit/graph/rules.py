@@ -1,0 +1,432 @@
+"""What operators do to channels: element-wise, contracting and normalising ones.
+
+See :func:`slimkit.graph.channels.rule` for how to add one. Operators that change shapes
+are in :mod:`slimkit.graph.rules_shape`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from slimkit.graph.capture import Op, Ref
+from slimkit.graph.channels import ChannelTracker, Dim, refs, rule, rule_name, where
+
+__all__ = ["MIXING", "in_blocks"]
+
+MIXING: set[str] = {
+    "aten.addmm",
+    "aten.baddbmm",
+    "aten.bmm",
+    "aten.convolution",
+    "aten.dot",
+    "aten.linear",
+    "aten.linalg_vector_norm",
+    "aten.mm",
+    "aten.mv",
+    "aten.norm",
+    "aten.sum",
+    "torchvision.deform_conv2d",
+}
+"""Operators that add up over channels: a channel that is zero in front of them is gone."""
+
+SPATIAL = "it is a batch, spatial or sequence dimension"
+
+
+def in_blocks(groups: int, in_per_group: int, out_per_group: int) -> bool:
+    """Whether a grouped convolution loses whole groups (as depthwise ones do), or else the
+    same positions of every group: what leaves the finer choice."""
+    return groups > max(in_per_group, out_per_group)
+
+
+@rule("")
+def unknown(tracker: ChannelTracker, op: Op) -> None:
+    """Operators without a rule: element-wise ones are known by their tag, the rest freezes."""
+    if torch.Tag.pointwise in op.target.tags:
+        pointwise(tracker, op)
+        return
+    for value in op.inputs:
+        tracker.freeze_value(value, f"nothing is known about the operator {where(op)}")
+    for value in op.outputs:
+        reason = f"it comes out of {where(op)}"
+        tracker.set_dims(value, [reason] * len(tracker.shape(value)))
+
+
+def broadcast(tracker: ChannelTracker, values: list[int], shape: tuple[int, ...]) -> list[Dim]:
+    """Tie the dimensions of ``values`` as broadcasting to ``shape`` lines them up."""
+    operands = [tracker.dims(value) for value in values]
+    result: list[Dim] = []
+    for back in range(len(shape), 0, -1):
+        size = shape[-back]
+        met = [
+            dims[-back]
+            for value, dims in zip(values, operands, strict=True)
+            if len(dims) >= back and tracker.shape(value)[-back] == size
+        ]
+        atoms = [dim for dim in met if not isinstance(dim, str)]
+        for dim in met:
+            if atoms and dim is not atoms[0]:
+                tracker.tie(atoms[0], dim)
+        result.append(atoms[0] if atoms else met[0] if met else SPATIAL)
+    return result
+
+
+@rule(
+    *("aten.copy", "aten.hardswish", "aten.hardsigmoid", "aten._prelu_kernel", "aten.clamp"),
+    *("aten.rrelu_with_noise", "aten.native_dropout", "aten.masked_fill", "aten.where"),
+)
+def pointwise(tracker: ChannelTracker, op: Op) -> None:
+    """Each position of the result depends on that position of the operands."""
+    for output in op.outputs:
+        shape = tracker.shape(output)
+        values = [value for value in op.inputs if len(tracker.shape(value)) <= len(shape)]
+        tracker.set_dims(output, broadcast(tracker, values, shape))
+
+
+@rule(
+    *("aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.lift_fresh"),
+    *("aten._to_copy", "aten.to", "aten.zeros_like", "aten.ones_like", "aten.empty_like"),
+    *("aten.full_like", "aten.rand_like", "aten.randn_like", "aten.fill", "aten.zero"),
+    *("aten.bernoulli", "aten.uniform", "aten.normal", "aten.dropout"),
+)
+def same(tracker: ChannelTracker, op: Op) -> None:
+    """The result has the dimensions of the first operand."""
+    for output in op.outputs:
+        tracker.set_dims(output, tracker.dims(op.inputs[0]))
+
+
+# --- convolutions and matrix products ----------------------------------------------------
+
+
+@rule("aten.convolution", "aten._convolution", "aten.cudnn_convolution")
+def convolution(tracker: ChannelTracker, op: Op) -> None:
+    """Plain, grouped, depthwise and transposed convolutions of any dimension."""
+    a = tracker.arguments(op)
+    x, weight, groups = a["input"].id, a["weight"].id, int(a["groups"])
+    bias = a["bias"].id if a.get("bias") is not None else None
+    transposed = bool(a.get("transposed", False))
+    rank = len(tracker.shape(weight)) - 2
+    dims = tracker.dims(x)
+    channel = len(dims) - rank - 1
+    out = _convolve(tracker, dims[channel], weight, groups, transposed=transposed)
+    if bias is not None:
+        tracker.tie(out, tracker.parameter_dim(bias, 0, "vector"))
+    spatial_dims(tracker, op, dims[channel + 1 :])
+    tracker.set_dims(op.outputs[0], [*dims[:channel], out, *[SPATIAL] * rank])
+
+
+def _convolve(
+    tracker: ChannelTracker, x: Dim, weight: int, groups: int, *, transposed: bool
+) -> Dim:
+    """Tie input channels and weight; returns the output channels."""
+    if transposed:
+        return _convolve_transposed(tracker, x, weight, groups)
+    out_channels, in_per_group = tracker.shape(weight)[:2]
+    out_per_group = out_channels // groups
+    out = tracker.parameter_dim(weight, 0, "producer")
+    if groups == 1:
+        tracker.tie(tracker.parameter_dim(weight, 1, "consumer"), x)
+        return out
+    if in_blocks(groups, in_per_group, out_per_group):
+        _tie_blocks(tracker, x, out, groups)
+        return out
+    inner = tracker.parameter_dim(weight, 1, "consumer")
+    if not isinstance(inner, str):
+        tracker.tie(np.tile(inner, groups), x)
+    if not isinstance(out, str):
+        tracker.tie_columns(out.reshape(groups, out_per_group))
+    return out
+
+
+def _convolve_transposed(tracker: ChannelTracker, x: Dim, weight: int, groups: int) -> Dim:
+    """The weight is ``(C_in, C_out / groups, …)``."""
+    in_channels, out_per_group = tracker.shape(weight)[:2]
+    inside = tracker.parameter_dim(weight, 0, "consumer")
+    tracker.tie(inside, x)
+    if groups > 1 and in_blocks(groups, in_channels // groups, out_per_group):
+        tracker.mark(inside, "producer")  # of dimension 0 nothing else is left to make channels
+        if isinstance(inside, str):
+            return inside
+        blocks = inside.reshape(groups, -1)
+        tracker.tie_columns(blocks.T)
+        return np.repeat(blocks[:, 0], out_per_group)
+    outside = tracker.parameter_dim(weight, 1, "producer")
+    if groups == 1:
+        return outside
+    if not isinstance(inside, str):
+        tracker.tie_columns(inside.reshape(groups, -1))
+    return outside if isinstance(outside, str) else np.tile(outside, groups)
+
+
+def _tie_blocks(tracker: ChannelTracker, x: Dim, out: Dim, groups: int) -> None:
+    """Group ``i`` of the input and group ``i`` of the output leave together, as a whole."""
+    if isinstance(x, str) or isinstance(out, str):
+        tracker.tie(x, out)
+        return
+    both = np.concatenate([out.reshape(groups, -1), x.reshape(groups, -1)], axis=1)
+    tracker.tie_columns(both.T)
+
+
+def contract(
+    tracker: ChannelTracker, first: Dim, second: Dim, *, out: tuple[Dim, ...] = ()
+) -> None:
+    """A matrix product adds up over a dimension of both; ``out`` are the second's others."""
+    tracker.tie(first, second)
+    tracker.mark(second, "consumer")
+    for dim in out:
+        tracker.mark(dim, "producer")
+
+
+@rule("aten.mm", "aten.bmm", "aten.mv", "aten.dot")
+def matrix_product(tracker: ChannelTracker, op: Op) -> None:
+    """``(…, n, k) @ (…, k, m)``, or with one or two vectors."""
+    first, second = (tracker.dims(value) for value in op.inputs[:2])
+    _product(tracker, op, first, second)
+
+
+def _product(tracker: ChannelTracker, op: Op, first: list[Dim], second: list[Dim]) -> list[Dim]:
+    inner = len(second) - 2 if len(second) > 1 else 0
+    contract(tracker, first[-1], second[inner], out=tuple(second[inner + 1 :]))
+    tracker.mark(first[-1], "consumer")
+    batch: list[Dim] = []
+    for left, right in zip(first[:-2], second[:-2], strict=False):
+        tracker.tie(left, right)
+        batch.append(right if isinstance(left, str) else left)
+    rows = [first[-2]] if len(first) > 1 else []
+    result = [*batch, *rows, *second[inner + 1 :]]
+    tracker.set_dims(op.outputs[0], result)
+    return result
+
+
+@rule("aten.addmm", "aten.baddbmm", "aten.addmv")
+def product_and_bias(tracker: ChannelTracker, op: Op) -> None:
+    """``bias + first @ second``."""
+    bias, first, second = op.inputs[:3]
+    result = _product(tracker, op, tracker.dims(first), tracker.dims(second))
+    for dim, other in zip(reversed(result), reversed(tracker.dims(bias)), strict=False):
+        if not isinstance(dim, str) or not isinstance(other, str):
+            tracker.tie(dim, other)
+
+
+@rule("aten.linear")
+def linear(tracker: ChannelTracker, op: Op) -> None:
+    """Back-ends that keep ``F.linear`` whole; elsewhere it is a matrix product."""
+    x, weight = op.inputs[:2]
+    dims = tracker.dims(x)
+    tracker.tie(tracker.parameter_dim(weight, 1, "consumer"), dims[-1])
+    out = tracker.parameter_dim(weight, 0, "producer")
+    if len(op.inputs) > 2:
+        tracker.tie(out, tracker.parameter_dim(op.inputs[2], 0, "vector"))
+    tracker.set_dims(op.outputs[0], [*dims[:-1], out])
+
+
+@rule("aten.embedding")
+def embedding(tracker: ChannelTracker, op: Op) -> None:
+    """The table's rows are chosen by numbers; its columns are channels."""
+    weight, indices = op.inputs
+    tracker.freeze(tracker.parameter_dim(weight, 0), "its rows are chosen by index")
+    columns = tracker.parameter_dim(weight, 1, "producer")
+    tracker.set_dims(op.outputs[0], [*[SPATIAL] * len(tracker.shape(indices)), columns])
+
+
+@rule("torchvision.deform_conv2d")
+def deformable_convolution(tracker: ChannelTracker, op: Op) -> None:
+    """A convolution whose sampling points are an input."""
+    a = tracker.arguments(op)
+    groups = int(a["groups"])
+    for extra in (a["offset"], a["mask"]):
+        tracker.freeze_value(extra.id, "it says where a deformable convolution samples")
+    dims = tracker.dims(a["input"].id)
+    if groups > 1 or int(a["offset_groups"]) > 1:
+        tracker.freeze(dims[1], f"its channels share offsets in {where(op)}")
+    out = _convolve(tracker, dims[1], a["weight"].id, groups, transposed=False)
+    tracker.tie(out, tracker.parameter_dim(a["bias"].id, 0, "vector"))
+    tracker.set_dims(op.outputs[0], [dims[0], out, SPATIAL, SPATIAL])
+
+
+@rule(
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_attention_math",
+)
+def attention(tracker: ChannelTracker, op: Op) -> None:
+    """``(N, heads, tokens, channels)``: heads go together; the value's channels are free."""
+    query, key, value = (tracker.dims(v) for v in op.inputs[:3])
+    for other in (key, value):
+        tracker.tie(query[1], other[1])
+    tracker.tie(query[-1], key[-1])
+    if tracker.arguments(op).get("scale") is None:
+        tracker.freeze(query[-1], f"the scale depends on their number in {where(op)}")
+    for extra in op.inputs[3:]:
+        tracker.freeze_value(extra, f"it is the mask of {where(op)}")
+    heads = next((d[1] for d in (query, key, value) if not isinstance(d[1], str)), query[1])
+    tracker.set_dims(op.outputs[0], [query[0], heads, query[2], value[-1]])
+    for rest in op.outputs[1:]:
+        tracker.set_dims(rest, [SPATIAL] * len(tracker.shape(rest)))
+
+
+# --- normalisation, activation, reduction ------------------------------------------------
+
+
+@rule(
+    "aten.native_batch_norm",
+    "aten._native_batch_norm_legit",
+    "aten._native_batch_norm_legit_no_training",
+    "aten.cudnn_batch_norm",
+    "aten.miopen_batch_norm",
+    "aten.batch_norm",
+)
+def batch_norm(tracker: ChannelTracker, op: Op) -> None:
+    """One scale, shift, mean and variance per channel."""
+    dims = tracker.dims(op.inputs[0])
+    for value in op.inputs[1:]:
+        tracker.tie(dims[1], tracker.parameter_dim(value, 0, "vector"))
+    tracker.set_dims(op.outputs[0], dims)
+    for rest in op.outputs[1:]:
+        shape = tracker.shape(rest)
+        tracker.set_dims(
+            rest, [dims[1]] if len(shape) == 1 and shape[0] else [SPATIAL] * len(shape)
+        )
+
+
+@rule("aten.native_layer_norm")
+def layer_norm(tracker: ChannelTracker, op: Op) -> None:
+    """Statistics over the last dimensions, which the module's settings name."""
+    a = tracker.arguments(op)
+    dims = tracker.dims(a["input"].id)
+    count = len(a["normalized_shape"])
+    given = _normalized_shape(tracker, op, count)
+    tail = dims[len(dims) - count :]
+    for position, dim in enumerate(tail):
+        for argument in (a["weight"], a["bias"]):
+            if isinstance(argument, Ref):
+                tracker.tie(dim, tracker.parameter_dim(argument.id, position, "vector"))
+        if given is not None:
+            tracker.claim(op, given[position], dim, where(op))
+    tracker.set_dims(op.outputs[0], dims)
+    for rest in op.outputs[1:]:
+        tracker.set_dims(rest, [*dims[: len(dims) - count], *[SPATIAL] * count])
+
+
+def _normalized_shape(tracker: ChannelTracker, op: Op, count: int) -> tuple[object, ...] | None:
+    """The shape as written by the caller; ``None`` if a module holds it as an attribute."""
+    call = tracker.call(op)
+    if call is None or op.module in tracker.adjustable:
+        return None
+    given = call.kwargs.get("normalized_shape", call.args[1] if len(call.args) > 1 else ())
+    return tuple(given) if isinstance(given, tuple | list) and len(given) == count else None
+
+
+@rule("aten.native_group_norm")
+def group_norm(tracker: ChannelTracker, op: Op) -> None:
+    """Every group keeps as many channels as the others: position ``k`` of all leaves at once.
+
+    With one channel per group (instance norm) the channels are free and the number of
+    groups follows.
+    """
+    a = tracker.arguments(op)
+    dims, groups = tracker.dims(a["input"].id), int(a["group"])
+    channels = dims[1]
+    for argument in (a["weight"], a["bias"]):
+        if isinstance(argument, Ref):
+            tracker.tie(channels, tracker.parameter_dim(argument.id, 0, "vector"))
+    if not isinstance(channels, str):
+        if groups == len(channels) and op.module not in tracker.adjustable:
+            tracker.freeze(channels, f"the number of groups is written in {where(op)}")
+        elif 1 < groups < len(channels):
+            tracker.tie_columns(channels.reshape(groups, -1))
+    tracker.set_dims(op.outputs[0], dims)
+    for rest in op.outputs[1:]:
+        tracker.set_dims(rest, [dims[0], SPATIAL])
+
+
+@rule("aten._softmax", "aten._log_softmax", "aten.cumsum", "aten.cumprod", "aten.sort", "aten.flip")
+def along_a_dimension(tracker: ChannelTracker, op: Op) -> None:
+    """One dimension is treated as a whole, the others position by position."""
+    a = tracker.arguments(op)
+    given = a.get("dim", a.get("dims"))
+    dims = tracker.dims(op.inputs[0])
+    for dim in given if isinstance(given, list | tuple) else [given]:
+        tracker.freeze(dims[dim], f"all of them enter {where(op)}")
+    for output in op.outputs:
+        tracker.set_dims(output, dims)
+
+
+@rule("aten.roll")
+def roll(tracker: ChannelTracker, op: Op) -> None:
+    """Positions move in a circle along some dimensions."""
+    a = tracker.arguments(op)
+    dims = tracker.dims(op.inputs[0])
+    for dim in a["dims"] or range(len(dims)):
+        tracker.freeze(dims[dim], f"their places are counted in {where(op)}")
+    tracker.set_dims(op.outputs[0], dims)
+
+
+@rule(
+    *("aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.var_mean"),
+    *("aten.std_mean", "aten.prod", "aten.argmax", "aten.argmin", "aten.all", "aten.any"),
+    *("aten.max", "aten.min", "aten.logsumexp", "aten.linalg_vector_norm", "aten.norm"),
+)
+def reduce(tracker: ChannelTracker, op: Op) -> None:
+    """Sums and norms may lose zeros; a mean, maximum or product of channels would change."""
+    a = tracker.arguments(op)
+    dims = tracker.dims(op.inputs[0])
+    if len(refs([a.get("other")])):  # the element-wise maximum of two tensors
+        pointwise(tracker, op)
+        return
+    given = a.get("dim")
+    chosen = [given] if isinstance(given, int) else list(given or range(len(dims)))
+    reduced = {dim % len(dims) for dim in chosen} if dims else set()
+    if rule_name(op) not in MIXING:
+        for dim in reduced:
+            tracker.freeze(dims[dim], f"all of them enter {where(op)}")
+    for output in op.outputs:
+        if len(tracker.shape(output)) == len(dims):
+            result = [SPATIAL if i in reduced else dim for i, dim in enumerate(dims)]
+        else:
+            result = [dim for i, dim in enumerate(dims) if i not in reduced]
+        tracker.set_dims(output, result)
+
+
+# --- spatial operators -------------------------------------------------------------------
+
+
+def spatial_dims(tracker: ChannelTracker, op: Op, dims: list[Dim]) -> None:
+    """Channels that lie along a spatial dimension cannot leave."""
+    for dim in dims:
+        tracker.freeze(dim, f"they lie along a spatial dimension of {where(op)}")
+
+
+@rule(
+    *(f"aten.{kind}_pool{n}d" for n in (1, 2, 3) for kind in ("avg", "max", "adaptive_avg")),
+    *(f"aten._adaptive_avg_pool{n}d" for n in (2, 3)),
+    *(f"aten.{kind}_pool{n}d_with_indices" for n in (2, 3) for kind in ("max",)),
+    *(f"aten.{kind}_pool{n}d" for n in (2, 3) for kind in ("adaptive_max", "fractional_max")),
+    *("aten.mkldnn_max_pool2d", "aten.upsample_linear1d", "aten.upsample_nearest1d"),
+    *(f"aten.upsample_{kind}2d" for kind in ("nearest", "bilinear", "bicubic")),
+    *("aten._upsample_bilinear2d_aa", "aten._upsample_nearest_exact2d", "aten.upsample_nearest3d"),
+    *("aten.upsample_trilinear3d", "aten._upsample_bicubic2d_aa", "aten.grid_sampler_2d"),
+    *(f"aten.{kind}_pad{n}d" for n in (1, 2, 3) for kind in ("reflection", "replication")),
+)
+def spatial(tracker: ChannelTracker, op: Op) -> None:
+    """Pooling, resizing and padding: channels stay as they are."""
+    name = rule_name(op)
+    rank = next((n for n in (1, 2, 3) if f"{n}d" in name), 2)
+    dims = tracker.dims(op.inputs[0])
+    kept = dims[: len(dims) - rank]
+    spatial_dims(tracker, op, dims[len(dims) - rank :])
+    for extra in op.inputs[1:]:
+        tracker.freeze_value(extra, f"it says where {where(op)} samples")
+    for output in op.outputs:
+        tracker.set_dims(output, [*kept, *[SPATIAL] * rank])
+
+
+@rule("torchvision.roi_align", "torchvision.roi_pool")
+def regions(tracker: ChannelTracker, op: Op) -> None:
+    """Crops of a feature map."""
+    dims = tracker.dims(op.inputs[0])
+    tracker.freeze_value(op.inputs[1], "it holds boxes")
+    for output in op.outputs:
+        tracker.set_dims(output, [SPATIAL, dims[1], SPATIAL, SPATIAL])

@@ -1,0 +1,478 @@
+"""What operators do to channels: views, permutations, concatenation, slices and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from slimkit.graph.capture import Call, Op, Ref
+from slimkit.graph.channels import AtomArray, ChannelTracker, Dim, rule, where
+from slimkit.graph.rules import SPATIAL
+from slimkit.graph.sizes import TrackedInt
+
+__all__: list[str] = []
+
+FOLLOWS = -1
+"""Stands for a size that PyTorch itself computes from the tensor, such as a −1 in a view."""
+
+
+# --- views -------------------------------------------------------------------------------
+
+
+@rule("aten.view", "aten._unsafe_view", "aten.reshape", "aten._reshape_alias")
+def view(tracker: ChannelTracker, op: Op) -> None:
+    """Dimensions merge and split; each part of the shape that can is treated on its own."""
+    source, target = tracker.shape(op.inputs[0]), tracker.shape(op.outputs[0])
+    dims = tracker.dims(op.inputs[0])
+    sizes = _written_sizes(tracker, op, len(target))
+    if 0 in source or not source or not target:
+        tracker.freeze_value(op.inputs[0], f"{where(op)} has no elements or dimensions")
+        tracker.set_dims(op.outputs[0], [SPATIAL] * len(target))
+        return
+    result: list[Dim] = [SPATIAL] * len(target)
+    for ins, outs in _blocks(source, target):
+        block = [dims[i] for i in ins]
+        shape = [target[j] for j in outs]
+        done = _reshape(
+            tracker, op, block, [source[i] for i in ins], shape, [sizes[j] for j in outs]
+        )
+        for j, dim in zip(outs, done, strict=True):
+            result[j] = dim
+    tracker.set_dims(op.outputs[0], result)
+
+
+def _written_sizes(tracker: ChannelTracker, op: Op, rank: int) -> Sequence[object]:
+    """The sizes as the model's code gave them; ``FOLLOWS`` where PyTorch computes them."""
+    call = tracker.call(op)
+    follows: Sequence[object] = [FOLLOWS] * rank
+    if call is None:
+        return list(tracker.shape(op.outputs[0]))  # a compiled part: take them for numbers
+    if call.function not in ("view", "reshape", "unflatten", "view_as", "reshape_as"):
+        return follows
+    if call.function in ("view_as", "reshape_as"):
+        other = call.args[1].id
+        shape = tracker.shape(other)
+        return [TrackedInt(s, ((other, d),), set()) for d, s in enumerate(shape)]
+    if call.function == "unflatten":
+        return _unflattened(tracker, call, rank)
+    given = [*call.args[1:], *call.kwargs.values()]
+    flat = list(given[0]) if given and isinstance(given[0], tuple | list) else given
+    return flat if len(flat) == rank else follows
+
+
+def _unflattened(tracker: ChannelTracker, call: Call, rank: int) -> Sequence[object]:
+    dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0)
+    given = call.kwargs.get("sizes", call.args[-1])
+    before = dim % len(tracker.shape(call.inputs[0]))
+    after = rank - before - len(given)
+    return [*[FOLLOWS] * before, *given, *[FOLLOWS] * after]
+
+
+def _blocks(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """The finest pairs of runs of dimensions with equal products."""
+    blocks = []
+    i = j = 0
+    while i < len(source) and j < len(target):
+        ins, outs = [i], [j]
+        left, right = source[i], target[j]
+        while left != right:
+            if left < right:
+                ins.append(ins[-1] + 1)
+                left *= source[ins[-1]]
+            else:
+                outs.append(outs[-1] + 1)
+                right *= target[outs[-1]]
+        blocks.append((ins, outs))
+        i, j = ins[-1] + 1, outs[-1] + 1
+    return blocks  # what is left over has size 1
+
+
+def _reshape(
+    tracker: ChannelTracker,
+    op: Op,
+    dims: list[Dim],
+    source: list[int],
+    target: list[int],
+    sizes: list[object],
+) -> list[Dim]:
+    """One block: the dimensions of the result."""
+    place = where(tracker.call(op) or op)
+    tracked = [i for i, dim in enumerate(dims) if not isinstance(dim, str)]
+    fixed: list[Dim] = [next((dim for dim in dims if isinstance(dim, str)), SPATIAL)] * len(target)
+    if not tracked:
+        return fixed
+    if len(tracked) > 1:
+        for i in tracked:
+            tracker.freeze(dims[i], f"two kinds of channels are merged in {place}")
+        return fixed
+    atoms = dims[tracked[0]]
+    shape = [1] * len(source)
+    shape[tracked[0]] = source[tracked[0]]
+    spread = np.broadcast_to(np.reshape(np.asarray(atoms), shape), source).reshape(target)
+    varying = [j for j in range(len(target)) if _varies(spread, j)]
+    if not varying:
+        return fixed
+    result = list(fixed)
+    if len(varying) == 1:
+        j = varying[0]
+        result[j] = np.moveaxis(spread, j, 0).reshape(target[j], -1)[:, 0]
+        tracker.claim(op, sizes[j], result[j], place)
+        return result
+    free = [j for j in varying if sizes[j] == FOLLOWS or isinstance(sizes[j], TrackedInt)]
+    if len(free) != 1:
+        how = "all written as numbers" if not free else "computed"
+        tracker.freeze(atoms, f"they are split into {target}, {how}, in {place}")
+        return fixed
+    j = free[0]
+    rows = np.moveaxis(spread, j, -1).reshape(-1, target[j])
+    tracker.tie_columns(rows)
+    result[j] = rows[0]
+    tracker.claim(op, sizes[j], result[j], place)
+    return result
+
+
+def _varies(array: AtomArray, axis: int) -> bool:
+    return array.shape[axis] > 1 and bool((array != array.take([0], axis)).any())
+
+
+# --- permutations ------------------------------------------------------------------------
+
+
+@rule("aten.permute", "aten.transpose", "aten.t", "aten.numpy_T", "aten.swapaxes")
+def permute(tracker: ChannelTracker, op: Op) -> None:
+    """Dimensions change places."""
+    a = tracker.arguments(op)
+    dims = tracker.dims(op.inputs[0])
+    rank = len(dims)
+    order = list(range(rank))
+    if "dims" in a:
+        order = [dim % rank for dim in a["dims"]]
+    elif rank > 1:
+        first, second = a.get("dim0", 0) % rank, a.get("dim1", 1) % rank
+        order[first], order[second] = order[second], order[first]
+    tracker.set_dims(op.outputs[0], [dims[i] for i in order])
+
+
+@rule("aten.as_strided")
+def as_strided(tracker: ChannelTracker, op: Op) -> None:
+    """Another memory layout of the same shape, or something that cannot be followed."""
+    x, result = op.inputs[0], op.outputs[0]
+    if tracker.shape(x) == tracker.shape(result):
+        tracker.set_dims(result, tracker.dims(x))
+        return
+    tracker.freeze_value(x, f"its memory is read directly in {where(op)}")
+    tracker.set_dims(result, [f"it comes out of {where(op)}"] * len(tracker.shape(result)))
+
+
+@rule("aten.unsqueeze")
+def unsqueeze(tracker: ChannelTracker, op: Op) -> None:
+    """A new dimension of size 1."""
+    dims = tracker.dims(op.inputs[0])
+    place = tracker.arguments(op)["dim"] % (len(dims) + 1)
+    tracker.set_dims(op.outputs[0], [*dims[:place], SPATIAL, *dims[place:]])
+
+
+@rule("aten.squeeze")
+def squeeze(tracker: ChannelTracker, op: Op) -> None:
+    """Dimensions of size 1 go."""
+    dims, shape = tracker.dims(op.inputs[0]), tracker.shape(op.inputs[0])
+    given = tracker.arguments(op).get("dim")
+    chosen = range(len(dims)) if given is None else [given] if isinstance(given, int) else given
+    gone = {dim % len(dims) for dim in chosen if shape[dim] == 1} if dims else set()
+    for i in gone:
+        tracker.freeze(dims[i], f"it is alone where {where(op)} drops a dimension")
+    tracker.set_dims(op.outputs[0], [dim for i, dim in enumerate(dims) if i not in gone])
+
+
+@rule("aten.expand")
+def expand(tracker: ChannelTracker, op: Op) -> None:
+    """Dimensions of size 1 are repeated, new ones appear in front."""
+    shape = tracker.shape(op.outputs[0])
+    dims, source = tracker.dims(op.inputs[0]), tracker.shape(op.inputs[0])
+    new = len(shape) - len(dims)
+    call = tracker.call(op)
+    written: list[object] = [FOLLOWS] * len(shape)
+    if call is not None and call.function == "expand":
+        given = list(call.args[1:]) or list(call.kwargs.values())
+        written = list(given[0]) if isinstance(given[0], tuple | list) else given
+    result: list[Dim] = ["it is expanded to a fixed size"] * len(shape)
+    for i, dim in enumerate(dims):
+        if source[i] == shape[new + i]:
+            result[new + i] = dim
+            if source[i] > 1:
+                tracker.claim(op, written[new + i], dim, where(op))
+    if call is not None and call.function == "expand_as":
+        other = tracker.dims(call.args[1].id)
+        result = [
+            theirs if isinstance(own, str) else own
+            for own, theirs in zip(result, other, strict=True)
+        ]
+    tracker.set_dims(op.outputs[0], result)
+
+
+@rule("aten.repeat")
+def repeat(tracker: ChannelTracker, op: Op) -> None:
+    """The tensor is laid side by side with itself."""
+    times = tracker.arguments(op)["repeats"]
+    dims = tracker.dims(op.inputs[0])
+    padded: list[Dim] = [*[SPATIAL] * (len(times) - len(dims)), *dims]
+    result = [
+        np.tile(dim, n) if not isinstance(dim, str) and len(dim) > 1 else dim
+        for dim, n in zip(padded, times, strict=True)
+    ]
+    shape = tracker.shape(op.outputs[0])
+    tracker.set_dims(
+        op.outputs[0],
+        [
+            d if isinstance(d, str) or len(d) == s else SPATIAL
+            for d, s in zip(result, shape, strict=True)
+        ],
+    )
+
+
+# --- joining and splitting ---------------------------------------------------------------
+
+
+@rule("aten.cat", "aten.concat")
+def cat(tracker: ChannelTracker, op: Op) -> None:
+    """Arrays of atoms are concatenated too."""
+    a = tracker.arguments(op)
+    values = [ref.id for ref in a["tensors"] if tracker.shape(ref.id) != (0,)]
+    operands = [tracker.dims(value) for value in values]
+    rank = len(operands[0])
+    axis = a["dim"] % rank
+    result: list[Dim] = []
+    for i in range(rank):
+        parts = [dims[i] for dims in operands]
+        if i == axis:
+            result.append(_joined(tracker, parts, [tracker.shape(v)[i] for v in values]))
+            continue
+        best = next((dim for dim in parts if not isinstance(dim, str)), parts[0])
+        for dim in parts:
+            tracker.tie(best, dim)
+        result.append(best)
+    tracker.set_dims(op.outputs[0], result)
+
+
+def _joined(tracker: ChannelTracker, parts: list[Dim], sizes: list[int]) -> Dim:
+    if all(isinstance(part, str) for part in parts):
+        return parts[0]
+    return np.concatenate(
+        [
+            tracker.fresh(size, part) if isinstance(part, str) else part
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+    )
+
+
+@rule("aten.stack")
+def stack(tracker: ChannelTracker, op: Op) -> None:
+    """Tensors of the same shape side by side in a new dimension."""
+    a = tracker.arguments(op)
+    operands = [tracker.dims(ref.id) for ref in a["tensors"]]
+    dims = []
+    for parts in zip(*operands, strict=True):
+        best = next((dim for dim in parts if not isinstance(dim, str)), parts[0])
+        for dim in parts:
+            tracker.tie(best, dim)
+        dims.append(best)
+    place = a["dim"] % (len(dims) + 1)
+    tracker.set_dims(op.outputs[0], [*dims[:place], SPATIAL, *dims[place:]])
+
+
+@rule(
+    *(
+        "aten.split",
+        "aten.split_with_sizes",
+        "aten.chunk",
+        "aten.unsafe_split",
+        "aten.unsafe_chunk",
+    ),
+    *("aten.tensor_split", "aten.unsafe_split_with_sizes"),
+)
+def split(tracker: ChannelTracker, op: Op) -> None:
+    """Equal parts (``chunk``) stay equal: position ``k`` of all leaves together."""
+    dims = tracker.dims(op.inputs[0])
+    axis = (tracker.arguments(op).get("dim") or 0) % len(dims)
+    sizes = [tracker.shape(value)[axis] for value in op.outputs]
+    atoms = dims[axis]
+    parts: list[Dim] = [atoms] * len(sizes)
+    if not isinstance(atoms, str):
+        equal = len(set(sizes)) == 1
+        if equal and _follows(tracker, op, atoms):
+            tracker.tie_columns(atoms.reshape(len(sizes), -1))
+        else:
+            tracker.freeze(
+                atoms, f"the sizes of the parts are fixed in {where(tracker.call(op) or op)}"
+            )
+        parts = list(np.split(atoms, np.cumsum(sizes)[:-1]))
+    for value, part in zip(op.outputs, parts, strict=True):
+        tracker.set_dims(value, [*dims[:axis], part, *dims[axis + 1 :]])
+
+
+def _follows(tracker: ChannelTracker, op: Op, atoms: AtomArray) -> bool:
+    """Whether the parts shrink with the tensor: a chunk, or a size read from it."""
+    call = tracker.call(op)
+    if call is None:
+        return False
+    if call.function in ("chunk", "unsafe_chunk", "tensor_split"):
+        return not isinstance(call.args[1] if len(call.args) > 1 else None, TrackedInt)
+    sizes = call.kwargs.get("split_size_or_sections", call.kwargs.get("split_size"))
+    if sizes is None and len(call.args) > 1:
+        sizes = call.args[1]
+    listed = list(sizes) if isinstance(sizes, tuple | list) else [sizes]
+    if not listed or not all(isinstance(size, TrackedInt) for size in listed):
+        return False
+    for size in listed:
+        tracker.claim(op, size, atoms, where(call))
+    return True
+
+
+@rule("aten.glu")
+def gated(tracker: ChannelTracker, op: Op) -> None:
+    """One half is multiplied by the sigmoid of the other."""
+    dims = tracker.dims(op.inputs[0])
+    axis = tracker.arguments(op)["dim"] % len(dims)
+    atoms = dims[axis]
+    if not isinstance(atoms, str):
+        halves = atoms.reshape(2, -1)
+        tracker.tie_columns(halves)
+        dims[axis] = halves[0]
+    tracker.set_dims(op.outputs[0], dims)
+
+
+@rule("aten.unbind", "aten.select")
+def select(tracker: ChannelTracker, op: Op) -> None:
+    """One position, or each, of a dimension."""
+    dims = tracker.dims(op.inputs[0])
+    axis = tracker.arguments(op)["dim"] % len(dims)
+    tracker.freeze(dims[axis], f"single ones are picked in {where(op)}")
+    for value in op.outputs:
+        tracker.set_dims(value, [*dims[:axis], *dims[axis + 1 :]])
+
+
+@rule("aten.slice")
+def slice_(tracker: ChannelTracker, op: Op) -> None:
+    """A range of a dimension; channels stay free only if all are taken, or read sizes split them."""
+    a = tracker.arguments(op)
+    dims, shape = tracker.dims(op.inputs[0]), tracker.shape(op.inputs[0])
+    axis = (a["dim"] or 0) % len(dims)
+    size = shape[axis]
+    start, end, step = slice(a["start"], a["end"], a["step"]).indices(size)
+    atoms = dims[axis]
+    if not isinstance(atoms, str) and (start, end, step) != (0, size, 1):
+        if not _halves(tracker, op, axis, atoms, start, end, step):
+            tracker.freeze(atoms, f"a fixed range is cut out in {where(tracker.call(op) or op)}")
+        dims[axis] = atoms[start:end:step]
+    tracker.set_dims(op.outputs[0], dims)
+
+
+def _halves(
+    tracker: ChannelTracker, op: Op, axis: int, atoms: AtomArray, start: int, end: int, step: int
+) -> bool:
+    """``x[:, : c // 2]`` or ``x[:, c // 2 :]``: equal parts, as in a chunk."""
+    call = tracker.call(op)
+    size = end - start
+    if call is None or step != 1 or not size or len(atoms) % size or start % size:
+        return False
+    written = call.args[1] if len(call.args) > 1 else None
+    indices = written if isinstance(written, tuple) else (written,)
+    if len(indices) <= axis or not all(isinstance(index, slice) for index in indices[: axis + 1]):
+        return False
+    chosen = indices[axis]
+    bounds = [bound for bound in (chosen.start, chosen.stop) if bound is not None and bound != 0]
+    if not bounds or not all(isinstance(bound, TrackedInt) for bound in bounds):
+        return False
+    for bound in bounds:
+        tracker.claim(op, bound, atoms, where(call))
+    tracker.tie_columns(atoms.reshape(-1, size))
+    return True
+
+
+@rule("aten.constant_pad_nd")
+def pad(tracker: ChannelTracker, op: Op) -> None:
+    """Constants around the tensor; around channels they are places that cannot leave."""
+    padding = list(tracker.arguments(op)["pad"])
+    dims = tracker.dims(op.inputs[0])
+    for i, (before, after) in enumerate(zip(padding[::2], padding[1::2], strict=True)):
+        axis = len(dims) - 1 - i
+        atoms = dims[axis]
+        if isinstance(atoms, str) or (before == 0 and after == 0):
+            continue
+        reason = f"constants are put there in {where(op)}"
+        if min(before, after) < 0:
+            tracker.freeze(atoms, f"a fixed number is cut off in {where(op)}")
+            atoms = atoms[max(-before, 0) : len(atoms) - max(-after, 0)]
+        dims[axis] = np.concatenate(
+            [tracker.fresh(max(before, 0), reason), atoms, tracker.fresh(max(after, 0), reason)]
+        )
+    tracker.set_dims(op.outputs[0], dims)
+
+
+# --- shuffles ----------------------------------------------------------------------------
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(tracker: ChannelTracker, op: Op) -> None:
+    """``(groups, k)`` becomes ``(k, groups)``."""
+    a = tracker.arguments(op)
+    dims = tracker.dims(op.inputs[0])
+    if not isinstance(dims[1], str):
+        grouped = dims[1].reshape(a["groups"], -1)
+        tracker.tie_columns(grouped)
+        dims[1] = grouped.T.ravel()
+    tracker.set_dims(op.outputs[0], dims)
+
+
+@rule("aten.pixel_shuffle")
+def pixel_shuffle(tracker: ChannelTracker, op: Op) -> None:
+    """Channels in runs of r² become one channel of r × r pixels."""
+    factor = int(tracker.arguments(op)["upscale_factor"])
+    dims = tracker.dims(op.inputs[0])
+    if not isinstance(dims[-3], str):
+        runs = dims[-3].reshape(-1, factor * factor)
+        tracker.tie_columns(runs.T)
+        dims[-3] = runs[:, 0]
+    tracker.set_dims(op.outputs[0], [*dims[:-2], SPATIAL, SPATIAL])
+
+
+@rule("aten.pixel_unshuffle", "aten.im2col")
+def spread(tracker: ChannelTracker, op: Op) -> None:
+    """Pixels of one channel become a run of channels."""
+    dims = tracker.dims(op.inputs[0])
+    shape, before = tracker.shape(op.outputs[0]), tracker.shape(op.inputs[0])
+    axis = len(dims) - 3
+    if not isinstance(dims[axis], str):
+        dims[axis] = np.repeat(dims[axis], shape[axis] // before[axis])
+    rest = [SPATIAL] * (len(shape) - axis - 1)
+    tracker.set_dims(op.outputs[0], [*dims[: axis + 1], *rest])
+
+
+@rule("aten.index")
+def index(tracker: ChannelTracker, op: Op) -> None:
+    """Positions chosen by tensors: the dimensions that are not indexed stay as they are."""
+    a = tracker.arguments(op)
+    dims = tracker.dims(op.inputs[0])
+    indices = list(a["indices"])
+    chosen = [i for i, item in enumerate(indices) if isinstance(item, Ref)]
+    simple = len(chosen) >= 1 and chosen == list(range(chosen[0], chosen[-1] + 1))
+    for i in chosen if simple else range(len(dims)):
+        tracker.freeze(dims[i], f"they are picked by index in {where(op)}")
+    shape = tracker.shape(op.outputs[0])
+    if not simple:
+        tracker.set_dims(op.outputs[0], [SPATIAL] * len(shape))
+        return
+    kept = len(dims) - len(chosen)
+    middle: list[Dim] = [SPATIAL] * (len(shape) - kept)
+    tracker.set_dims(op.outputs[0], [*dims[: chosen[0]], *middle, *dims[chosen[-1] + 1 :]])
+
+
+@rule("aten.index_select")
+def index_select(tracker: ChannelTracker, op: Op) -> None:
+    """Like :func:`index` for one dimension."""
+    dims = tracker.dims(op.inputs[0])
+    axis = tracker.arguments(op)["dim"] % len(dims)
+    tracker.freeze(dims[axis], f"they are picked by index in {where(op)}")
+    dims[axis] = SPATIAL
+    tracker.set_dims(op.outputs[0], dims)
