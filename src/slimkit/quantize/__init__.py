@@ -1,0 +1,27 @@
+"""Quantization to 8-bit integers, after training (:func:`ptq`) or during it (:func:`qat`).
+
+Quantizers are attached to the calls of a model by their address; the model itself is not
+rewritten, stays trainable, and exports to ONNX in the form that the target runtime turns
+into integer kernels.
+"""
+
+from __future__ import annotations
+
+from slimkit.quantize.aware_training import qat
+from slimkit.quantize.calibration import ptq
+from slimkit.quantize.observers import OBSERVERS, Observer
+from slimkit.quantize.scheme import QuantPlan
+from slimkit.quantize.targets import TARGETS, NumberFormat, Target
+from slimkit.quantize.wrapper import QuantizedModel
+
+__all__ = [
+    "OBSERVERS",
+    "TARGETS",
+    "NumberFormat",
+    "Observer",
+    "QuantPlan",
+    "QuantizedModel",
+    "Target",
+    "ptq",
+    "qat",
+]

@@ -1,0 +1,72 @@
+"""Quantization-aware training: the network learns with the rounding in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from slimkit.errors import InputError
+from slimkit.graph.patterns import Pattern
+from slimkit.inputs import ExampleInputs
+from slimkit.quantize.calibration import attach, calibrate
+from slimkit.quantize.targets import Target
+from slimkit.quantize.wrapper import QuantizedModel
+
+__all__ = ["qat"]
+
+
+def qat(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    calibration: Iterable[Any] | None = None,
+    target: str | Target = "onnxruntime",
+    granularity: str = "channel",
+    observer: str = "moving_average",
+    skip: Pattern | Iterable[Pattern] = (),
+    batches: int | None = None,
+    observe_steps: int | None = None,
+) -> QuantizedModel:
+    """Attach quantizers to a copy of ``model`` that then trains in any loop.
+
+    Batch norms are folded first, so fine-tune with a small learning rate (about a hundredth
+    of that of the original training). Weight scales always follow the weights; zeros of a
+    pruned weight stay zero as long as the weight is zero.
+
+    Args:
+        model, example_inputs, target, granularity, skip: as for
+            :func:`~slimkit.quantize.calibration.ptq`.
+        calibration: batches of training data for the first activation ranges.
+        observer: how ``calibration`` is summarised.
+        batches: use so many of its batches; all by default.
+        observe_steps: number of training forwards during which the ranges follow a moving
+            average of the data; then they are frozen. Default: 0 with ``calibration``, else
+            200. :meth:`~slimkit.quantize.wrapper.QuantizedModel.freeze_observers` ends it.
+
+    Returns:
+        A copy in training mode.
+
+    Raises:
+        UnknownNameError, PatternError, InputError, DataError, CaptureError: as for ptq.
+    """
+    if observe_steps is None:
+        observe_steps = 200 if calibration is None else 0
+    if observe_steps < 0 or (observe_steps == 0 and calibration is None):
+        raise InputError(
+            f"{observe_steps} steps give no activation ranges without calibration data",
+            where="observe_steps",
+        )
+    quantized = attach(
+        model,
+        example_inputs,
+        target=target,
+        granularity=granularity,
+        observer=observer,
+        skip=skip,
+    )
+    if calibration is not None:
+        calibrate(quantized, example_inputs, calibration, observer=observer, batches=batches)
+    quantized.observe_for(observe_steps)
+    return quantized.train()

@@ -1,0 +1,162 @@
+"""Quantizers: the modules that hold scales and round one tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.quantize.observers import (
+    OBSERVERS,
+    MovingAverage,
+    Observer,
+    affine_parameters,
+    weight_scale,
+)
+from slimkit.quantize.targets import NumberFormat
+from slimkit.runtime.fake_quantize import fake_quantize
+
+__all__ = ["ActivationQuantizer", "WeightQuantizer"]
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds one activation, with one scale for the whole tensor.
+
+    Buffers: ``scale`` and ``zero_point``; the range ``low`` … ``high`` they were made from;
+    ``observed``, the number of batches seen. Until one was seen, values pass unchanged.
+
+    Args:
+        form: number format.
+
+    Attributes:
+        observing: update the range from the values that pass.
+        rounding: round the values that pass; off while ranges are collected after training.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    low: Tensor
+    high: Tensor
+    observed: Tensor
+
+    def __init__(self, form: NumberFormat) -> None:
+        super().__init__()
+        self.form = form
+        self.observing = False
+        self.rounding = True
+        self._observer: Observer | None = None
+        self._known_ready = False
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.register_buffer("low", torch.tensor(0.0))
+        self.register_buffer("high", torch.tensor(0.0))
+        self.register_buffer("observed", torch.tensor(0, dtype=torch.int64))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a scale to round with."""
+        if not self._known_ready:  # asked of the tensor once: that is slow on a GPU
+            self._known_ready = bool(self.observed.item() > 0)
+        return self._known_ready
+
+    def observe_with(self, observer: str | None) -> None:
+        """Start observing with a new observer of that name, or stop with ``None``."""
+        self._observer = OBSERVERS.get(observer, where="observer")() if observer else None
+        self.observing = observer is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round ``x``, any shape."""
+        if torch.compiler.is_exporting():
+            return self._rounded(x) if self._known_ready else x
+        if self.observing and x.numel():
+            self._observe(x.detach())
+        return self._rounded(x) if self.rounding and self.ready else x
+
+    def adopt_range(self) -> None:
+        """Take scale and zero point from what the observer has seen so far."""
+        if self._observer is not None and self.ready:
+            self._set_range(*self._observer.range())
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return fake_quantize(
+            x, self.scale, self.zero_point, qmin=self.form.qmin, qmax=self.form.qmax
+        )
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> None:
+        if self._observer is None:  # training goes on after a reload: so does the average
+            self._observer = MovingAverage(start=(self.low, self.high) if self.ready else None)
+        self._observer.update(x if x.dtype == torch.float32 else x.float())
+        self.observed.add_(1)
+        self._known_ready = True
+        if self.rounding:
+            self._set_range(*self._observer.range())
+
+    @torch.no_grad()
+    def _set_range(self, low: Tensor, high: Tensor) -> None:
+        scale, zero_point = affine_parameters(low, high, self.form)
+        self.low.copy_(low)
+        self.high.copy_(high)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known_ready = False
+        self._observer = None
+
+    def extra_repr(self) -> str:
+        """Format and range."""
+        return f"{self.form.qmin}…{self.form.qmax}, {self.low.item():.4g}…{self.high.item():.4g}"
+
+
+class WeightQuantizer(nn.Module):
+    """Rounds one weight symmetrically, so that zeros stay exactly zero.
+
+    The scale follows the weight at every call: there is no state that could lag behind an
+    optimizer step, a pruning step or an averaged copy. The buffer ``scale`` is the one of
+    the last call, for the export.
+
+    Args:
+        form: a symmetric number format.
+        channels: number of output channels; ``None`` for one scale in all.
+        axis: dimension of the weight that holds them.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, form: NumberFormat, channels: int | None, axis: int = 0) -> None:
+        super().__init__()
+        self.form = form
+        self.axis = None if channels is None else axis
+        shape = () if channels is None else (channels,)
+        self.rounding = True
+        self.register_buffer("scale", torch.ones(shape))
+        zeros = torch.zeros(shape, dtype=torch.int32)
+        self.register_buffer("zero_point", zeros, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Round ``weight``."""
+        if torch.compiler.is_exporting():
+            scale = self.scale
+        elif self.rounding:
+            scale = weight_scale(weight, self.form, self.axis)
+            with torch.no_grad():
+                self.scale.copy_(scale)
+        else:
+            return weight
+        return fake_quantize(
+            weight,
+            scale,
+            self.zero_point,
+            qmin=self.form.qmin,
+            qmax=self.form.qmax,
+            axis=self.axis,
+        )
+
+    def extra_repr(self) -> str:
+        """Format and granularity."""
+        per = "tensor" if self.axis is None else f"{self.scale.numel()} channels"
+        return f"{self.form.qmin}…{self.form.qmax} per {per}"

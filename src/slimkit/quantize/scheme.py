@@ -1,0 +1,240 @@
+"""The quantization plan: which call reads and makes which tensors through which quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slimkit.errors import PlanError, nearest
+from slimkit.graph.folding import FusePlan
+from slimkit.plan import Plan
+from slimkit.quantize.targets import NumberFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from slimkit.quantize.wrapper import QuantizedModel
+
+__all__ = ["CallRule", "Decision", "QuantPlan", "QuantizerSpec"]
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """One quantizer.
+
+    Attributes:
+        name: key in ``QuantizedModel.quantizers``.
+        form: number format.
+        parameter: the weight that it rounds, ``None`` for an activation.
+        channels: number of scales of a weight, ``None`` for one per tensor.
+        axis: dimension of the weight that the channels lie on.
+    """
+
+    name: str
+    form: NumberFormat
+    parameter: str | None = None
+    channels: int | None = None
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class CallRule:
+    """What is rounded at one call.
+
+    Attributes:
+        inputs: position among the tensors in the arguments → quantizer.
+        outputs: position among the tensors in the result → quantizer.
+    """
+
+    inputs: Mapping[int, str]
+    outputs: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a call computes with integers, and why not.
+
+    Attributes:
+        address: ``"module:function#ordinal"``.
+        module: of the weights, or else the one that makes the call.
+        integer: it does.
+        reason: for a call left in float; empty otherwise.
+        reads: quantizers of its data inputs.
+        weight: quantizer of its weight, if it has one.
+    """
+
+    address: str
+    module: str
+    integer: bool
+    reason: str = ""
+    reads: tuple[str, ...] = ()
+    weight: str | None = None
+
+
+@dataclass(frozen=True)
+class QuantPlan(Plan):
+    """How a network is quantized. Scales are in the state dict of the quantized model.
+
+    Attributes:
+        target: name of the target that it was made for.
+        granularity: of the weights, ``"channel"`` or ``"tensor"``.
+        observer: how ranges of activations were found.
+        folds: (layer, batch norm) pairs that are folded first.
+        quantizers: all quantizers by name.
+        calls: call address → what is rounded there.
+        decisions: one per layer, addition, pooling … in order of execution.
+        warnings: what a user should know, one sentence each.
+    """
+
+    kind: ClassVar[str] = "quantize"
+
+    target: str
+    granularity: str
+    observer: str
+    folds: tuple[tuple[str, str], ...]
+    quantizers: tuple[QuantizerSpec, ...]
+    calls: Mapping[str, CallRule]
+    decisions: tuple[Decision, ...]
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON-able values."""
+        data = asdict(self)
+        data["folds"] = [list(pair) for pair in self.folds]
+        data["quantizers"] = [asdict(spec) for spec in self.quantizers]
+        data["decisions"] = [asdict(decision) for decision in self.decisions]
+        data["calls"] = {
+            address: {
+                "inputs": {str(k): v for k, v in rule.inputs.items()},
+                "outputs": {str(k): v for k, v in rule.outputs.items()},
+            }
+            for address, rule in self.calls.items()
+        }
+        data["warnings"] = list(self.warnings)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantPlan:
+        """Read what :meth:`to_json` wrote."""
+        rules = {
+            address: CallRule(
+                {int(k): str(v) for k, v in rule["inputs"].items()},
+                {int(k): str(v) for k, v in rule["outputs"].items()},
+            )
+            for address, rule in data["calls"].items()
+        }
+        specs = tuple(
+            QuantizerSpec(**{**spec, "form": NumberFormat(**spec["form"])})
+            for spec in data["quantizers"]
+        )
+        decisions = tuple(
+            Decision(**{**entry, "reads": tuple(entry["reads"])}) for entry in data["decisions"]
+        )
+        return cls(
+            target=str(data["target"]),
+            granularity=str(data["granularity"]),
+            observer=str(data["observer"]),
+            folds=tuple((str(layer), str(norm)) for layer, norm in data["folds"]),
+            quantizers=specs,
+            calls=rules,
+            decisions=decisions,
+            warnings=tuple(data["warnings"]),
+        )
+
+    def explain(self) -> str:
+        """Every layer, addition and pooling: integer, or float and why."""
+        integer = sum(decision.integer for decision in self.decisions)
+        lines = [
+            f"target {self.target}, weights per {self.granularity}, observer {self.observer}: "
+            f"{integer} of {len(self.decisions)} operations integer, "
+            f"{len(self.folds)} batch norms folded"
+        ]
+        width = max((len(decision.address) for decision in self.decisions), default=0)
+        for decision in self.decisions:
+            state = "integer" if decision.integer else f"float: {decision.reason}"
+            lines.append(f"  {decision.address:<{width}}  {state}")
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    def apply_to(self, model: nn.Module) -> QuantizedModel:
+        """Fold batch norms in ``model`` and wrap it; scales come with the state dict.
+
+        Raises:
+            PlanError: a weight is missing or has another number of channels.
+        """
+        from slimkit.quantize.wrapper import QuantizedModel
+
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for spec in self.quantizers:
+            if spec.parameter is None:
+                continue
+            if spec.parameter not in parameters:
+                raise PlanError(
+                    "the quantized weight does not exist",
+                    where=spec.parameter,
+                    hint=nearest(spec.parameter, parameters),
+                )
+            shape = tuple(parameters[spec.parameter].shape)
+            if spec.channels is not None and shape[spec.axis] != spec.channels:
+                raise PlanError(
+                    f"it has shape {shape}, the plan has {spec.channels} channels "
+                    f"in dimension {spec.axis}",
+                    where=spec.parameter,
+                )
+        FusePlan(self.folds).apply_to(model)
+        return QuantizedModel(model, self)
+
+    def bit_widths(self) -> dict[str, tuple[int, int]]:
+        """Module path → (weight bits, activation bits) of the integer layers."""
+        bits = {spec.name: spec.form.bits for spec in self.quantizers}
+        return {
+            decision.module: (bits[decision.weight], max(bits[name] for name in decision.reads))
+            for decision in self.decisions
+            if decision.integer and decision.weight is not None
+        }
+
+    def restricted(self, *, called: Set[str], ready: Set[str]) -> QuantPlan:
+        """The plan without what no calibration batch has reached.
+
+        Args:
+            called: addresses of the calls that ran.
+            ready: names of the quantizers that have a scale.
+
+        Returns:
+            This plan, or one where the calls that did not run stay in float; a warning
+            names each of them.
+        """
+        left = [
+            decision
+            for decision in self.decisions
+            if decision.integer
+            and (decision.address not in called or not ready.issuperset(decision.reads))
+        ]
+        unused = {spec.name for spec in self.quantizers if spec.name not in ready}
+        if not left and not unused:
+            return self
+        addresses = {decision.address for decision in left}
+        reason = "did not run during calibration"
+        calls = {}
+        for address, rule in self.calls.items():
+            inputs = {k: v for k, v in rule.inputs.items() if v in ready}
+            outputs = {k: v for k, v in rule.outputs.items() if v in ready}
+            if address not in addresses and (inputs or outputs):
+                calls[address] = CallRule(inputs, outputs)
+        used = {name for rule in calls.values() for name in _names(rule)}
+        return replace(
+            self,
+            quantizers=tuple(spec for spec in self.quantizers if spec.name in used),
+            calls=calls,
+            decisions=tuple(
+                replace(d, integer=False, reason=reason) if d.address in addresses else d
+                for d in self.decisions
+            ),
+            warnings=(*self.warnings, *(f"{d.address} {reason}: left in float" for d in left)),
+        )
+
+
+def _names(rule: CallRule) -> Iterator[str]:
+    yield from rule.inputs.values()
+    yield from rule.outputs.values()

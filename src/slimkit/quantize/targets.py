@@ -1,0 +1,115 @@
+"""Targets: what a runtime can compute with integers, as data.
+
+A target says which number formats activations and weights have and which torch functions
+take part. To support another runtime, or the same one differently, build a
+:class:`Target` and pass it as ``target=``, or register it under a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from slimkit.errors import InputError
+from slimkit.registry import Registry
+
+__all__ = ["TARGETS", "NumberFormat", "Target", "resolve_target"]
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """How real numbers are stored as integers.
+
+    Attributes:
+        bits: 2 to 8.
+        signed: −2^(bits−1) … against 0 … 2^bits − 1.
+        symmetric: the zero point is fixed: 0 for signed integers, which then leave out the
+            most negative value so that −x is stored as well as x.
+    """
+
+    bits: int = 8
+    signed: bool = False
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise InputError(f"{self.bits} bits are not supported", where="bits", hint="2 to 8")
+
+    @property
+    def qmin(self) -> int:
+        """The smallest integer."""
+        return -(2 ** (self.bits - 1)) + int(self.symmetric) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+
+def _conv_like() -> Mapping[str, int]:
+    return {"conv1d": 0, "conv2d": 0, "conv3d": 0, "linear": 0}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a runtime computes with integers. Functions are named as in call addresses.
+
+    Attributes:
+        name: for messages and plans.
+        activation: format of activations; one scale per tensor.
+        weight: format of weights; symmetric.
+        layers: function with weights → dimension of the weight that holds output channels.
+        joins: functions of several activations, each with its own scale.
+        pools: functions of one activation whose output gets its own scale.
+        same_scale: functions that only move values: their output keeps the input's scale.
+        fused: activation functions that are part of the integer operator before them.
+        float_outputs: layers whose result may leave as floating point when no integer
+            operator reads it, which keeps logits exact.
+    """
+
+    name: str
+    activation: NumberFormat = NumberFormat(8)
+    weight: NumberFormat = NumberFormat(8, signed=True, symmetric=True)
+    layers: Mapping[str, int] = field(default_factory=_conv_like)
+    joins: frozenset[str] = frozenset({"add", "cat", "concat", "mul"})
+    pools: frozenset[str] = frozenset({"adaptive_avg_pool2d", "avg_pool2d", "mean"})
+    same_scale: frozenset[str] = frozenset(
+        {
+            "channel_shuffle",
+            "chunk",
+            "contiguous",
+            "dropout",
+            "flatten",
+            "getitem",
+            "max_pool1d",
+            "max_pool2d",
+            "permute",
+            "pixel_shuffle",
+            "reshape",
+            "split",
+            "squeeze",
+            "tensor_split",
+            "transpose",
+            "unflatten",
+            "unsqueeze",
+            "view",
+        }
+    )
+    fused: frozenset[str] = frozenset({"relu", "relu6", "hardtanh"})
+    float_outputs: frozenset[str] = frozenset({"linear"})
+
+
+TARGETS: Registry[Target] = Registry("quantization target")
+"""Name → :class:`Target`."""
+
+TARGETS.register("onnxruntime")(Target("onnxruntime"))
+TARGETS.register("openvino")(Target("openvino"))
+
+
+def resolve_target(target: str | Target) -> Target:
+    """The target itself, or the registered one of that name.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+    """
+    return target if isinstance(target, Target) else TARGETS.get(target, where="target")

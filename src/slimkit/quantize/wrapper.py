@@ -1,0 +1,183 @@
+"""The quantized model: a network, its quantizers, and a forward that joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.graph.addressing import AddressMode
+from slimkit.plan import applied_plans
+from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
+from slimkit.quantize.scheme import CallRule, QuantPlan
+
+__all__ = ["QuantizedModel"]
+
+
+class QuantizedModel(nn.Module):
+    """``model`` with tensors rounded as ``plan`` says; call it as you call ``model``.
+
+    It trains in any loop: parameters are those of the network, gradients pass the rounding
+    straight through. ``state_dict`` holds weights and scales.
+
+    Args:
+        model: the network with batch norms folded; not copied.
+        plan: made for it.
+
+    Attributes:
+        model: the network.
+        quantizers: name → quantizer.
+        plan: the plan.
+    """
+
+    observer_steps_left: Tensor
+
+    def __init__(self, model: nn.Module, plan: QuantPlan) -> None:
+        super().__init__()
+        self.model = model
+        self.plan = plan
+        self.quantizers = nn.ModuleDict()
+        for spec in plan.quantizers:
+            if spec.parameter is None:
+                self.quantizers[spec.name] = ActivationQuantizer(spec.form)
+            else:
+                self.quantizers[spec.name] = WeightQuantizer(spec.form, spec.channels, spec.axis)
+        self.register_buffer("observer_steps_left", torch.tensor(0, dtype=torch.int64))
+        self._steps_left: int | None = None
+        self._called: set[str] | None = None
+        parameter = next(model.parameters(), None)
+        if parameter is not None:
+            self.quantizers.to(parameter.device)
+            self.observer_steps_left = self.observer_steps_left.to(parameter.device)
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's result on rounded weights and activations."""
+        if self.training and not torch.compiler.is_exporting():
+            self._count_step()
+        with _Attachment(self.model, self.plan.calls, self.quantizers, self._called):
+            return self.model(*args, **kwargs)
+
+    def activation_quantizers(self) -> dict[str, ActivationQuantizer]:
+        """Name → quantizer of an activation."""
+        quantizers = self.quantizers.items()
+        return {name: q for name, q in quantizers if isinstance(q, ActivationQuantizer)}
+
+    def bit_widths(self) -> Mapping[str, tuple[int, int]]:
+        """Module path in this wrapper → (weight bits, activation bits) of integer layers."""
+        return {f"model.{path}": bits for path, bits in self.plan.bit_widths().items()}
+
+    def observe_for(self, steps: int) -> None:
+        """Let activation ranges follow the next ``steps`` training forwards, then freeze."""
+        self.observer_steps_left.fill_(steps)
+        self._steps_left = steps
+
+    def freeze_observers(self) -> None:
+        """Keep the activation ranges as they are from now on."""
+        self.observe_for(0)
+
+    def set_rounding(self, enabled: bool) -> None:
+        """Turn all rounding on, or off for the plain float network."""
+        for quantizer in self.quantizers.values():
+            quantizer.rounding = enabled
+
+    @contextmanager
+    def recording_calls(self, called: set[str]) -> Iterator[None]:
+        """Inside, the addresses of the calls that run are added to ``called``."""
+        self._called = called
+        try:
+            yield
+        finally:
+            self._called = None
+
+    def replace_plan(self, plan: QuantPlan) -> None:
+        """Go on with ``plan``, which uses a part of the quantizers; the others are removed."""
+        self.slimkit_plans = [plan if p is self.plan else p for p in applied_plans(self)]
+        self.plan = plan
+        for name in set(self.quantizers) - {spec.name for spec in plan.quantizers}:
+            del self.quantizers[name]
+
+    def _count_step(self) -> None:
+        if self._steps_left is None:
+            self._steps_left = int(self.observer_steps_left.item())
+        observing = self._steps_left > 0
+        for quantizer in self.activation_quantizers().values():
+            quantizer.observing = observing
+        if observing:
+            self._steps_left -= 1
+            self.observer_steps_left.sub_(1)
+
+    def train(self, mode: bool = True) -> QuantizedModel:
+        """Training mode; ranges are not observed in evaluation mode."""
+        super().train(mode)
+        if not mode:
+            for quantizer in self.activation_quantizers().values():
+                quantizer.observing = False
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._steps_left = None
+
+
+class _Attachment(AddressMode):
+    """Rounds what the plan says at each call.
+
+    Args:
+        model: the network.
+        rules: call address → what is rounded there.
+        quantizers: by name.
+        called: gets the addresses of the calls that ran; ``None`` to not note them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Mapping[str, CallRule],
+        quantizers: nn.ModuleDict,
+        called: set[str] | None,
+    ) -> None:
+        super().__init__(model)
+        self._called = called
+        self._rules = rules
+        self._quantizers = quantizers
+
+    def on_call(
+        self,
+        address: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        if self._called is not None:
+            self._called.add(address)
+        rule = self._rules.get(address)
+        if rule is None:
+            return func(*args, **kwargs)
+        if rule.inputs:
+            args, kwargs = self._rounded((args, kwargs), rule.inputs)
+        result = func(*args, **kwargs)
+        return self._rounded(result, rule.outputs) if rule.outputs else result
+
+    def _rounded(self, values: Any, names: Mapping[int, str]) -> Any:
+        if isinstance(values, Tensor):
+            return self._quantizers[names[0]](values) if 0 in names else values
+        position = -1
+
+        def walk(value: Any) -> Any:
+            nonlocal position
+            if isinstance(value, Tensor):
+                position += 1
+                name = names.get(position)
+                return value if name is None else self._quantizers[name](value)
+            if isinstance(value, tuple | list):
+                items = [walk(item) for item in value]
+                return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+            if isinstance(value, Mapping):
+                return {key: walk(item) for key, item in value.items()}
+            return value
+
+        return walk(values)
