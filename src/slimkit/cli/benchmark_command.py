@@ -27,7 +27,7 @@ def benchmark_command(
     from rich.table import Table
 
     from slimkit.cli.console import errors, output
-    from slimkit.measure import benchmark_interleaved
+    from slimkit.measure.latency import benchmark_interleaved
 
     timings = benchmark_interleaved(
         {str(path): path for path in models},

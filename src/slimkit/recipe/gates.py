@@ -66,20 +66,20 @@ def _latency_ratio(first: Variant, last: Variant) -> float | None:
 
 
 def _parity(name: str) -> Callable[[Variant, Variant], float | None]:
-    def value(first: Variant, last: Variant) -> float | None:
+    def value(_: Variant, last: Variant) -> float | None:
         return last["parity"].get(name)
 
     return value
 
 
-def _integer_convs(first: Variant, last: Variant) -> float | None:
+def _integer_convs(_: Variant, last: Variant) -> float | None:
     fusion = last.get("fusion") or {}
     return fusion["integer_convs"] / fusion["convs"] if fusion.get("convs") else None
 
 
 _VALUES: dict[str, Callable[[Variant, Variant], float | None]] = {
     "accuracy_drop": _accuracy_drop,
-    "min_accuracy": lambda first, last: float(last["metrics"]["accuracy"]),
+    "min_accuracy": lambda _, last: float(last["metrics"]["accuracy"]),
     "bytes_ratio": _cost_ratio("bytes"),
     "latency_ratio": _latency_ratio,
     "params_ratio": _cost_ratio("params"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from slimkit.measure import profile
+from slimkit.measure.profiling import profile
 from slimkit.recipe.chains import Chain, Step
 from slimkit.recipe.workbench import Workbench
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimkit.artifact import content_hash, write_text
-from slimkit.measure import profile
+from slimkit.measure.profiling import profile
 from slimkit.plan import save
 from slimkit.recipe.chains import Chain
 from slimkit.recipe.prediction import PREDICT, model_metadata
@@ -93,7 +93,7 @@ def measure_latency(bench: Workbench, paths: dict[str, Path]) -> dict[str, list[
     Returns:
         Variant name → one entry per backend, in the recipe's order.
     """
-    from slimkit.measure import benchmark_interleaved
+    from slimkit.measure.latency import benchmark_interleaved
 
     settings = bench.recipe.measure
     seconds = min(settings.seconds, 0.05) if bench.smoke else settings.seconds
@@ -130,7 +130,9 @@ def _proof_key(bench: Workbench, chain: Chain, path: Path) -> str:
 
 
 def _test(bench: Workbench, model: nn.Module, path: Path) -> dict[str, Any]:
-    from slimkit.runtime import fusion_report, parity
+    from slimkit.runtime.fusion import fusion_report
+    from slimkit.runtime.layer_parity import parity_per_layer
+    from slimkit.runtime.parity import parity
 
     settings = bench.recipe.measure
     backend = settings.backends[0].name
@@ -141,10 +143,19 @@ def _test(bench: Workbench, model: nn.Module, path: Path) -> dict[str, Any]:
     def run(images: NDArray[np.float32]) -> Any:
         return session.run([images])[0]
 
+    facts = found.to_json()
+    if backend == "onnxruntime":  # each integer kernel against exact arithmetic
+        layers = parity_per_layer(path, _images(test.batches(1)))
+        if layers.layers:
+            facts["layers"] = {
+                "count": len(layers.layers),
+                "within_one": layers.within_one,
+                "exact": layers.exact,
+            }
     return {
         "metrics": _rounded(bench.task.evaluate(run, test)),
         "torch_metrics": _rounded(bench.task.evaluate(model, test)),
-        "parity": _plain(found.to_json()),
+        "parity": _plain(facts),
         "fusion": _plain(fusion_report(path).to_json()),
     }
 

@@ -99,8 +99,10 @@ class PruneStage(Stage):
         return StageResult(model, {"channels": channels})
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
-        """See the base class. Prunes by the untrained weights: the sizes are right for uniform
-        allocation and near for the others.
+        """See the base class.
+
+        Prunes by the untrained weights: the sizes are right for uniform allocation and near
+        for the others.
         """
         from slimkit.plan import apply
 

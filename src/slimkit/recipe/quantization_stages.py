@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from slimkit.recipe.fields import OneOf
 from slimkit.recipe.stages import Stage, StageContext, StageResult
 from slimkit.recipe.training_stage import DistillOptions, distilling, train_model, training_facts
 from slimkit.train.settings import TrainSettings
@@ -30,9 +31,9 @@ class QuantizeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    target: Literal["onnxruntime"] = "onnxruntime"
+    target: Annotated[str, OneOf("slimkit.quantize:TARGETS")] = "onnxruntime"
     granularity: Literal["channel", "tensor"] = "channel"
-    observer: Literal["minmax", "moving_average", "percentile"] = "percentile"
+    observer: Annotated[str, OneOf("slimkit.quantize:OBSERVERS")] = "percentile"
     skip: tuple[str, ...] = ()
     batches: int = Field(default=8, ge=1)
 
