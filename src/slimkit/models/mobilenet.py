@@ -32,8 +32,8 @@ class DepthwiseSeparable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) → (N, out, H/stride, W/stride)."""
-        x = F.relu(self.depthwise_bn(self.depthwise(x)))
-        return F.relu(self.pointwise_bn(self.pointwise(x)))
+        x = F.relu(self.depthwise_bn(self.depthwise(x)), inplace=True)
+        return F.relu(self.pointwise_bn(self.pointwise(x)), inplace=True)
 
 
 class MobileNetV1(nn.Module):
@@ -77,7 +77,7 @@ class MobileNetV1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) → logits (N, num_classes)."""
-        x = F.relu(self.stem_bn(self.stem(x)))
+        x = F.relu(self.stem_bn(self.stem(x)), inplace=True)
         x = self.blocks(x)
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
         return cast("Tensor", self.classifier(x))
