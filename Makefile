@@ -39,8 +39,7 @@ setup: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed
 	@$(BIN)/slimkit run recipes/quickstart.yaml --out $(DEMO)
-	@echo
-	@echo "The report: $(DEMO)/report.html (open it in a browser)"
+	@echo "Open $(DEMO)/report.html in a browser."
 
 test: $(VENV)/.installed-dev
 	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(CORES) $(ARGS)

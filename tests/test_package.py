@@ -47,12 +47,22 @@ def test_no_submodule_hides_a_public_function() -> None:
         assert callable(call), call
 
 
+def test_no_module_bears_the_name_of_a_function_beside_it() -> None:
+    modules = set(_submodules())
+    for name in modules:
+        package = importlib.import_module(name)
+        clashes = [e for e in getattr(package, "__all__", ()) if f"{name}.{e}" in modules]
+        assert not clashes, f"{name} has a module and a function called {clashes}"
+
+
 def test_every_module_says_what_it_exports_and_has_it() -> None:
     for name in _submodules():
         module = importlib.import_module(name)
         assert module.__doc__, f"{name} says nothing about itself"
-        assert hasattr(module, "__all__"), f"{name} has no __all__"
-        missing = [exported for exported in module.__all__ if not hasattr(module, exported)]
+        own = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == name]
+        assert hasattr(module, "__all__") or not own, f"{name} has no __all__"
+        exports = getattr(module, "__all__", ())
+        missing = [exported for exported in exports if not hasattr(module, exported)]
         assert not missing, f"{name} exports {missing} and does not have them"
 
 

@@ -1,0 +1,87 @@
+"""What the README and the pages show runs as it stands, and what they list is complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from slimkit.distill import DISTILL_LOSSES
+from slimkit.prune import ALLOCATIONS, CRITERIA
+from slimkit.quantize import OBSERVERS
+from slimkit.recipe import STAGES, parse_recipe
+from slimkit.recipe.schema import (
+    BackendSettings,
+    MeasureSettings,
+    ModelSettings,
+    Recipe,
+    RequireSettings,
+)
+from slimkit.tasks.data.settings import AugmentSettings, DataSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["README.md", "docs/pruning.md", "docs/quantization.md", "docs/distillation.md"]
+
+
+def _blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_on_a_page_runs_from_top_to_bottom(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = _blocks(page, "python")
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks).replace("224, 224", "64, 64")  # the same, faster
+    exec(compile(code, page, "exec"), {"__name__": "page"})
+
+
+def test_the_readme_example_is_short() -> None:
+    (example,) = _blocks("README.md", "python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 11
+
+
+def test_the_recipe_on_the_page_is_valid() -> None:
+    (text,) = _blocks("docs/recipes.md", "yaml")
+    recipe = parse_recipe(yaml.safe_load(text))
+    assert list(recipe.variants) == ["baseline", "final"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Recipe, DataSettings, AugmentSettings, ModelSettings, MeasureSettings, BackendSettings,
+        RequireSettings, *(STAGES.get(name) for name in ("train", "prune", "ptq", "qat")),
+    ],
+)  # fmt: skip
+def test_the_reference_of_recipes_names_every_key(settings: type[BaseModel]) -> None:
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_0-9]+)`", page))
+    assert set(settings.model_fields) - {"type"} <= named
+
+
+def test_registered_names_are_documented() -> None:
+    for page, registry in (
+        ("docs/pruning.md", CRITERIA),
+        ("docs/pruning.md", ALLOCATIONS),
+        ("docs/quantization.md", OBSERVERS),
+        ("docs/distillation.md", DISTILL_LOSSES),
+    ):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        missing = [name for name in registry.names() if name not in text and name != "random"]
+        assert not missing, f"{page} does not mention {missing}"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    broken = []
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")]:
+        links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        local = [link for link in links if "://" not in link]
+        broken += [f"{page.name}: {link}" for link in local if not (page.parent / link).exists()]
+    assert not broken
