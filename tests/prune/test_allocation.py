@@ -71,8 +71,7 @@ def test_rounding_goes_to_the_nearest_and_up_on_a_tie():
 )
 def test_a_fit_meets_its_limit_and_no_group_could_have_kept_more(sizes, removed, weights):
     allowed = {
-        f"g{i}": allowed_counts(size, 1, round_to=8, min_channels=8)
-        for i, size in enumerate(sizes)
+        f"g{i}": allowed_counts(size, 1, round_to=8, min_channels=8) for i, size in enumerate(sizes)
     }
     groups = [Group(f"g{i}", size, ()) for i, size in enumerate(sizes)]
     price = dict(zip(allowed, weights, strict=False))

@@ -21,7 +21,9 @@ from slimkit.prune.criteria import (
 
 
 def slot(tensor, dim, role, positions):
-    return Slot(tensor, dim, role, np.asarray(positions, dtype=np.int64).reshape(len(positions), -1))
+    return Slot(
+        tensor, dim, role, np.asarray(positions, dtype=np.int64).reshape(len(positions), -1)
+    )
 
 
 @pytest.fixture

@@ -217,7 +217,9 @@ class ChannelTracker:
         if isinstance(dim, str) or role is None:
             return
         for owner in np.unique(np.searchsorted(self._starts, dim, side="right") - 1):
-            self._owners[owner].role = role
+            # Atoms of an activation are those of its producer, which stays one when it is read.
+            if role != "consumer" or self._owners[owner].role != "producer":
+                self._owners[owner].role = role
 
     def claim(self, op: Op, size: object, dim: Dim, what: str) -> None:
         """A result has the dimension ``dim``, and the model's code gave its size as ``size``.

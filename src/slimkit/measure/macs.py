@@ -109,12 +109,25 @@ MAC_RULES: dict[str, Callable[[Graph, Op], Operands]] = {
 """Operator name without its overload → (MACs, operands that may be parameters)."""
 
 _LEADS_THROUGH = frozenset(
-    f"aten.{name}"
-    for name in (
-        "t transpose permute view _unsafe_view reshape expand detach alias unsqueeze squeeze "
-        "clone _to_copy slice select split unbind fake_quantize_per_tensor_affine_cachemask "
-        "fake_quantize_per_channel_affine_cachemask"
-    ).split()
+    {
+        "aten._to_copy",
+        "aten._unsafe_view",
+        "aten.alias",
+        "aten.clone",
+        "aten.detach",
+        "aten.expand",
+        "aten.permute",
+        "aten.reshape",
+        "aten.select",
+        "aten.slice",
+        "aten.split",
+        "aten.squeeze",
+        "aten.t",
+        "aten.transpose",
+        "aten.unbind",
+        "aten.unsqueeze",
+        "aten.view",
+    }
 )
 
 

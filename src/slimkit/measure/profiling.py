@@ -163,9 +163,9 @@ def profile(
     for cost in operator_costs(graph):
         name = cost.layer.removeprefix(prefix)
         rows.setdefault(name, _Row("")).add_operator(cost, bits.get(name, cost.bits))
-    for name, tensor in counted.named_parameters():
+    for name, parameter in counted.named_parameters():
         owner = name.rpartition(".")[0]
-        rows[owner].add_parameter(tensor, bits.get(owner))
+        rows[owner].add_parameter(parameter, bits.get(owner))
     for name, tensor in _saved_buffers(counted):
         rows[name.rpartition(".")[0]].bytes += tensor.numel() * tensor.dtype.itemsize
     layers = tuple(row.cost(name) for name, row in rows.items() if row.params or row.macs)

@@ -12,7 +12,7 @@ __all__ = ["human_bytes", "human_count", "percent", "rendered"]
 
 
 def human_count(value: float) -> str:
-    """Three to four significant digits with a decimal prefix: ``11.69 M``, ``9408`` → ``9.41 k``."""
+    """Three or four digits with a decimal prefix: ``11.69 M``, ``9.41 k``."""
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             scaled = value / limit

@@ -8,6 +8,7 @@ and gives back what rounding took too much.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -105,7 +106,9 @@ def allowed_counts(size: int, multiplicity: int, *, round_to: int, min_channels:
 
 def rounded(count: float, allowed: Sequence[int]) -> int:
     """The allowed number nearest to ``count``; of two equally near the larger."""
-    return min(allowed, key=lambda n: (abs(n - count), -n))
+    position = bisect_left(allowed, count)
+    near = allowed[max(position - 1, 0) : position + 1]
+    return min(near, key=lambda n: (abs(n - count), -n))
 
 
 def fit_counts(
@@ -129,16 +132,16 @@ def fit_counts(
     """
 
     def at(fraction: float) -> dict[str, int]:
-        wanted = proposal(fraction)
-        return {name: rounded(wanted[name], counts) for name, counts in allowed.items()}
+        wanted = proposal(min(fraction, 1.0))
+        # An allocation may stop at a bound of its own (so that no layer dies). If the target
+        # needs more, all groups shrink on from there in proportion.
+        scale = min(2.0 - fraction, 1.0)
+        return {name: rounded(scale * wanted[name], counts) for name, counts in allowed.items()}
 
-    low, high = 0.0, 1.0  # at(low) costs too much, at(high) may be enough
-    if cost(at(low)) <= limit:
-        return at(low)
+    low, high = 0.0, 2.0
     best = at(high)
-    if cost(best) > limit:  # an allocation with a bound of its own: go down to the fewest
-        best = _lowered(best, allowed, cost, value, limit)
-        return _raised(best, allowed, cost, value, limit) if cost(best) <= limit else None
+    if cost(best) > limit:
+        return None
     while high - low > 1e-5:
         middle = (low + high) / 2
         counts = at(middle)
@@ -146,6 +149,10 @@ def fit_counts(
             high, best = middle, counts
         else:
             low = middle
+    # Rounding makes groups jump together at one fraction: those that need not, go back first.
+    below = at(low)
+    between = {n: [c for c in counts if c <= below[n]] for n, counts in allowed.items()}
+    best = _raised(best, between, cost, value, limit)
     return _raised(best, allowed, cost, value, limit)
 
 
@@ -176,29 +183,3 @@ def _raised(
             after = cost({**result, name: more})
             if after <= limit:
                 result[name], spent = more, after
-
-
-def _lowered(
-    counts: Mapping[str, int],
-    allowed: Mapping[str, Sequence[int]],
-    cost: Callable[[Mapping[str, int]], float],
-    value: Callable[[str, int, int], float],
-    limit: float,
-) -> dict[str, int]:
-    """Take more channels, the least valuable per cost first, until the limit holds."""
-    result = dict(counts)
-    spent = cost(result)
-    while spent > limit:
-        options = []
-        for name, choices in allowed.items():
-            position = choices.index(result[name]) - 1
-            if position >= 0:
-                fewer = choices[position]
-                saved = spent - cost({**result, name: fewer})
-                options.append((value(name, fewer, result[name]) / max(saved, 1e-9), name, fewer))
-        if not options:
-            return result
-        _, name, fewer = min(options)
-        result[name] = fewer
-        spent = cost(result)
-    return result

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from slimkit.errors import InputError, PlanError
 from slimkit.graph.capture import capture
-from slimkit.graph.channels import dependency_groups
-from slimkit.graph.groups import Group
+from slimkit.graph.groups import Group, dependency_groups
 from slimkit.graph.inputs import ExampleInputs, as_inputs
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.prune.allocation import ALLOCATIONS, Allocation, allowed_counts, fit_counts, rounded
@@ -120,6 +119,16 @@ def plan(
         raise _nothing_to_prune(model, reasons)
     costs = CostModel(graph, model, prunable)
     kept = _kept_counts(target, prunable, scores, allowed, allocate, costs)
+    for group in prunable:
+        if kept[group.name] == group.size:
+            reasons[group.name] = _reason_of_target(target, round_to)
+    if all(kept[group.name] == group.size for group in prunable):
+        raise PlanError(
+            f"{target.kind}={target.fraction:g} removes nothing: every layer is rounded up to "
+            f"a multiple of {round_to} channels",
+            where=target.kind,
+            hint="lower round_to, or ask for more",
+        )
     channels = {group.name: _best(scores[group.name], kept[group.name]) for group in prunable}
     return write_plan(
         model,
@@ -155,16 +164,15 @@ def _kept_counts(
 
     # How much each best-first prefix of a group's channels is worth, on the group's own scale.
     worth = {
-        name: torch.cat([torch.zeros(1), values.sort(descending=True).values.cumsum(0)])
-        / values.abs().mean().clamp_min(1e-30)
-        for name, values in scores.items()
+        name: [0.0, *(best.cumsum(0) / best.abs().mean().clamp_min(1e-30)).tolist()]
+        for name, best in ((n, s.sort(descending=True).values) for n, s in scores.items())
     }
     whole = cost({})
     kept = fit_counts(
         lambda fraction: allocate(groups, scores, fraction),
         allowed,
         cost,
-        lambda name, fewer, more: float(worth[name][more] - worth[name][fewer]),
+        lambda name, fewer, more: worth[name][more] - worth[name][fewer],
         (1.0 - target.fraction) * whole,
     )
     if kept is None:
@@ -203,6 +211,12 @@ def _reason_of_size(group: Group, counts: Sequence[int], round_to: int) -> str |
         return None
     size = group.size * _multiplicity(group)
     return f"{size} channels cannot be rounded to fewer (round_to={round_to})"
+
+
+def _reason_of_target(target: _Target, round_to: int) -> str:
+    if target.kind == "ratio":
+        return f"rounded up to a multiple of {round_to}"
+    return "the target is met without it"
 
 
 def _checked_target(**targets: float | None) -> _Target:

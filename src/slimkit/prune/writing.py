@@ -154,4 +154,4 @@ def _why(names: Sequence[str], reasons: Mapping[str, str], *, ran: bool) -> str:
     found = [reasons[name] for name in names if name in reasons]
     if found:
         return found[0]
-    return "the target is met without it" if names else "its outputs are not removable channels"
+    return "its outputs are not channels that could go"
