@@ -21,12 +21,12 @@ from slimkit.runtime.sessions import open_session
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-__all__ = ["FloatNode", "Fusion", "fusion_report", "load_onnx"]
+__all__ = ["INTEGER_CONVS", "INTEGER_LINEARS", "FloatNode", "Fusion", "fusion_report", "load_onnx"]
 
 _CONVS = {"Conv", "FusedConv", "ConvTranspose"}
-_INTEGER_CONVS = {"QLinearConv", "ConvInteger", "QLinearConvTranspose"}
+INTEGER_CONVS = {"QLinearConv", "ConvInteger", "QLinearConvTranspose"}
 _LINEARS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "TransposeMatMul"}
-_INTEGER_LINEARS = {
+INTEGER_LINEARS = {
     "QGemm",
     "QLinearMatMul",
     "MatMulInteger",
@@ -134,9 +134,9 @@ def fusion_report(path: PathLike) -> Fusion:
     operators = Counter(node.op_type for node in running.node)
     return Fusion(
         convs=wanted["conv"],
-        integer_convs=_total(operators, _INTEGER_CONVS),
+        integer_convs=_total(operators, INTEGER_CONVS),
         linears=wanted["linear"],
-        integer_linears=_total(operators, _INTEGER_LINEARS),
+        integer_linears=_total(operators, INTEGER_LINEARS),
         adds=wanted["add"],
         integer_adds=operators["QLinearAdd"],
         float_nodes=_float_nodes(source, running),

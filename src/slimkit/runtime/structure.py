@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from slimkit.errors import ExportError
-from slimkit.inputs import Inputs
+from slimkit.inputs import Inputs, as_inputs
 
 __all__ = [
     "FlatModel",
+    "batch_inputs",
     "batched_positions",
     "default_input_names",
     "default_output_names",
@@ -147,6 +148,24 @@ def batched_positions(inputs: Inputs) -> list[int]:
     batch = sized[0].shape[0]
     chosen = {id(tensor) for tensor in sized if tensor.shape[0] == batch}
     return [index for index, tensor in enumerate(tensors) if id(tensor) in chosen]
+
+
+def batch_inputs(batch: Any, count: int) -> Inputs:
+    """The inputs in what a loader yields.
+
+    Args:
+        batch: a tensor, an :class:`Inputs`, a dictionary, or a tuple or list. Of a tuple, the
+            first ``count`` members are inputs, the rest (labels) is ignored.
+        count: inputs that the model takes.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if isinstance(batch, list):
+        batch = tuple(batch)
+    if isinstance(batch, tuple) and len(batch) > count:
+        batch = batch[:count]
+    return as_inputs(batch)
 
 
 @contextlib.contextmanager

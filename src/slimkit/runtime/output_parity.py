@@ -13,16 +13,16 @@ from torch import nn
 
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError
-from slimkit.inputs import Inputs, as_inputs
+from slimkit.inputs import Inputs
 from slimkit.runtime.sessions import Session, open_session
-from slimkit.runtime.structure import evaluation, named_outputs
+from slimkit.runtime.structure import batch_inputs, evaluation, named_outputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
 
-__all__ = ["LIMITS", "OutputParity", "Parity", "batch_inputs", "parity"]
+__all__ = ["LIMITS", "OutputParity", "Parity", "parity"]
 
 LIMITS = {
     "fp32": {"max_abs_diff": 1e-4},
@@ -157,24 +157,6 @@ def parity(
         backend=backend,
         outputs=outputs,
     )
-
-
-def batch_inputs(batch: Any, count: int) -> Inputs:
-    """The inputs in what a loader yields.
-
-    Args:
-        batch: a tensor, an :class:`Inputs`, a dictionary, or a tuple or list. Of a tuple, the
-            first ``count`` members are inputs, the rest (labels) is ignored.
-        count: inputs that the model takes.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    if isinstance(batch, list):
-        batch = tuple(batch)
-    if isinstance(batch, tuple) and len(batch) > count:
-        batch = batch[:count]
-    return as_inputs(batch)
 
 
 def _run(session: Session, inputs: Inputs, count: int) -> list[Array]:
