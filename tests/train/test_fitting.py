@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +36,41 @@ def test_a_learnable_problem_is_learnt(
     assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
     assert next(network.parameters()).device.type == "cpu"  # where it came from
     assert not network.training
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_steps_are_those_of_a_plain_loop(
+    network: nn.Sequential, data: ArrayLoader, optimizer: str, channels_last: bool
+) -> None:
+    network[5] = nn.Identity()  # dropout would draw other numbers
+    plain = copy.deepcopy(network)
+    if optimizer == "sgd":
+        stepper: torch.optim.Optimizer = torch.optim.SGD(
+            plain.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.01
+        )
+    else:
+        stepper = torch.optim.AdamW(plain.parameters(), lr=0.02, weight_decay=0.01)
+    settings = TrainSettings(
+        epochs=1,
+        lr=0.02,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        weight_decay=0.01,
+        schedule="constant",
+        precision="fp32",
+        channels_last=channels_last,
+        clip_grad_norm=0.5,
+    )
+    train(network, data, settings)
+    data.set_epoch(0)
+    plain.train()
+    for images, labels in data:
+        stepper.zero_grad()
+        F.cross_entropy(plain(images), labels).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        stepper.step()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_history_is_json_and_complete(network: nn.Sequential, data: ArrayLoader) -> None:
@@ -198,6 +234,21 @@ def test_loaders_without_length_or_batches_are_refused(network: nn.Sequential) -
         train(network, endless())
     with pytest.raises(InputError, match="no batches"):
         train(network, [])
+
+
+def test_the_users_own_accelerator_is_not_disturbed(
+    network: nn.Sequential, data: ArrayLoader
+) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    train(network, data, max_steps=1)
+    try:
+        own = Accelerator(mixed_precision="bf16", cpu=True)  # after fit, in another way
+        train(network, data, max_steps=1)  # and fit again beside it
+        assert own.device.type == "cpu"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_tensorboard_scalars_are_written(

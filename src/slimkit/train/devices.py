@@ -29,6 +29,9 @@ class Device:
     """
 
     def __init__(self, settings: TrainSettings) -> None:
+        from accelerate.state import is_initialized
+
+        self._found_state: bool = is_initialized()
         self._accelerator = _accelerator(cpu=settings.device == "cpu")
         self._wanted_layout = settings.channels_last
         self._layout = torch.contiguous_format
@@ -50,8 +53,16 @@ class Device:
         return cast("nn.Module", self._accelerator.prepare_model(model))
 
     def put_back(self, model: nn.Module, device: torch.device) -> None:
-        """Undo :meth:`place`: what comes after must not depend on where training ran."""
+        """Undo :meth:`place`: what comes after must not depend on where training ran.
+
+        Accelerate's state is forgotten too if this loop was the first to set it up, so that
+        the user's own ``Accelerator`` or ``Trainer`` starts from nothing.
+        """
         _to(model, device, torch.contiguous_format)
+        if not self._found_state:
+            from accelerate.state import AcceleratorState
+
+            AcceleratorState._reset_state(reset_partial_state=self.processes == 1)
 
     def moved(self, batch: Any) -> tuple[Any, Tensor]:
         """``(inputs, targets)`` on the device, images in the model's layout."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -45,11 +46,16 @@ def build_optimizer(
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}] if decayed else []
     if plain:
         groups.append({"params": plain, "weight_decay": 0.0})
+    # one kernel for all tensors halves the time of a step of many small ones
+    fused = all(
+        p.dtype == torch.float32 and p.device.type in {"cpu", "cuda"} for p in (*decayed, *plain)
+    )
     if settings.optimizer == "adamw":
-        return AdamW(groups, lr=settings.lr)
+        return AdamW(groups, lr=settings.lr, fused=fused)
     return SGD(
         groups,
         lr=settings.lr,
+        fused=fused,
         momentum=settings.momentum,
         nesterov=settings.nesterov and settings.momentum > 0,
     )

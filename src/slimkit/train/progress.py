@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rich.console import Console
     from rich.progress import Progress
 
 __all__ = ["Display", "Scalars"]
@@ -27,6 +26,8 @@ class Display:
     """
 
     def __init__(self, total: int, done: int, *, label: str, enabled: bool) -> None:
+        from rich.console import Console
+
         self._console = Console(stderr=True)
         self._enabled = enabled
         self._label = label
