@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from slimkit.graph.addressing import AddressMode, function_name
 from slimkit.graph.capture import Call, Graph, Op, Ref, TensorInfo, capture
+from slimkit.graph.channels import rule, track
+from slimkit.graph.equivalence import Equivalence, check_equivalence, masked_outputs
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.groups import Group, Slot, dependency_groups
 from slimkit.graph.inputs import ExampleInputs, Inputs, as_inputs
@@ -12,6 +14,7 @@ from slimkit.graph.patterns import match_modules
 __all__ = [
     "AddressMode",
     "Call",
+    "Equivalence",
     "ExampleInputs",
     "FusePlan",
     "Graph",
@@ -24,7 +27,11 @@ __all__ = [
     "as_inputs",
     "batch_norm_pairs",
     "capture",
+    "check_equivalence",
     "dependency_groups",
     "function_name",
+    "masked_outputs",
     "match_modules",
+    "rule",
+    "track",
 ]

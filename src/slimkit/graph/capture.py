@@ -24,7 +24,7 @@ from slimkit.graph.addressing import AddressMode
 from slimkit.graph.inputs import ExampleInputs, as_inputs
 from slimkit.graph.sizes import Origin, TrackedInt
 
-__all__ = ["Call", "Graph", "Op", "Ref", "TensorInfo", "capture", "tensors_in"]
+__all__ = ["Call", "Graph", "Op", "Ref", "TensorInfo", "capture", "tensors_in", "undisturbed"]
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     if parameter is not None:
         inputs = inputs.to(parameter.device)
     recorder = _Recorder(model)
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         recorder.graph.inputs = tuple(recorder.value(tensor) for tensor in inputs.tensors())
         calls = _CallRecorder(model, recorder)
         try:
@@ -235,7 +235,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no fused attention inside; flags, buffers, random state restored."""
     training = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -329,7 +329,7 @@ class _Recorder:
         )
 
 
-_SHAPE = torch.Tensor.shape.__get__
+_SHAPE: Any = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:

@@ -138,14 +138,13 @@ def groups_of(tracker: ChannelTracker) -> list[Group]:
     components, component = np.unique(label, return_inverse=True)
     kinds = _kinds(owner, component, len(components), len(owners), components, frozen)
 
-    groups: list[tuple[int, int, Group]] = []
     order = np.lexsort((position, component, owner, kinds[component]))
     kind_of_row = kinds[component][order]
     starts = np.flatnonzero(np.r_[True, kind_of_row[1:] != kind_of_row[:-1]])
-    for rows in np.split(order, starts[1:]):
-        groups.append(
-            _group(owners, owner[rows], position[rows], component[rows], components, frozen)
-        )
+    groups = [
+        _group(owners, owner[rows], position[rows], component[rows], components, frozen)
+        for rows in np.split(order, starts[1:])
+    ]
     groups.sort(key=lambda item: item[:2])
     return _named([group for _, _, group in groups])
 
@@ -201,7 +200,7 @@ def _group(
 
 
 def _named(groups: list[Group]) -> list[Group]:
-    """Distinct names: ``conv``, ``conv:2``, ``conv:3`` …"""
+    """Make names distinct: ``conv``, ``conv:2``, ``conv:3`` and so on."""
     seen: dict[str, int] = {}
     named = []
     for group in groups:

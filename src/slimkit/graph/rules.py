@@ -6,6 +6,8 @@ are in :mod:`slimkit.graph.rules_shape`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -34,8 +36,10 @@ SPATIAL = "it is a batch, spatial or sequence dimension"
 
 
 def in_blocks(groups: int, in_per_group: int, out_per_group: int) -> bool:
-    """Whether a grouped convolution loses whole groups (as depthwise ones do), or else the
-    same positions of every group: what leaves the finer choice."""
+    """Whether a grouped convolution loses whole groups, as depthwise ones do.
+
+    Else it loses the same positions of every group. The rule takes what leaves more choice.
+    """
     return groups > max(in_per_group, out_per_group)
 
 
@@ -346,7 +350,7 @@ def group_norm(tracker: ChannelTracker, op: Op) -> None:
 def along_a_dimension(tracker: ChannelTracker, op: Op) -> None:
     """One dimension is treated as a whole, the others position by position."""
     a = tracker.arguments(op)
-    given = a.get("dim", a.get("dims"))
+    given: Any = a.get("dim", a.get("dims"))
     dims = tracker.dims(op.inputs[0])
     for dim in given if isinstance(given, list | tuple) else [given]:
         tracker.freeze(dims[dim], f"all of them enter {where(op)}")

@@ -106,17 +106,18 @@ def _reshape(
         for i in tracked:
             tracker.freeze(dims[i], f"two kinds of channels are merged in {place}")
         return fixed
-    atoms = dims[tracked[0]]
+    atoms = np.asarray(dims[tracked[0]])
     shape = [1] * len(source)
-    shape[tracked[0]] = source[tracked[0]]
-    spread = np.broadcast_to(np.reshape(np.asarray(atoms), shape), source).reshape(target)
+    shape[tracked[0]] = len(atoms)
+    places = np.arange(len(atoms)).reshape(shape)
+    spread = np.broadcast_to(places, source).reshape(target)
     varying = [j for j in range(len(target)) if _varies(spread, j)]
     if not varying:
         return fixed
     result = list(fixed)
     if len(varying) == 1:
         j = varying[0]
-        result[j] = np.moveaxis(spread, j, 0).reshape(target[j], -1)[:, 0]
+        result[j] = atoms[np.moveaxis(spread, j, 0).reshape(target[j], -1)[:, 0]]
         tracker.claim(op, sizes[j], result[j], place)
         return result
     free = [j for j in varying if sizes[j] == FOLLOWS or isinstance(sizes[j], TrackedInt)]
@@ -125,7 +126,7 @@ def _reshape(
         tracker.freeze(atoms, f"they are split into {target}, {how}, in {place}")
         return fixed
     j = free[0]
-    rows = np.moveaxis(spread, j, -1).reshape(-1, target[j])
+    rows = atoms[np.moveaxis(spread, j, -1).reshape(-1, target[j])]
     tracker.tie_columns(rows)
     result[j] = rows[0]
     tracker.claim(op, sizes[j], result[j], place)
@@ -354,7 +355,7 @@ def select(tracker: ChannelTracker, op: Op) -> None:
 
 @rule("aten.slice")
 def slice_(tracker: ChannelTracker, op: Op) -> None:
-    """A range of a dimension; channels stay free only if all are taken, or read sizes split them."""
+    """A range: channels stay free if all are taken, or sizes that were read split them evenly."""
     a = tracker.arguments(op)
     dims, shape = tracker.dims(op.inputs[0]), tracker.shape(op.inputs[0])
     axis = (a["dim"] or 0) % len(dims)
