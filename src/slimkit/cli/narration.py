@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -56,7 +56,7 @@ def _proof(event: Mapping[str, Any]) -> str:
     return f"proof    {event['variant']}: accuracy {event['accuracy']:.2f} %, {size:,.1f} kB"
 
 
-_LINES = {
+_LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "data": _data,
     "variant": lambda event: f"variant  {event['variant']}: {_chain(event)}",
     "cached": lambda event: f"cached   {_chain(event)}",

@@ -67,34 +67,35 @@ def explain_problems(error: ValidationError, data: Mapping[str, Any]) -> RecipeE
 
 
 def _explain(problem: Any, data: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    """Path, message and hint of one of pydantic's line errors."""
     keys, owner = _locate(problem["loc"], data)
     kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
-    path = ".".join(keys)
     if kind == "slimkit":
-        inner = context["path"]
-        return ".".join(filter(None, [path, inner])), context["message"], context["hint"] or None
+        path = ".".join(filter(None, [*keys, context["path"]]))
+        return path, context["message"], context["hint"] or None
+    message, hint = f"{problem['msg']}, got {_short(given)}", None
     if kind == "extra_forbidden":
-        return path, f"unknown key {keys[-1]!r}", nearest(keys[-1], owner)
-    if kind == "missing":
-        return path, "this setting is required", None
-    if kind == "literal_error":
+        message, hint = f"unknown key {keys[-1]!r}", nearest(keys[-1], owner)
+    elif kind == "missing":
+        message = "this setting is required"
+    elif kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
-        return path, f"expected {context['expected']}, got {given!r}", nearest(str(given), choices)
-    if kind in _BOUNDS:
+        message = f"expected {context['expected']}, got {given!r}"
+        hint = nearest(str(given), choices)
+    elif kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        return path, f"expected {words} {context[name]:g}, got {given!r}", None
-    if kind in _EXPECTED:
-        return path, f"expected {_EXPECTED[kind]}, got {_short(given)}", None
-    if kind == "string_pattern_mismatch":
-        return path, f"{given!r} is not a name", "use letters, digits, _ and -"
-    if kind in {"too_short", "too_long"}:
-        return path, str(problem["msg"]), None
-    cause = context.get("error")
-    if isinstance(cause, SlimkitError):
-        return path, cause.message, cause.hint
-    if isinstance(cause, Exception):
-        return path, str(cause), None
-    return path, f"{problem['msg']}, got {_short(given)}", None
+        message = f"expected {words} {context[name]:g}, got {given!r}"
+    elif kind in _EXPECTED:
+        message = f"expected {_EXPECTED[kind]}, got {_short(given)}"
+    elif kind == "string_pattern_mismatch":
+        message, hint = f"{given!r} is not a name", "use letters, digits, _ and -"
+    elif kind == "too_short":
+        message, hint = "it is empty", "name at least one"
+    elif isinstance(context.get("error"), SlimkitError):
+        message, hint = context["error"].message, context["error"].hint
+    elif isinstance(context.get("error"), Exception):
+        message = str(context["error"])
+    return ".".join(keys), message, hint
 
 
 def _short(value: object) -> str:

@@ -67,7 +67,8 @@ def _latency_ratio(first: Variant, last: Variant) -> float | None:
 
 def _parity(name: str) -> Callable[[Variant, Variant], float | None]:
     def value(_: Variant, last: Variant) -> float | None:
-        return last["parity"].get(name)
+        found = last["parity"].get(name)
+        return None if found is None else float(found)
 
     return value
 

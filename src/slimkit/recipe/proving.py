@@ -130,9 +130,8 @@ def _proof_key(bench: Workbench, chain: Chain, path: Path) -> str:
 
 
 def _test(bench: Workbench, model: nn.Module, path: Path) -> dict[str, Any]:
-    from slimkit.runtime.fusion import fusion_report
-    from slimkit.runtime.layer_parity import parity_per_layer
-    from slimkit.runtime.parity import parity
+    from slimkit.runtime import fusion_report, parity, parity_per_layer
+    from slimkit.runtime.output_parity import parity
 
     settings = bench.recipe.measure
     backend = settings.backends[0].name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 
 from slimkit.errors import CheckpointError, DataError, ModelError, SlimkitError
-from slimkit.models import build_model, load_checkpoint
+from slimkit.models import MODELS, build_model, load_checkpoint
 from slimkit.plan import load
 from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import Chain, Step, resolve_steps
 from slimkit.recipe.keys import Keys
 from slimkit.recipe.schema import ModelSettings, Recipe
 from slimkit.recipe.stages import StageContext, StageResult, ignore_event
+from slimkit.registry import import_object
 from slimkit.tasks import ClassificationTask
 from slimkit.tasks.data import Splits, load_data, synthetic_data
 from slimkit.tasks.data.settings import DataSettings
@@ -33,6 +35,10 @@ __all__ = ["Event", "StageRecord", "Workbench", "at"]
 Event = Callable[[Mapping[str, Any]], None]
 SMOKE_STEPS = 2
 SMOKE_BATCH = 8
+_UNTRAINED: dict[str, dict[str, Any]] = {
+    "torchvision": {"weights": None},
+    "timm": {"pretrained": False},
+}
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,10 @@ class Workbench:
         self.task = ClassificationTask()
         self.steps = resolve_steps(recipe)
         self._records: dict[Chain, StageRecord] = {}
+        self._class_count = 0
         started = time.perf_counter()
         self.splits = self._load_data()
+        self._class_count = len(self.splits.classes)
         emit({"event": "data", "seconds": time.perf_counter() - started, **self.data_facts()})
         self.keys = Keys(recipe, self.steps, self.splits.fingerprint, smoke=smoke)
 
@@ -173,10 +181,9 @@ class Workbench:
         arguments = dict(settings.args)
         if self.smoke:  # a smoke run downloads nothing and needs no files
             checkpoint = checkpoint and Path(settings.checkpoint or "").is_file()
-            source = settings.name.partition(":")[0]
-            arguments |= {"torchvision": {"weights": None}, "timm": {"pretrained": False}}.get(
-                source, {}
-            )
+            arguments |= _UNTRAINED.get(settings.name.partition(":")[0], {})
+        if self._class_count and takes_classes(settings.name) and not arguments.get("weights"):
+            arguments.setdefault("num_classes", self._class_count)
         seed_everything(self.recipe.seed)
         with at(f"{where}.name", replacing=True):
             model = build_model(settings.name, **arguments)
@@ -294,6 +301,18 @@ class Workbench:
         model = self.preview(step.parent)
         with at(f"stages.{step.name}"):
             return step.settings.preview(model, self.context(step, teacher, None))
+
+
+def takes_classes(name: str) -> bool:
+    """Whether the factory of a model has an argument ``num_classes``."""
+    source, _, short = name.partition(":")
+    if source in _UNTRAINED:
+        return True
+    try:
+        factory = MODELS.get(short) if source == "slimkit" else import_object(name)
+        return "num_classes" in inspect.signature(factory).parameters  # type: ignore[arg-type]
+    except (SlimkitError, TypeError, ValueError):  # building it will say what is wrong
+        return False
 
 
 def seed_everything(seed: int) -> None:
