@@ -90,6 +90,15 @@ def test_pictures_take_the_colours_of_the_page(report: dict[str, Any]) -> None:
         assert not re.search(r"#[0-9a-f]{6}\b", drawing), "a colour that ignores dark mode"
 
 
+def test_a_single_epoch_makes_no_curve(report: dict[str, Any]) -> None:
+    for variant in report["variants"]:
+        for stage in variant["stages"]:
+            stage["history"] = stage.get("history", [])[:1]
+    page = Page(build_html(report))
+    assert page.svgs == 2
+    assert "validation images" not in page.text
+
+
 def test_each_stage_run_is_shown_once_though_variants_share_it(report: dict[str, Any]) -> None:
     text = Page(build_html(report)).text
     assert text.count("train in baseline, pruned, final") == 1

@@ -16,18 +16,20 @@ from slimkit.report import compare, summary_table, words
 from slimkit.report.charts import _spread
 
 
-def _printed(renderable: RenderableType) -> str:
-    console = Console(width=160, force_terminal=False)
+def _printed(renderable: RenderableType, width: int = 160) -> str:
+    console = Console(width=width, force_terminal=False)
     with console.capture() as captured:
         console.print(renderable)
     return captured.get().replace("\u202f", " ")
 
 
-def test_summary_has_one_line_per_variant_and_the_verdict(report: dict[str, Any]) -> None:
-    text = _printed(summary_table(report))
-    assert "98.89 −0.18" in text
-    assert "119 kB −89.2 %" in text
-    assert "0.290 ms −77.8 %" in text
+def test_summary_has_every_figure_with_its_change_and_the_verdict(report: dict[str, Any]) -> None:
+    text = _printed(summary_table(report), width=80)  # fits an ordinary terminal
+    row = next(line for line in text.splitlines() if "final" in line)
+    below = text.splitlines()[text.splitlines().index(row) + 1]
+    for value, change in (("98.89", "−0.18"), ("119 kB", "−89.2 %"), ("0.290 ms", "−77.8 %")):
+        assert value in row
+        assert change in below
     assert "9.3× smaller, 3.2× faster, −0.18 points" in text
 
 

@@ -188,7 +188,7 @@ def training_curves(
         label: how the metric is written.
 
     Returns:
-        An ``<svg>`` element; empty when there is nothing to draw.
+        An ``<svg>`` element; empty when there are no two epochs to draw a line between.
     """
     epochs = [float(row.get("epoch", number)) for number, row in enumerate(history)]
     shift = 1.0 - min(epochs, default=1.0)  # people count epochs from one
@@ -202,7 +202,7 @@ def training_curves(
         for e, row in zip(epochs, history, strict=True)
         if metric in (row.get("metrics") or {})
     ]
-    panels = [(title, rows) for title, rows in (("loss", losses), (label, scores)) if rows]
+    panels = [(title, rows) for title, rows in (("loss", losses), (label, scores)) if len(rows) > 1]
     if not panels:
         return ""
     from matplotlib.ticker import MaxNLocator
@@ -210,7 +210,7 @@ def training_curves(
     figure, axes = _figure(name, 2.7 * len(panels), 2.1, len(panels))
     for panel, (title, rows) in zip(axes, panels, strict=True):
         x, y = [row[0] for row in rows], [row[1] for row in rows]
-        panel.plot(x, y, color=ACCENT, marker="o" if len(rows) < 4 else None, markersize=4)
+        panel.plot(x, y, color=ACCENT, marker="o" if len(rows) < 5 else None, markersize=4)
         written = words.score(y[-1]) if title == label else f"{y[-1]:.3g}"
         panel.set_title(f"{title}, at the end {written}", loc="left", color=MUTED)
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))

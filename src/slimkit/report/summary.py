@@ -17,11 +17,11 @@ __all__ = ["summary_table"]
 
 
 def _with(text: str, change: str) -> str:
-    return f"{text} [dim]{change}[/dim]" if change else text
+    return f"{text}\n[dim]{change}[/dim]" if change else text
 
 
 def summary_table(report: Mapping[str, Any] | PathLike) -> Table:
-    """One line per variant: score, parameters, MACs, file, latency, each with its change.
+    """A row per variant: score, parameters, MACs, file, latency, each with its change.
 
     Args:
         report: the contents of a ``report.json``, its path, or the folder of a run.
