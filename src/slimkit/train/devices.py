@@ -50,6 +50,8 @@ class Device:
         if self._wanted_layout is True or (self._wanted_layout == "auto" and convolutional):
             self._layout = torch.channels_last
         _to(model, self.device, self._layout)
+        if self.processes == 1:  # Accelerate would look for sharded tensors: seconds of imports
+            return model
         return cast("nn.Module", self._accelerator.prepare_model(model))
 
     def put_back(self, model: nn.Module, device: torch.device) -> None:
