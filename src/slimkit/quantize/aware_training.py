@@ -36,10 +36,13 @@ def qat(
     pruned weight stay zero as long as the weight is zero.
 
     Args:
-        model, example_inputs, target, granularity, skip: as for
-            :func:`~slimkit.quantize.calibration.ptq`.
+        model: any module; it is copied, not changed.
+        example_inputs: one call; see :class:`slimkit.Inputs`.
         calibration: batches of training data for the first activation ranges.
+        target: name in :data:`~slimkit.quantize.targets.TARGETS`, or a Target.
+        granularity: one weight scale per output ``"channel"`` or per ``"tensor"``.
         observer: how ``calibration`` is summarised.
+        skip: modules that stay in float: patterns on module paths or class names.
         batches: use so many of its batches; all by default.
         observe_steps: number of training forwards during which the ranges follow a moving
             average of the data; then they are frozen. Default: 0 with ``calibration``, else

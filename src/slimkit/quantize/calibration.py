@@ -219,9 +219,7 @@ def _batches(calibration: Iterable[Any], example: Inputs, limit: int | None) -> 
     if isinstance(calibration, Tensor | Inputs | Mapping):
         calibration = [calibration]
     if not isinstance(calibration, Iterable):
-        raise DataError(
-            f"expected batches, got {type(calibration).__name__}", where="calibration"
-        )
+        raise DataError(f"expected batches, got {type(calibration).__name__}", where="calibration")
     count = 0
     for batch in calibration:
         count += 1
@@ -268,4 +266,3 @@ def _check_batch(inputs: Inputs, example: Inputs, number: int) -> None:
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"batch {number} holds NaN or infinity", where="calibration")
-

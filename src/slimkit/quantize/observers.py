@@ -167,7 +167,8 @@ def affine_parameters(low: Tensor, high: Tensor, form: NumberFormat) -> tuple[Te
     accuracy. A range of no width, as of a dead layer, gives scale 1.
 
     Args:
-        low, high: shape (), finite.
+        low: smallest value to represent, shape (), finite.
+        high: largest value, likewise.
         form: symmetric formats have zero point 0 (signed) and cover ±max(|low|, |high|).
 
     Returns:

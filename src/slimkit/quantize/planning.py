@@ -166,10 +166,10 @@ class _Planner:
     def _final(self, value: int) -> int:
         """The value behind the fused activation function, if one is all that reads ``value``."""
         readers = self._graph.call_consumers(value)
-        if len(readers) == 1 and readers[0].function in self._target.fused:
-            if value not in self._graph.outputs and len(readers[0].outputs) == 1:
-                return readers[0].outputs[0]
-        return value
+        if len(readers) != 1 or value in self._graph.outputs:
+            return value
+        fused = readers[0].function in self._target.fused and len(readers[0].outputs) == 1
+        return readers[0].outputs[0] if fused else value
 
     # --- placing ------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class QuantPlan(Plan):
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantPlan:
+    def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantPlan:  # noqa: ARG003
         """Read what :meth:`to_json` wrote."""
         rules = {
             address: CallRule(
@@ -208,8 +208,7 @@ class QuantPlan(Plan):
         left = [
             decision
             for decision in self.decisions
-            if decision.integer
-            and (decision.address not in called or not ready.issuperset(decision.reads))
+            if decision.integer and (decision.address not in called or set(decision.reads) - ready)
         ]
         unused = {spec.name for spec in self.quantizers if spec.name not in ready}
         if not left and not unused:

@@ -38,12 +38,12 @@ class NumberFormat:
     @property
     def qmin(self) -> int:
         """The smallest integer."""
-        return -(2 ** (self.bits - 1)) + int(self.symmetric) if self.signed else 0
+        return int(self.symmetric) - (1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def qmax(self) -> int:
         """The largest integer."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
 
 def _conv_like() -> Mapping[str, int]:

@@ -82,7 +82,8 @@ class QuantizedModel(nn.Module):
     def set_rounding(self, enabled: bool) -> None:
         """Turn all rounding on, or off for the plain float network."""
         for quantizer in self.quantizers.values():
-            quantizer.rounding = enabled
+            if isinstance(quantizer, ActivationQuantizer | WeightQuantizer):
+                quantizer.rounding = enabled
 
     @contextmanager
     def recording_calls(self, called: set[str]) -> Iterator[None]:

@@ -312,6 +312,19 @@ def _spec(value: ValueInfoProto) -> TensorSpec:
 
 
 @contextlib.contextmanager
+def _contiguous(model: nn.Module) -> Iterator[None]:
+    """Weights in the default memory layout: traces of channels-last ones hold stride arithmetic."""
+    others = [(p, p.data) for p in model.parameters() if not p.is_contiguous()]
+    for parameter, data in others:
+        parameter.data = data.contiguous()
+    try:
+        yield
+    finally:
+        for parameter, data in others:
+            parameter.data = data
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings and log lines of exporter and optimizer; errors still raise."""
     loggers = [logging.getLogger(name) for name in _CHATTER]

@@ -79,7 +79,8 @@ def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
 
 def _clipped_gradient(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     if x.device.type == "cpu" and low.dim() == 0:  # one fused pass; reading floats costs nothing
-        return torch.ops.aten.hardtanh_backward(grad, x, low.item(), high.item())
+        inside: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low.item(), high.item())
+        return inside
     return grad * ((x > low) & (x < high))
 
 
@@ -112,11 +113,11 @@ def _operator(
 
 
 @_operator.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, qmin: int, qmax: int) -> Tensor:
+def _shape_of(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, scale, zero_point, axis, qmin, qmax = inputs
     ctx.save_for_backward(x, *_bounds(*_aligned(x, scale, zero_point, axis), qmin, qmax))
 

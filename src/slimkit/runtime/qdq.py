@@ -49,14 +49,13 @@ _SAME_SCALE = {
 """Operators whose outputs are values of their input: they need no scale of their own."""
 
 
-def emit_fake_quantize(
-    x: Any, scale: Any, zero_point: Any, axis: int, qmin: int, qmax: int
-) -> Any:
+def emit_fake_quantize(x: Any, scale: Any, zero_point: Any, axis: int, qmin: int, qmax: int) -> Any:
     """The ONNX translation of ``slimkit::fake_quantize``: one node of the private domain."""
     import onnx.defs
     from onnxscript import values
 
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+    integer = onnx.defs.OpSchema.AttrType.INT
     schema = onnx.defs.OpSchema(
         _NODE,
         DOMAIN,
@@ -68,9 +67,7 @@ def emit_fake_quantize(
             ("S", ["tensor(float)"], ""),
             ("Z", ["tensor(int32)"], ""),
         ],
-        attributes=[
-            attribute(name, onnx.defs.OpSchema.AttrType.INT, "") for name in ("axis", "qmin", "qmax")
-        ],
+        attributes=[attribute(name, integer, "") for name in ("axis", "qmin", "qmax")],
     )
     operator = values.Op(values.Opset(DOMAIN, 1), _NODE, schema)
     return operator(x, scale, zero_point, axis=axis, qmin=qmin, qmax=qmax)
@@ -103,17 +100,17 @@ def _replace_nodes(graph: GraphEditor) -> None:
             continue
         attributes = {entry.name: entry.i for entry in node.attribute}
         axis, qmin, qmax = (attributes[name] for name in ("axis", "qmin", "qmax"))
+        x, kind = node.input[0], np.dtype(np.int8 if qmin < 0 else np.uint8)
         scale, zero_point = (graph.constant(name) for name in node.input[1:3])
         if scale is None or zero_point is None:
-            raise ExportError("the scale of a quantizer is not a constant", where=node.input[0])
+            raise ExportError("the scale of a quantizer is not a constant", where=x)
         if qmin < -128 or qmax > (127 if qmin < 0 else 255):
-            raise ExportError(f"no 8-bit type holds {qmin} … {qmax}", where=node.input[0])
-        x, kind = node.input[0], np.dtype(np.int8 if qmin < 0 else np.uint8)
+            raise ExportError(f"no 8-bit type holds {qmin} … {qmax}", where=x)
         values = graph.constant(x)
         if values is not None:
-            shape = [-1 if axis == d else 1 for d in range(values.ndim)]
-            s, z = (scale, zero_point) if axis < 0 else (scale.reshape(shape), zero_point.reshape(shape))
-            integers = np.clip(np.rint(values / s) + z, qmin, qmax).astype(kind)
+            shape = [-1 if axis == d else 1 for d in range(values.ndim)] if axis >= 0 else []
+            levels = np.rint(values / scale.reshape(shape)) + zero_point.reshape(shape)
+            integers = np.clip(levels, qmin, qmax).astype(kind)
             _place_weight(graph, node, integers, scale, zero_point.astype(kind), axis)
             continue
         s_name = graph.shared(scale.astype(np.float32), "s")
@@ -126,11 +123,10 @@ def _replace_nodes(graph: GraphEditor) -> None:
         pairs.setdefault(key, node.output[0])
         quantized = graph.fresh("q")
         extra = {"axis": axis} if axis >= 0 else {}
-        graph.replace(
-            node,
-            graph.node("QuantizeLinear", [x, s_name, z_name], quantized, node, **extra),
-            graph.node("DequantizeLinear", [quantized, s_name, z_name], node.output[0], node, **extra),
-        )
+        q_node = graph.node("QuantizeLinear", [x, s_name, z_name], quantized, node, **extra)
+        inputs = [quantized, s_name, z_name]
+        dq_node = graph.node("DequantizeLinear", inputs, node.output[0], node, **extra)
+        graph.replace(node, q_node, dq_node)
 
 
 def _place_weight(
