@@ -230,6 +230,20 @@ def test_the_student_may_train_under_autocast(images: Tensor) -> None:
     assert student.conv.weight.grad is not None
 
 
+def test_the_student_may_be_a_bf16_network(images: Tensor) -> None:
+    student, teacher = Net(4).bfloat16(), Net(16)
+    losses = [KD(), Mimic(student="relu")]
+    batch = images.bfloat16()
+    with Distiller(
+        student, teacher, losses, example_inputs=batch[:2], precision="fp32"
+    ) as distiller:
+        outputs = student(batch)
+        loss = distiller.loss(batch, outputs)
+        loss.backward()
+    assert close(distiller.last["kd"], kd(outputs, teacher.eval()(batch.float()), 4))
+    assert student.conv.weight.grad is not None
+
+
 def test_outputs_may_be_wrapped_in_a_mapping(images: Tensor) -> None:
     class Wrapped(Net):
         def forward(self, pixel_values: Tensor) -> Any:

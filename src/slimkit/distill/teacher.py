@@ -90,6 +90,8 @@ class FrozenTeacher:
             raise InputError(f"unknown precision {precision!r}", where="precision", hint=hint)
         self.precision: str = precision
         self._copy = _frozen_copy(teacher)
+        floating = (p.dtype for p in self._copy.parameters() if p.is_floating_point())
+        self._dtype = next(floating, torch.float32)
         self._runner: _Runner | None = None
         self._recorder: Recorder | None = None
 
@@ -102,6 +104,7 @@ class FrozenTeacher:
 
     def probe(self, inputs: Inputs) -> dict[str, Tensor]:
         """Records in float32 without choosing a precision; for shapes."""
+        inputs = self._cast(inputs)
         recorder = Recorder(self._copy, self._layers)
         device = inputs.tensors()[0].device
         try:
@@ -113,6 +116,7 @@ class FrozenTeacher:
 
     def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
         """Run on ``inputs``; layer → float32 record without gradient, ``""`` for the output."""
+        inputs = self._cast(inputs)
         if self._runner is None:
             self._runner = self._prepare(inputs)
             self._recorder = Recorder(self._runner.model, self._layers)
@@ -132,6 +136,10 @@ class FrozenTeacher:
         """Remove the hooks from the copy."""
         if self._recorder is not None:
             self._recorder.close()
+
+    def _cast(self, inputs: Inputs) -> Inputs:
+        """Inputs in the teacher's own type: a student may train in pure bf16."""
+        return inputs.map(lambda t: t.to(self._dtype) if t.is_floating_point() else t)
 
     def _prepare(self, inputs: Inputs) -> _Runner:
         device = inputs.tensors()[0].device
