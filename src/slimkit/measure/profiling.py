@@ -154,7 +154,7 @@ def profile(
     inputs = as_inputs(example_inputs)
     graph = capture(model, inputs) if graph is None else graph
     counted, prefix = _counted_part(model)
-    bits = _bit_widths(model)
+    bits = {path.removeprefix(prefix): width for path, width in _bit_widths(model).items()}
     rows = {name: _Row(type(module).__name__) for name, module in counted.named_modules()}
     for op in graph.ops:
         name = op.module.removeprefix(prefix)
