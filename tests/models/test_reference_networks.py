@@ -53,7 +53,7 @@ def test_resnet_keys_are_those_of_existing_checkpoints() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stem", "size", "before_pooling"), [("cifar", 32, 2), ("imagenet", 64, 2)]
+    ("stem", "size", "before_pooling"), [("cifar", 32, 4), ("imagenet", 64, 2)]
 )
 def test_mobilenet_strides_follow_the_stem(stem: str, size: int, before_pooling: int) -> None:
     model = build_model("slimkit:mobilenet_v1", stem=stem, width=0.25, num_classes=10).eval()

@@ -14,8 +14,10 @@ from slimkit.models.initialisation import initialise
 __all__ = ["DepthwiseSeparable", "MobileNetV1", "mobilenet_v1"]
 
 _CHANNELS = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
-_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
-_STEM_STRIDE = {"imagenet": 2, "cifar": 1}
+_STRIDES = {  # of the stem, of the thirteen blocks
+    "imagenet": (2, (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)),
+    "cifar": (1, (1, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1, 2, 1)),
+}
 
 
 class DepthwiseSeparable(nn.Module):
@@ -44,7 +46,7 @@ class MobileNetV1(nn.Module):
         width: multiplier of every channel count, which is then rounded to a multiple of 8.
         in_channels: channels of the image.
         stem: ``"imagenet"`` halves the image in the stem (224 → 7 pixels before pooling);
-            ``"cifar"`` does not (32 → 2 pixels).
+            ``"cifar"`` does not, nor in the sixth block (32 → 4 pixels).
 
     Raises:
         ModelError: the stem is unknown or the width is not positive.
@@ -58,16 +60,17 @@ class MobileNetV1(nn.Module):
         stem: Literal["cifar", "imagenet"] = "imagenet",
     ) -> None:
         super().__init__()
-        if stem not in _STEM_STRIDE:
-            hint = nearest(stem, _STEM_STRIDE)
+        if stem not in _STRIDES:
+            hint = nearest(stem, _STRIDES)
             raise ModelError(f"unknown stem {stem!r}", where="stem", hint=hint)
         if not width > 0:
             raise ModelError(f"width must be positive, got {width}", where="width")
         channels = _rounded(32 * width)
-        self.stem = nn.Conv2d(in_channels, channels, 3, _STEM_STRIDE[stem], 1, bias=False)
+        stem_stride, strides = _STRIDES[stem]
+        self.stem = nn.Conv2d(in_channels, channels, 3, stem_stride, 1, bias=False)
         self.stem_bn = nn.BatchNorm2d(channels)
         blocks = []
-        for base, stride in zip(_CHANNELS, _STRIDES, strict=True):
+        for base, stride in zip(_CHANNELS, strides, strict=True):
             out_channels = _rounded(base * width)
             blocks.append(DepthwiseSeparable(channels, out_channels, stride))
             channels = out_channels
