@@ -24,15 +24,30 @@ class Net(nn.Module):
         return self.body(x).mean((2, 3))
 
 
-class Sleeps(nn.Module):
-    def __init__(self, seconds: float) -> None:
+class Clock:
+    """Time that passes only when a model says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[float] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    process_time = perf_counter
+
+
+class Takes(nn.Module):
+    def __init__(self, seconds: float, clock: Clock) -> None:
         super().__init__()
         self.seconds = seconds
+        self.clock = clock
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert not torch.is_grad_enabled()
         assert not self.training
-        time.sleep(self.seconds)
+        self.clock.now += self.seconds
+        self.clock.log.append(self.seconds)
         return x
 
 
@@ -53,17 +68,35 @@ def test_statistics_are_ordered_and_counted(paths: dict[str, Path]) -> None:
     assert timing.backend == "onnxruntime"
 
 
-def test_known_durations_come_out(paths: dict[str, Path]) -> None:
+def test_given_inputs_decide_the_batch(paths: dict[str, Path]) -> None:
+    images = torch.randn(3, 3, 24, 24)
+    for inputs in (images, (images,), images.numpy(), {"input": images.numpy()}):
+        assert benchmark(paths["narrow"], inputs=inputs, runs=2).batch == 3
+    with pytest.raises(InputError, match="inptu"):
+        benchmark(paths["narrow"], inputs={"inptu": images.numpy()})
+
+
+def test_known_durations_come_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(latency, "time", clock)
     timings = benchmark_interleaved(
-        {"slow": Sleeps(0.01), "fast": Sleeps(0.001)},
+        {"slow": Takes(0.01, clock), "fast": Takes(0.001, clock)},
         backend="torch",
         inputs=torch.zeros(1),
         warmup=1,
-        seconds=0.1,
+        seconds=0.2,
     )
-    assert 10 <= timings["slow"].median_ms < 20
-    assert 1 <= timings["fast"].median_ms < 5
-    assert timings["slow"].runs >= 5
+    assert timings["slow"].median_ms == pytest.approx(10)
+    assert timings["fast"].p90_ms == pytest.approx(1)
+    assert (timings["slow"].runs, timings["fast"].runs) == (20, 200)
+    first_slow, first_fast = (clock.log.index(seconds) for seconds in (0.01, 0.001))
+    turns = [
+        seconds
+        for seconds, before in zip(clock.log[1:], clock.log, strict=False)
+        if seconds != before
+    ]
+    assert len(turns) >= 6, "they take turns"
+    assert {first_slow, first_fast} == {0, 1}
 
 
 def test_a_wider_network_takes_longer_in_turns(paths: dict[str, Path]) -> None:
@@ -77,7 +110,7 @@ def test_openvino_is_timed_the_same_way(paths: dict[str, Path]) -> None:
 
 
 def test_torch_threads_and_flags_are_restored() -> None:
-    model = Sleeps(0.0).train()
+    model = Takes(0.0, Clock()).train()
     before = torch.get_num_threads()
     benchmark(model, backend="torch", inputs=torch.zeros(1), threads=before + 1, runs=1)
     assert torch.get_num_threads() == before

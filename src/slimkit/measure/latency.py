@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError
@@ -89,7 +90,7 @@ def benchmark(
         threads: threads within one operator, ≥ 1.
         batch: images per call; a file with a fixed batch takes only that.
         inputs: what to feed; a file gets random numbers by default, a module needs them.
-            Dimension 0 must be ``batch`` already.
+            Then ``batch`` is what they have in dimension 0.
         warmup: calls before timing, ≥ 0.
         runs: timed calls; by default as many as fit in ``seconds``, at least 5.
         seconds: time to spend when ``runs`` is not given.
@@ -142,6 +143,7 @@ def benchmark_interleaved(
         The same as :func:`benchmark`.
     """
     _check(models, threads, batch, warmup, runs, seconds)
+    batch = batch if inputs is None else _rows(inputs, batch)
     with contextlib.ExitStack() as stack:
         calls = {
             name: _prepare(stack, model, backend, threads, batch, inputs)
@@ -251,7 +253,7 @@ def _prepare(
         )
     session = open_session(Path(model), backend=backend, threads=threads)
     feeds = random_feeds(session, batch) if inputs is None else _as_feeds(inputs)
-    return lambda: session.run(feeds)
+    return session.prepare(feeds)
 
 
 @contextlib.contextmanager
@@ -297,15 +299,18 @@ def _random_array(spec: TensorSpec, batch: int, generator: np.random.Generator) 
     return generator.integers(0, 2, shape).astype(kind)
 
 
+def _rows(inputs: Any, default: int) -> int:
+    """Dimension 0 of the first input that has dimensions."""
+    leaves = inputs.tensors() if isinstance(inputs, Inputs) else tree_leaves(inputs)
+    return next((int(leaf.shape[0]) for leaf in leaves if getattr(leaf, "ndim", 0)), default)
+
+
 def _as_feeds(inputs: Any) -> Mapping[str, NDArray[Any]] | Sequence[NDArray[Any]]:
     """Arrays by name or position, from arrays or tensors."""
-    if isinstance(inputs, Inputs):
-        return [np.asarray(tensor) for tensor in inputs.tensors()]
-    if isinstance(inputs, (torch.Tensor, np.ndarray)):
-        return [np.asarray(inputs)]
     if isinstance(inputs, Mapping):
         return {name: np.asarray(value) for name, value in inputs.items()}
-    return [np.asarray(value) for value in inputs]
+    leaves = inputs.tensors() if isinstance(inputs, Inputs) else tree_leaves(inputs)
+    return [np.asarray(leaf) for leaf in leaves]
 
 
 class _OtherLoad:

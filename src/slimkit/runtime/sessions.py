@@ -65,6 +65,14 @@ class Session(Protocol):
 
         Raises:
             InputError: names, count, shapes or types do not fit the model.
+            BackendError: the runtime fails on them.
+        """
+        ...
+
+    def prepare(self, inputs: Mapping[str, Array] | Sequence[Array]) -> Callable[[], object]:
+        """A function that runs on these inputs each time it is called, for timing.
+
+        All checks and conversions happen here, once; errors as in :meth:`run`.
         """
         ...
 
@@ -221,12 +229,20 @@ class _OnnxRuntimeSession:
         return TensorSpec(item.name, shape, _ORT_TYPES.get(kind, kind))
 
     def run(self, inputs: Mapping[str, Array] | Sequence[Array]) -> list[Array]:
-        arrays = _ordered(inputs, self.inputs)
-        feeds = dict(zip(self.input_names, arrays, strict=True))
         try:
-            return [np.asarray(array) for array in self._session.run(None, feeds)]
+            return [np.asarray(array) for array in self._session.run(None, self._feeds(inputs))]
+        except InputError:
+            raise
         except Exception as error:
             raise BackendError(f"onnxruntime stopped: {_last_words(error)}") from error
+
+    def prepare(self, inputs: Mapping[str, Array] | Sequence[Array]) -> Callable[[], object]:
+        self.run(inputs)
+        names, feeds, session = list(self.output_names), self._feeds(inputs), self._session
+        return lambda: session.run(names, feeds)
+
+    def _feeds(self, inputs: Mapping[str, Array] | Sequence[Array]) -> dict[str, Array]:
+        return dict(zip(self.input_names, _ordered(inputs, self.inputs), strict=True))
 
 
 class _OpenVinoSession:
@@ -264,6 +280,11 @@ class _OpenVinoSession:
         except Exception as error:
             raise BackendError(f"openvino stopped: {_last_words(error)}") from error
         return [np.array(results[port]) for port in self._model.outputs]
+
+    def prepare(self, inputs: Mapping[str, Array] | Sequence[Array]) -> Callable[[], object]:
+        self.run(inputs)
+        arrays, request = _ordered(inputs, self.inputs), self._request
+        return lambda: request.infer(arrays, share_inputs=True, share_outputs=True)
 
 
 BACKENDS.register("onnxruntime")(
