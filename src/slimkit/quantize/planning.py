@@ -21,11 +21,12 @@ from slimkit.quantize.targets import Target
 __all__ = ["Layout", "lay_out"]
 
 _HEAVY = frozenset(
-    {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear", "embedding"}
+    {"conv1d", "conv2d", "conv3d", "linear"}
+    | {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear", "embedding"}
     | {"matmul", "mm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
     | {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
 )
-"""Not in any target today, but worth a line in the explanation."""
+"""Worth a line in the explanation also when the target does not have them."""
 
 
 @dataclass

@@ -141,12 +141,12 @@ class WeightQuantizer(nn.Module):
         """Round ``weight``."""
         if torch.compiler.is_exporting():
             scale = self.scale
-        elif self.rounding:
+        else:
             scale = weight_scale(weight, self.form, self.axis)
             with torch.no_grad():
                 self.scale.copy_(scale)
-        else:
-            return weight
+            if not self.rounding:
+                return weight
         return fake_quantize(
             weight,
             scale,
