@@ -14,7 +14,7 @@ from slimkit.errors import (
     MissingDependencyError,
     UnknownNameError,
 )
-from slimkit.runtime.environment import environment, int8_advice
+from slimkit.runtime.surroundings import environment, int8_advice
 from slimkit.runtime.output_parity import parity
 from slimkit.runtime.sessions import BACKENDS, Backend, available_backends, open_session
 

@@ -17,7 +17,7 @@ def doctor_command(
 
     from slimkit.cli.console import output
     from slimkit.recipe.cache import default_cache
-    from slimkit.runtime.environment import environment
+    from slimkit.runtime.surroundings import environment
 
     found = environment()
     if as_json:

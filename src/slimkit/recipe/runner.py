@@ -156,7 +156,7 @@ def _stage(bench: Workbench, chain: Chain) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    from slimkit.runtime.environment import environment
+    from slimkit.runtime.surroundings import environment
 
     return environment()
 
