@@ -165,7 +165,7 @@ def test_profiling_leaves_the_model_as_it_was():
 
 def test_a_wrong_input_names_the_layer_that_failed():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(4, 8, 3))
-    with pytest.raises(CaptureError, match="^1: "):
+    with pytest.raises(CaptureError, match=r"^1: "):
         profile(model, torch.zeros(1, 3, 8, 8))
     with pytest.raises(InputError, match="example_inputs"):
         profile(model, [torch.zeros(1, 3, 8, 8)])

@@ -104,7 +104,7 @@ def test_random_depends_on_seed_and_group_only(group, tensors):
 
 
 def test_rows_gather_all_positions_of_a_channel(tensors):
-    """A linear layer behind a flattened map: channel 0 owns columns 0 and 1, channel 1 owns 2 and 3."""
+    """A linear layer behind a flattened map: channel 0 owns columns 0, 1; channel 1 owns 2, 3."""
     tensors["fc.weight"] = torch.arange(8.0).reshape(2, 4)
     rows = channel_rows(slot("fc.weight", 1, "consumer", [[0, 1], [2, 3]]), tensors)
     assert rows.tolist() == [[0, 4, 1, 5], [2, 6, 3, 7]]

@@ -191,7 +191,7 @@ def test_all_other_layers_are_pruned_when_some_cannot_be():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1.2, -0.5, "half", True, float("nan")])
 def test_a_fraction_out_of_range_is_refused(model, value):
-    with pytest.raises(InputError, match="^ratio: expected a fraction to remove between 0 and 1"):
+    with pytest.raises(InputError, match=r"^ratio: expected a fraction to remove between 0 and 1"):
         sk.prune.plan(model, X, ratio=value)
 
 
@@ -202,7 +202,7 @@ def test_exactly_one_target_must_be_given(model, targets):
 
 
 def test_wrong_arguments_name_the_choices(model):
-    with pytest.raises(UnknownNameError, match="criterion.*'l2'"):
+    with pytest.raises(UnknownNameError, match=r"criterion.*'l2'"):
         sk.prune.plan(model, X, ratio=0.5, criterion="l22")
     with pytest.raises(UnknownNameError, match="global, uniform"):
         sk.prune.plan(model, X, ratio=0.5, allocation="sensitivity")

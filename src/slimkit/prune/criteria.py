@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,9 +66,11 @@ def channel_rows(slot: Slot, tensors: Mapping[str, Tensor]) -> Tensor:
         index along ``slot.dim`` belongs to the channel, flattened.
     """
     tensor = tensors[slot.tensor].detach().float()
-    positions = torch.as_tensor(slot.positions, device=tensor.device)
     rows = tensor.movedim(slot.dim, 0).reshape(tensor.shape[slot.dim], -1)
-    return rows[positions.reshape(-1)].reshape(positions.shape[0], -1)
+    positions = slot.positions.reshape(-1)
+    if not np.array_equal(positions, np.arange(len(rows))):  # most often they are all, in order
+        rows = rows[torch.as_tensor(positions, device=tensor.device)]
+    return rows.reshape(len(slot.positions), -1)
 
 
 def producer_channels(group: Group, tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -87,7 +87,7 @@ def _note(layer: LayerChange, members: Mapping[str, Sequence[str]]) -> str:
     )
     shown = list(tied)[:2]
     more = f" and {len(tied) - len(shown)} more" if len(tied) > len(shown) else ""
-    together = f"with {', '.join(shown)}{more}" if shown else ""
+    together = f"with {', '.join(shown)}{more}" if shown else "its own"
     if layer.reason is None:
         return together
     return f"all stay: {layer.reason}"

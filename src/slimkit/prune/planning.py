@@ -270,7 +270,9 @@ def _allocation(
 def _check_finite(groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> None:
     for name in dict.fromkeys(slot.tensor for group in groups for slot in group.slots):
         tensor = tensors[name]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach().sum())):
+            continue  # the sum is NaN or infinite if any element is, and needs no copy
+        if not bool(torch.isfinite(tensor).all()):
             raise PlanError(
                 "the weights hold NaN or infinite values",
                 where=name,

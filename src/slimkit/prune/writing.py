@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -17,9 +19,6 @@ from slimkit.prune.edits import AttributeEdit, Edit, PrunePlan
 from slimkit.prune.explaining import LayerChange
 
 __all__ = ["write_plan"]
-
-Removed = dict[tuple[str, int], set[int]]
-"""(tensor name, dimension) → positions that go."""
 
 
 def write_plan(
@@ -46,7 +45,7 @@ def write_plan(
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     removed = _removed_positions(groups, channels)
     edits = tuple(
-        Edit(name, dim, tuple(p for p in range(tensors[name].shape[dim]) if p not in gone))
+        Edit(name, dim, _left(tensors[name].shape[dim], gone))
         for (name, dim), gone in sorted(removed.items())
     )
     attributes = _attributes(model, edits)
@@ -62,18 +61,25 @@ def write_plan(
     )
 
 
-def _removed_positions(groups: Sequence[Group], channels: Mapping[str, Sequence[int]]) -> Removed:
-    removed: Removed = {}
+def _removed_positions(
+    groups: Sequence[Group], channels: Mapping[str, Sequence[int]]
+) -> dict[tuple[str, int], list[NDArray[np.int64]]]:
+    """(tensor name, dimension) → positions that go."""
+    removed: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
     for group in groups:
-        if group.name not in channels:
+        if len(channels.get(group.name, range(group.size))) == group.size:
             continue
-        gone = sorted(set(range(group.size)) - set(channels[group.name]))
-        if not gone:
-            continue
+        gone = np.setdiff1d(np.arange(group.size), channels[group.name])
         for slot in group.slots:
-            positions = slot.positions[gone].reshape(-1).tolist()
-            removed.setdefault((slot.tensor, slot.dim), set()).update(positions)
+            removed.setdefault((slot.tensor, slot.dim), []).append(slot.positions[gone].ravel())
     return removed
+
+
+def _left(size: int, removed: Sequence[NDArray[np.int64]]) -> tuple[int, ...]:
+    """The positions of a dimension that stay."""
+    stays = np.ones(size, dtype=bool)
+    stays[np.concatenate(removed)] = False
+    return tuple(np.flatnonzero(stays).tolist())
 
 
 def _attributes(model: nn.Module, edits: Sequence[Edit]) -> tuple[AttributeEdit, ...]:
