@@ -234,6 +234,12 @@ class ChannelTracker:
         elif size != -1:
             self.freeze(dim, f"its size {size} is written as a number in {what}")
 
+    def follows(self, size: object) -> bool:
+        """Whether a size in the model's code is −1 or was read from a dimension of channels."""
+        if isinstance(size, TrackedInt):
+            return any(True for _ in self.origin_dims(size))
+        return size == -1
+
     def origin_dims(self, size: TrackedInt) -> Iterator[AtomArray]:
         """The tracked dimensions that a number was read from."""
         for value, dim in size.origins:

@@ -120,10 +120,10 @@ def _reshape(
         result[j] = atoms[np.moveaxis(spread, j, 0).reshape(target[j], -1)[:, 0]]
         tracker.claim(op, sizes[j], result[j], place)
         return result
-    free = [j for j in varying if sizes[j] == FOLLOWS or isinstance(sizes[j], TrackedInt)]
+    free = [j for j in varying if tracker.follows(sizes[j])]
     if len(free) != 1:
-        how = "all written as numbers" if not free else "computed"
-        tracker.freeze(atoms, f"they are split into {target}, {how}, in {place}")
+        split_up = " × ".join(map(str, target))
+        tracker.freeze(atoms, f"they are split into {split_up}, which does not follow, in {place}")
         return fixed
     j = free[0]
     rows = atoms[np.moveaxis(spread, j, -1).reshape(-1, target[j])]
@@ -210,6 +210,32 @@ def expand(tracker: ChannelTracker, op: Op) -> None:
             for own, theirs in zip(result, other, strict=True)
         ]
     tracker.set_dims(op.outputs[0], result)
+
+
+@rule(
+    *("aten.empty", "aten.zeros", "aten.ones", "aten.full", "aten.rand", "aten.randn"),
+    *("aten.new_empty", "aten.new_zeros", "aten.new_ones", "aten.new_full"),
+)
+def create(tracker: ChannelTracker, op: Op) -> None:
+    """A new tensor, the same at all positions: sizes read from another tensor follow it."""
+    call = tracker.call(op)
+    for output in op.outputs:
+        shape = tracker.shape(output)
+        result: list[Dim] = ["it meets a tensor made with a fixed size"] * len(shape)
+        sizes = _created_sizes(call) if call is not None else []
+        if call is not None and len(sizes) == len(shape):
+            for i, size in enumerate(sizes):
+                origins = list(tracker.origin_dims(size)) if isinstance(size, TrackedInt) else []
+                if len(origins) == 1 and len(origins[0]) == shape[i]:
+                    result[i] = origins[0]
+                    tracker.claim(op, size, origins[0], where(call))
+        tracker.set_dims(output, result)
+
+
+def _created_sizes(call: Call) -> Sequence[object]:
+    """The sizes in a call such as ``torch.zeros(b, c)`` or ``x.new_zeros((b, c))``."""
+    given = [a for a in call.args if not isinstance(a, Ref)] or list(call.kwargs.values())[:1]
+    return list(given[0]) if given and isinstance(given[0], tuple | list) else given
 
 
 @rule("aten.repeat")
