@@ -4,6 +4,7 @@
 
     ROOT/stages/ab/abcdef…/      model/ (weights + plans), stage.json
     ROOT/work/abcdef…/           a stage in progress: its training checkpoint survives a kill
+    ROOT/exports/abcdef….onnx    exported networks
     ROOT/proofs/…                what was measured of an exported file
     ROOT/locks/abcdef….lock      held while a stage runs; freed by the kernel if the run dies
 """
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from slimkit.artifact import PathLike, atomic_directory, read_json, write_json
+from slimkit.artifact import PathLike, atomic_directory, atomic_file, read_json, write_json
 from slimkit.errors import ArtifactError
 from slimkit.plan import save
 
@@ -124,6 +125,20 @@ class Cache:
     def keep(self, kind: str, key: str, value: object) -> None:
         """Keep a small JSON value under ``kind``."""
         write_json(self.root / kind / f"{key}.json", value)
+
+    def fetch_file(self, kind: str, name: str, target: Path) -> bool:
+        """Copy a kept file to ``target``; False if there is none."""
+        source = self.root / kind / name
+        if not source.is_file():
+            return False
+        with atomic_file(target) as temporary:
+            shutil.copyfile(source, temporary)
+        return True
+
+    def keep_file(self, kind: str, name: str, source: Path) -> None:
+        """Keep a copy of a file under ``kind``."""
+        with atomic_file(self.root / kind / name) as temporary:
+            shutil.copyfile(source, temporary)
 
     def _entry(self, key: str) -> Path:
         return self.root / "stages" / key[:2] / key

@@ -122,7 +122,10 @@ class TypedBy:
         choices: list[JsonSchemaValue] = []
         for name in self.registry.names():
             settings = self.registry.get(name)
-            choices.append(handler(settings.__pydantic_core_schema__))
+            reference = handler(settings.__pydantic_core_schema__)
+            written = handler.resolve_ref_schema(reference)
+            written["required"] = sorted({*written.get("required", ()), "type"})
+            choices.append(reference)
         own = {
             "type": "object",
             "properties": {"type": {"type": "string", "pattern": REFERENCE}},

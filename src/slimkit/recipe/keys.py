@@ -9,6 +9,8 @@ key, the source of a user's own factory or stage is.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.metadata
 import inspect
 import sys
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ from slimkit.registry import import_object
 __all__ = ["Keys", "essence"]
 
 KEY_FORMAT = 1
+_EXPORTING = ("runtime", "quantize", "graph")
 _WITHOUT_EFFECT = {"teacher", "log_every", "device"}
 """Of stages; the key of the teacher stands for its name."""
 
@@ -57,12 +60,33 @@ class Keys:
                 "format": KEY_FORMAT,
                 "name": settings.name,
                 "args": settings.args,
-                "checkpoint": file_hash(settings.checkpoint),
+                "checkpoint": self._checkpoint(settings.checkpoint),
                 "factory": factory_source(settings.name),
                 "seed": self.recipe.seed,
                 "torch": _torch_version(),
             }
         )
+
+    def export(self, chain: Chain, metadata: Mapping[str, str]) -> str:
+        """The key of the ONNX file of what comes out of ``chain``.
+
+        Unlike a stage's, it has the source of the exporting packages in it: exporting again
+        takes seconds, and a file that an older exporter wrote would tell little.
+        """
+        return content_hash(
+            {
+                "format": KEY_FORMAT,
+                "network": self.chain(chain),
+                "metadata": dict(metadata),
+                "source": [_package_hash(f"slimkit.{name}") for name in _EXPORTING],
+                "versions": [_version(name) for name in ("torch", "onnx", "onnxscript")],
+            }
+        )
+
+    def _checkpoint(self, path: str | None) -> str | None:
+        if self.smoke and path is not None and not Path(path).is_file():
+            return None  # a smoke run needs no files
+        return file_hash(path)
 
     def chain(self, chain: Chain) -> str:
         """The key of what comes out of the last stage of ``chain``."""
@@ -135,9 +159,7 @@ def factory_source(name: str) -> str | None:
     if source == "slimkit":
         return None
     if source in {"torchvision", "timm"}:
-        from importlib.metadata import version
-
-        return version(source)
+        return _version(source)
     return _module_hash(getattr(import_object(name), "__module__", source))
 
 
@@ -153,6 +175,22 @@ def _module_hash(module: str) -> str | None:
     except (OSError, TypeError, KeyError):  # built in, or typed into a session
         return None
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _package_hash(package: str) -> str:
+    """A hash of all modules of a package."""
+    folder = Path(str(importlib.import_module(package).__file__)).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _torch_version() -> str:

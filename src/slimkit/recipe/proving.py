@@ -59,14 +59,7 @@ def prove(bench: Workbench, chain: Chain, folder: Path) -> Proof:
     model = bench.result(chain).eval()
     save(model, folder / "model")
     write_text(folder / "predict.py", PREDICT)
-    splits = bench.splits
-    facts = {"recipe": bench.recipe.name, "stages": " ".join(chain)}
-    written = export(
-        model,
-        folder / "model.onnx",
-        bench.example_inputs,
-        metadata=model_metadata(splits.preprocessing, splits.classes, **facts),
-    )
+    path = _exported(bench, chain, model, folder / "model.onnx")
     costs = profile(model, bench.example_inputs)
     cost = {
         "params": costs.params,
@@ -74,17 +67,17 @@ def prove(bench: Workbench, chain: Chain, folder: Path) -> Proof:
         "macs": costs.macs,
         "bops": costs.bops,
         "weight_bytes": costs.bytes,
-        "bytes": written.bytes,
+        "bytes": path.stat().st_size,
     }
-    key = _proof_key(bench, chain, written.path)
+    key = _proof_key(bench, chain, path)
     known = bench.cache.note("proofs", key)
     if known is None:
-        known = _test(bench, model, written.path)
+        known = _test(bench, model, path)
         bench.cache.keep("proofs", key, known)
         cached = False
     else:
         cached = True
-    return Proof(path=written.path, cost=cost, cached=cached, **known)
+    return Proof(path=path, cost=cost, cached=cached, **known)
 
 
 def measure_latency(bench: Workbench, paths: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
@@ -111,6 +104,19 @@ def measure_latency(bench: Workbench, paths: dict[str, Path]) -> dict[str, list[
     return found
 
 
+def _exported(bench: Workbench, chain: Chain, model: nn.Module, path: Path) -> Path:
+    """Export the network, or take the file from the cache."""
+    splits = bench.splits
+    metadata = model_metadata(
+        splits.preprocessing, splits.classes, recipe=bench.recipe.name, stages=" ".join(chain)
+    )
+    name = f"{bench.keys.export(chain, metadata)}.onnx"
+    if not bench.cache.fetch_file("exports", name, path):
+        export(model, path, bench.example_inputs, metadata=metadata)
+        bench.cache.keep_file("exports", name, path)
+    return path
+
+
 def _proof_key(bench: Workbench, chain: Chain, path: Path) -> str:
     """The tests of a file depend on its bytes, the network, the test images and the runtime."""
     from importlib.metadata import version
@@ -131,7 +137,6 @@ def _proof_key(bench: Workbench, chain: Chain, path: Path) -> str:
 
 def _test(bench: Workbench, model: nn.Module, path: Path) -> dict[str, Any]:
     from slimkit.runtime import fusion_report, parity, parity_per_layer
-    from slimkit.runtime.output_parity import parity
 
     settings = bench.recipe.measure
     backend = settings.backends[0].name

@@ -101,7 +101,7 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
         from slimkit.quantize import qat
 
         quantized = qat(model.eval(), context.example_inputs, **self.arguments(context))
-        history = train_model(quantized, self, self, context)
+        history = train_model(quantized, self, self, context, student=quantized.model)
         return StageResult(quantized, training_facts(history))
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:

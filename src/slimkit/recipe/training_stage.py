@@ -13,6 +13,7 @@ from slimkit.artifact import read_json, write_json
 from slimkit.distill.settings import DistillLoss
 from slimkit.errors import InputError
 from slimkit.recipe.fields import TypedBy, wrong
+from slimkit.recipe.places import at
 from slimkit.recipe.stages import Stage, StageContext, StageResult
 from slimkit.train.callbacks import Callback, EpochContext, StepContext
 from slimkit.train.settings import TrainSettings
@@ -85,11 +86,23 @@ class TrainStage(DistillOptions, TrainSettings, Stage):
 
 
 def train_model(
-    model: nn.Module, settings: TrainSettings, options: DistillOptions, context: StageContext
+    model: nn.Module,
+    settings: TrainSettings,
+    options: DistillOptions,
+    context: StageContext,
+    *,
+    student: nn.Module | None = None,
 ) -> History:
     """Train ``model`` in place on the training split, with the stage's teacher if it has one.
 
     The validation split, if there is one, is evaluated along the way; the test split never is.
+
+    Args:
+        model: what is trained.
+        settings: how.
+        options: teacher and distillation losses.
+        context: of the stage.
+        student: the part of ``model`` whose layers the losses name; by default all of it.
     """
     from slimkit.train import fit
 
@@ -103,7 +116,7 @@ def train_model(
     with contextlib.ExitStack() as stack:
         losses: list[Callable[[StepContext], Tensor]] = []
         if context.teacher is not None:
-            losses.append(stack.enter_context(distilling(model, options, context)))
+            losses.append(stack.enter_context(distilling(student or model, options, context)))
         return fit(
             model,
             splits.train,
@@ -144,13 +157,14 @@ def distilling(
     precision = options.teacher_precision
     if precision == "auto" and note is not None and note.exists():
         precision = read_json(note)["precision"]
-    distiller = Distiller(
-        model,
-        context.teacher,
-        options.distill,
-        example_inputs=context.example_inputs.repeat(2, 1, 1, 1),
-        precision=precision,
-    )
+    with at("distill"):
+        distiller = Distiller(
+            model,
+            context.teacher,
+            options.distill,
+            example_inputs=context.example_inputs.repeat(2, 1, 1, 1),
+            precision=precision,
+        )
     with distiller:
         yield _Remembering(distiller, note)
 

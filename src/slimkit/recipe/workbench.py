@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slimkit.errors import CheckpointError, DataError, ModelError, SlimkitError
+from slimkit.errors import CheckpointError, ModelError, SlimkitError
 from slimkit.models import MODELS, build_model, load_checkpoint
 from slimkit.plan import load
 from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import Chain, Step, resolve_steps
 from slimkit.recipe.keys import Keys
+from slimkit.recipe.places import at
 from slimkit.recipe.schema import ModelSettings, Recipe
 from slimkit.recipe.stages import StageContext, StageResult, ignore_event
 from slimkit.registry import import_object
@@ -30,7 +30,7 @@ from slimkit.tasks.data.settings import DataSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Event", "StageRecord", "Workbench", "at"]
+__all__ = ["Event", "StageRecord", "Workbench"]
 
 Event = Callable[[Mapping[str, Any]], None]
 SMOKE_STEPS = 2
@@ -320,24 +320,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  user code may draw from the global generator
     torch.manual_seed(seed)
-
-
-@contextmanager
-def at(where: str, *, replacing: bool = False) -> Iterator[None]:
-    """Put the path in the recipe in front of the place that an error names.
-
-    Args:
-        where: the path.
-        replacing: the error's own place is no path of the recipe: leave it out.
-    """
-    try:
-        yield
-    except SlimkitError as error:
-        own = error.where
-        if own is None or replacing or own == where or own.startswith(f"{where}."):
-            place = where if own is None or replacing else own
-        elif isinstance(error, DataError | ModelError) and own == where.split(".", maxsplit=1)[0]:
-            place = where
-        else:
-            place = f"{where}.{own}" if own.isidentifier() else f"{where}: {own}"
-        raise type(error)(error.message, where=place, hint=error.hint) from error

@@ -1,0 +1,109 @@
+"""Run a recipe in processes that are killed at given points, again and again, until it is done.
+
+Called as a program: ``killed_runs.py JOB.json``. One process imports the libraries and forks a
+child per attempt, so that an attempt costs little. A point is ``KIND:STAGE[:NUMBER]``:
+
+* ``start:train``, ``end:train``, ``epoch:train:0``, ``proof:baseline``: when the log says so;
+* ``step:train:7``: in the stage's optimizer step number 7 of this attempt;
+* ``storing:train``: while the finished stage is written into the cache;
+* ``report:``: when everything is measured and ``report.json`` is about to be written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import slimkit.recipe.cache
+import slimkit.recipe.runner
+from slimkit.recipe import parse_recipe, run_recipe
+
+
+def die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still alive")
+
+
+class Killer:
+    def __init__(self, point: str) -> None:
+        kind, _, rest = point.partition(":")
+        self.kind, (self.name, _, number) = kind, rest.partition(":")
+        self.number = int(number or 0)
+        self.stage = ""
+        self.steps = 0
+        if kind == "step":
+            self._patch(torch.optim.SGD, "step", self.on_step)
+        if kind == "storing":
+            self._patch(slimkit.recipe.cache, "write_json", self.on_store)
+        if kind == "report":
+            self._patch(slimkit.recipe.runner, "write_json", die)
+
+    @staticmethod
+    def _patch(owner: Any, name: str, before: Any) -> None:
+        original = getattr(owner, name)
+
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            before()
+            return original(*args, **kwargs)
+
+        setattr(owner, name, patched)
+
+    def on_step(self) -> None:
+        if self.stage == self.name:
+            if self.steps == self.number:
+                die()
+            self.steps += 1
+
+    def on_store(self) -> None:
+        if self.stage == self.name:
+            die()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "start":
+            self.stage = event["stage"]
+        subject = event.get("stage", event.get("variant", ""))
+        if event["event"] == self.kind and subject == self.name:
+            if self.kind != "epoch" or event["epoch"] == self.number:
+                die()
+
+
+def attempt(job: Mapping[str, Any], out: Path, cache: Path, point: str | None) -> int:
+    """Run in a child; → the signal that ended it, 0 if it ran to the end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            listener = Killer(point) if point is not None else lambda event: None
+            run_recipe(
+                parse_recipe(job["recipe"]), out, cache=cache, progress=False, listener=listener
+            )
+        except BaseException:
+            traceback.print_exc()
+            os._exit(3)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        sys.exit(3)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def main(job: Mapping[str, Any]) -> None:
+    torch.set_num_threads(1)
+    folder = Path(job["folder"])
+    attempt(job, folder / "calm", folder / "calm-cache", None)
+    ends = {}
+    for point in job["points"]:
+        ends[point] = attempt(job, folder / "killed", folder / "killed-cache", point)
+    ends["last"] = attempt(job, folder / "killed", folder / "killed-cache", None)
+    print(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,95 @@
+"""A run that is killed with SIGKILL, anywhere, goes on and ends with the same report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import slimkit
+
+POINTS = [
+    "start:train",
+    "step:train:1",  # in the first epoch: nothing is saved yet
+    "step:train:7",  # in the second
+    "epoch:train:1",  # after an epoch, before its checkpoint
+    "storing:train",
+    "end:train",
+    "start:prune",
+    "end:prune",
+    "start:recover",
+    "step:recover:7",
+    "end:recover",
+    "step:int8:1",
+    "step:int8:7",
+    "end:int8",
+    "proof:baseline",
+    "report:",
+]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_killed_at_every_boundary_and_in_training_ends_with_the_same_report(
+    tmp_path: Path,
+    model_folder: Path,
+    values: dict[str, Any],
+    comparable: Callable[[Any], Any],
+) -> None:
+    values["stages"]["int8"] = {
+        "type": "qat",
+        "epochs": 2,
+        "lr": 0.01,
+        "batches": 1,
+        "precision": "fp32",
+        "teacher": "train",
+        "distill": [{"type": "mimic", "student": "bn2"}],
+        "teacher_precision": "fp32",
+    }
+    values["stages"]["train"]["ema"] = 0.9
+    job = {"recipe": values, "folder": str(tmp_path), "points": POINTS}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    source = Path(slimkit.__file__).parents[1]
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).with_name("killed_runs.py")),
+            str(tmp_path / "job.json"),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(model_folder)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout.splitlines()[-1])
+    assert ends == {**dict.fromkeys(POINTS, signal.SIGKILL), "last": 0}
+
+    calm, killed = (
+        json.loads((tmp_path / name / "report.json").read_text()) for name in ("calm", "killed")
+    )
+    assert comparable(killed) == comparable(calm)
+    starts = _starts(tmp_path / "killed" / "log.jsonl")
+    assert starts.count("train") == 6  # begun anew after each kill in it, never after its end
+    assert starts.count("prune") == 2
+    assert _starts(tmp_path / "calm" / "log.jsonl") == ["train", "prune", "recover", "int8"]
+    for variant in ("baseline", "final"):
+        calm_file, killed_file = (
+            (tmp_path / name / "variants" / variant / "model.onnx").read_bytes()
+            for name in ("calm", "killed")
+        )
+        assert calm_file == killed_file
+    leftovers = [p.name for p in (tmp_path / "killed-cache").rglob(".*")]
+    assert leftovers == []
+    assert not list((tmp_path / "killed-cache" / "work").iterdir())
+
+
+def _starts(log: Path) -> list[str]:
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    return [event["stage"] for event in events if event["event"] == "start"]
