@@ -273,7 +273,8 @@ class _MaskMode(TorchDispatchMode):
             return func(*args)
         self.masked_norms.append(op.module)
         result, *statistics = func(small, list(small.shape[first:]), weight, bias, eps)
-        return (_scattered(result, x, kept), *statistics)
+        whole = func(*args)[0]  # in the memory layout that the operators behind saw at capture
+        return (whole.copy_(_scattered(result, x, kept)), *statistics)
 
     def _group_norm(self, op: Op, func: Any, args: tuple[Any, ...]) -> Any:
         x, weight, bias, batch, channels, area, groups, eps = args
@@ -287,7 +288,8 @@ class _MaskMode(TorchDispatchMode):
         small = x.index_select(1, kept)
         weight, bias = (t if t is None else t.index_select(0, kept) for t in (weight, bias))
         result, *statistics = func(small, weight, bias, batch, len(kept), area, left, eps)
-        return (_scattered(result, x, {1: kept}), *statistics)
+        whole = func(*args)[0]
+        return (whole.copy_(_scattered(result, x, {1: kept})), *statistics)
 
 
 def _scattered(small: Tensor, like: Tensor, kept: dict[int, Tensor]) -> Tensor:
