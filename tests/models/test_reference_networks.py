@@ -18,6 +18,7 @@ def parameters(name: str, **kwargs: object) -> int:
     [
         ("slimkit:resnet20", {}, 0.27),
         ("slimkit:resnet56", {}, 0.86),
+        ("slimkit:resnet20", {"width": 1.5}, 0.61),
         ("slimkit:mobilenet_v1", {}, 4.23),
         ("slimkit:mobilenet_v1", {"width": 0.5}, 1.33),
         ("slimkit:vgg16_bn", {}, 14.72),

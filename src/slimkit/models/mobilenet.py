@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from slimkit.errors import ModelError, nearest
 from slimkit.models.initialisation import initialise
+from slimkit.models.widths import scaled_channels
 
 __all__ = ["DepthwiseSeparable", "MobileNetV1", "mobilenet_v1"]
 
@@ -63,15 +64,13 @@ class MobileNetV1(nn.Module):
         if stem not in _STRIDES:
             hint = nearest(stem, _STRIDES)
             raise ModelError(f"unknown stem {stem!r}", where="stem", hint=hint)
-        if not width > 0:
-            raise ModelError(f"width must be positive, got {width}", where="width")
-        channels = _rounded(32 * width)
+        channels = scaled_channels(32, width)
         stem_stride, strides = _STRIDES[stem]
         self.stem = nn.Conv2d(in_channels, channels, 3, stem_stride, 1, bias=False)
         self.stem_bn = nn.BatchNorm2d(channels)
         blocks = []
         for base, stride in zip(_CHANNELS, strides, strict=True):
-            out_channels = _rounded(base * width)
+            out_channels = scaled_channels(base, width)
             blocks.append(DepthwiseSeparable(channels, out_channels, stride))
             channels = out_channels
         self.blocks = nn.Sequential(*blocks)
@@ -84,11 +83,6 @@ class MobileNetV1(nn.Module):
         x = self.blocks(x)
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
         return cast("Tensor", self.classifier(x))
-
-
-def _rounded(channels: float) -> int:
-    """To the nearest multiple of 8, at least 8."""
-    return max(8, int(channels / 8 + 0.5) * 8)
 
 
 def mobilenet_v1(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimkit.models.initialisation import initialise
+from slimkit.models.widths import scaled_channels
 
 __all__ = ["BasicBlock", "CifarResNet", "resnet20", "resnet56"]
 
@@ -49,16 +50,23 @@ class CifarResNet(nn.Module):
         blocks: basic blocks per stage (3 → ResNet-20, 9 → ResNet-56).
         num_classes: outputs of the last linear layer.
         in_channels: channels of the image.
+        width: multiplier of 16, 32 and 64 channels, rounded to multiples of 8.
+
+    Raises:
+        ModelError: the width is not positive.
     """
 
-    def __init__(self, blocks: int, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self, blocks: int, num_classes: int = 10, in_channels: int = 3, width: float = 1.0
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, stride=1)
-        self.layer2 = _stage(16, 32, blocks, stride=2)
-        self.layer3 = _stage(32, 64, blocks, stride=2)
-        self.fc = nn.Linear(64, num_classes)
+        small, middle, large = (scaled_channels(base, width) for base in (16, 32, 64))
+        self.conv1 = nn.Conv2d(in_channels, small, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(small)
+        self.layer1 = _stage(small, small, blocks, stride=1)
+        self.layer2 = _stage(small, middle, blocks, stride=2)
+        self.layer3 = _stage(middle, large, blocks, stride=2)
+        self.fc = nn.Linear(large, num_classes)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,11 +82,11 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels) for _ in range(1, blocks)))
 
 
-def resnet20(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+def resnet20(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> CifarResNet:
     """ResNet-20: 0.27 M parameters with ten classes."""
-    return CifarResNet(3, num_classes, in_channels)
+    return CifarResNet(3, num_classes, in_channels, width)
 
 
-def resnet56(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+def resnet56(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> CifarResNet:
     """ResNet-56: 0.86 M parameters with ten classes."""
-    return CifarResNet(9, num_classes, in_channels)
+    return CifarResNet(9, num_classes, in_channels, width)
