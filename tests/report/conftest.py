@@ -108,8 +108,7 @@ def _variant(
     }
 
 
-@pytest.fixture
-def report() -> dict[str, Any]:
+def _example() -> dict[str, Any]:
     """Three variants of a small residual network, two backends, three gates."""
     exact = {"max_abs_diff": 3.1e-6, "sqnr_db": 121.0, "top1_agreement": 1.0, "samples": 540}
     close = {"max_abs_diff": 0.42, "sqnr_db": 38.2, "top1_agreement": 0.9981, "samples": 540}
@@ -150,3 +149,26 @@ def report() -> dict[str, Any]:
             {"name": "latency_ratio", "limit": 0.5, "value": 0.315, "passed": True},
         ],
     }  # fmt: skip
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """The example, to change as a test likes."""
+    return _example()
+
+
+@pytest.fixture
+def quick(report: dict[str, Any]) -> dict[str, Any]:
+    """The example without training curves, whose drawing takes most of the time."""
+    for variant in report["variants"]:
+        for stage in variant["stages"]:
+            stage.pop("history", None)
+    return report
+
+
+@pytest.fixture(scope="session")
+def html() -> str:
+    """The example's page."""
+    from slimkit.report import build_html
+
+    return build_html(_example())
