@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -69,6 +69,7 @@ class _Planner:
         self._of_value: dict[int, str] = {}
         self._of_weight: dict[str, str] = {}
         self._integer_outputs: set[int] = set()
+        self._decided: list[tuple[Decision, int]] = []
         self._unmade: set[int] = set()  # values that no call made: rounded where they are read
 
     def run(self) -> Layout:
@@ -89,6 +90,10 @@ class _Planner:
             if reason is None:
                 self._place_inputs(call)
             self._decide(call, reason)
+        # What rounds an output behind an activation function is known only now.
+        self._layout.decisions = [
+            replace(decision, writes=self._of_value.get(final)) for decision, final in self._decided
+        ]
         return self._layout
 
     # --- what a call is -----------------------------------------------------------------
@@ -249,4 +254,5 @@ class _Planner:
             is_layer = call.function in target.layers
             weight = self._of_weight[str(self._parameter(call.inputs[1]))] if is_layer else None
             decision = Decision(call.address, self._module(call), True, "", reads, weight)
-        self._layout.decisions.append(decision)
+        final = self._final(call.outputs[0]) if len(call.outputs) == 1 else -1
+        self._decided.append((decision, final))

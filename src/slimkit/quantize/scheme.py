@@ -62,6 +62,8 @@ class Decision:
         reason: for a call left in float; empty otherwise.
         reads: quantizers of its data inputs.
         weight: quantizer of its weight, if it has one.
+        writes: quantizer of its output, perhaps behind an activation function; ``None`` when
+            the output stays in float.
     """
 
     address: str
@@ -70,6 +72,7 @@ class Decision:
     reason: str = ""
     reads: tuple[str, ...] = ()
     weight: str | None = None
+    writes: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from slimkit.graph.addressing import AddressMode
 from slimkit.plan import applied_plans
+from slimkit.quantize.integer_arithmetic import IntegerCall, integer_call
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
-from slimkit.quantize.scheme import CallRule, QuantPlan
+from slimkit.quantize.scheme import QuantPlan
 
 __all__ = ["QuantizedModel"]
 
@@ -55,10 +56,15 @@ class QuantizedModel(nn.Module):
         self.train(model.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's result on rounded weights and activations."""
+        """The network's result on rounded weights and activations.
+
+        In evaluation mode and without gradients it is computed with the arithmetic of integer
+        kernels (:mod:`slimkit.quantize.integer_arithmetic`).
+        """
         if self.training and not torch.compiler.is_exporting():
             self._count_step()
-        with _Attachment(self.model, self.plan.calls, self.quantizers, self._called):
+        exact = not (self.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
+        with _Attachment(self, self._called, exact=exact):
             return self.model(*args, **kwargs)
 
     def activation_quantizers(self) -> dict[str, ActivationQuantizer]:
@@ -101,6 +107,15 @@ class QuantizedModel(nn.Module):
         for name in set(self.quantizers) - {spec.name for spec in plan.quantizers}:
             del self.quantizers[name]
 
+    def integer_calls(self) -> dict[str, IntegerCall]:
+        """Call address → the integer kernel's arithmetic, for the calls that have one."""
+        found: dict[str, IntegerCall] = {}
+        for decision in self.plan.decisions:
+            kernel = integer_call(decision, self.quantizers) if decision.integer else None
+            if kernel is not None:
+                found[decision.address] = kernel
+        return found
+
     def _count_step(self) -> None:
         if self._steps_left is None:
             self._steps_left = int(self.observer_steps_left.item())
@@ -124,27 +139,27 @@ class QuantizedModel(nn.Module):
         self._steps_left = None
 
 
+def _is_inplace(func: Callable[..., Any]) -> bool:
+    """Whether ``func`` changes its first argument: ``add_``, ``+=``."""
+    name = getattr(func, "__name__", "")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
 class _Attachment(AddressMode):
     """Rounds what the plan says at each call.
 
     Args:
-        model: the network.
-        rules: call address → what is rounded there.
-        quantizers: by name.
+        quantized: the network with quantizers and plan.
         called: gets the addresses of the calls that ran; ``None`` to not note them.
+        exact: compute like integer kernels.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        rules: Mapping[str, CallRule],
-        quantizers: nn.ModuleDict,
-        called: set[str] | None,
-    ) -> None:
-        super().__init__(model)
+    def __init__(self, quantized: QuantizedModel, called: set[str] | None, *, exact: bool) -> None:
+        super().__init__(quantized.model)
         self._called = called
-        self._rules = rules
-        self._quantizers = quantizers
+        self._rules = quantized.plan.calls
+        self._quantizers = quantized.quantizers
+        self._integer = quantized.integer_calls() if exact else {}
 
     def on_call(
         self,
@@ -156,14 +171,27 @@ class _Attachment(AddressMode):
         if self._called is not None:
             self._called.add(address)
         rule = self._rules.get(address)
-        if rule is None:
+        integer = self._integer.get(address)
+        if rule is None and integer is None:
             return func(*args, **kwargs)
-        if rule.inputs:
-            args, kwargs = self._rounded((args, kwargs), rule.inputs)
-        result = func(*args, **kwargs)
-        return self._rounded(result, rule.outputs) if rule.outputs else result
+        inputs, outputs = (rule.inputs, rule.outputs) if rule is not None else ({}, {})
+        result = None
+        if integer is not None:
+            data = {position: name for position, name in inputs.items() if self._is_data(name)}
+            result = integer(func, *self._rounded((args, kwargs), data))
+            if result is not None and _is_inplace(func):
+                result = args[0].copy_(result)
+        if result is None:
+            args, kwargs = self._rounded((args, kwargs), inputs)
+            result = func(*args, **kwargs)
+        return self._rounded(result, outputs)
+
+    def _is_data(self, name: str) -> bool:
+        return isinstance(self._quantizers[name], ActivationQuantizer)
 
     def _rounded(self, values: Any, names: Mapping[int, str]) -> Any:
+        if not names:
+            return values
         if isinstance(values, Tensor):
             return self._quantizers[names[0]](values) if 0 in names else values
         position = -1

@@ -1,0 +1,193 @@
+"""What an integer kernel computes, bit by bit, in floating point.
+
+Fake quantization rounds where the runtime rounds, but sums products in another order and
+with other intermediate values. Now and then a value falls on the other side of a rounding
+boundary; in a deep network such flips multiply from layer to layer until the outputs of
+PyTorch and of the runtime differ by as much as float and integer outputs do. In evaluation
+the quantized model therefore does the kernels' own arithmetic:
+
+* products of 8-bit integers are summed exactly: they are whole numbers below 2^24, which
+  float32 holds, whatever the order;
+* the int32 bias is added, and the sum brought to the output's scale by one float32 factor
+  ``s_x · s_w / s_y``, rounded half to even (Jacob et al., 2018,
+  https://arxiv.org/abs/1712.05877, equation 4);
+* sums of two tensors are two fused multiply-adds, as in ONNX Runtime's vector kernel.
+
+The results were compared with ONNX Runtime 1.32 on x86 with VNNI and found equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
+from slimkit.quantize.scheme import Decision
+from slimkit.runtime.fake_quantize import quantized_integers
+
+__all__ = ["IntegerCall", "add", "integer_call", "layer", "mean_over_space"]
+
+IntegerCall = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Tensor | None]
+"""Takes ``func, args, kwargs`` with rounded data and unrounded weight; ``None``: cannot."""
+
+
+def integer_call(decision: Decision, quantizers: nn.ModuleDict) -> IntegerCall | None:
+    """The arithmetic of the integer kernel behind a call.
+
+    Returns:
+        ``None`` when plain rounding computes the same, or a quantizer is off or has no scale.
+    """
+    reads = [_usable(quantizers, name) for name in decision.reads]
+    writes = _usable(quantizers, decision.writes)
+    known = [quantizer for quantizer in reads if quantizer is not None]
+    if not known or len(known) < len(reads) or (decision.writes and writes is None):
+        return None
+    if decision.weight is not None:
+        weight = quantizers[decision.weight]
+        if isinstance(weight, WeightQuantizer) and weight.rounding:
+            return partial(layer, reads=known[0], weight=weight, writes=writes)
+        return None
+    function = decision.address.rpartition(":")[2].partition("#")[0]
+    if function == "add" and len(known) == 2 and writes is not None:
+        return partial(add, reads=(known[0], known[1]), writes=writes)
+    if function in ("adaptive_avg_pool2d", "mean") and writes is not None:
+        return partial(mean_over_space, reads=known[0], writes=writes)
+    return None
+
+
+def _usable(quantizers: nn.ModuleDict, name: str | None) -> ActivationQuantizer | None:
+    quantizer = quantizers[name] if name is not None and name in quantizers else None
+    if isinstance(quantizer, ActivationQuantizer) and quantizer.rounding and quantizer.ready:
+        return quantizer
+    return None
+
+
+def layer(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    reads: ActivationQuantizer,
+    weight: WeightQuantizer,
+    writes: ActivationQuantizer | None,
+) -> Tensor | None:
+    """A convolution of any rank, or a linear layer on (N, features).
+
+    Args:
+        func: ``F.conv2d``, ``F.linear`` …, to be called as ``func(*args, **kwargs)``.
+        args: input (already rounded), weight (not rounded), perhaps bias and more.
+        kwargs: the rest.
+        reads: what rounded the input.
+        weight: what is to round the weight.
+        writes: what will round the output, perhaps behind an activation function; ``None``
+            if it stays in float.
+
+    Returns:
+        Multiples of the output's scale, not yet clipped to its range; floats without
+        ``writes``; ``None`` for shapes and types that it does not cover.
+    """
+    given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+    x, raw, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+    if not _plain(x, raw) or (func is F.linear and x.dim() != 2):
+        return None
+    weight(raw)  # brings its scale up to date
+    form, scale = weight.form, weight.scale
+    integers = quantized_integers(
+        raw, scale, weight.zero_point, qmin=form.qmin, qmax=form.qmax, axis=weight.axis
+    )
+    total: Tensor = func(_centred(x, reads), integers.float(), None, *args[3:], **given)
+    if total.device.type != "cpu":  # Winograd and the like on a GPU: off by far less than 0.5
+        total = total.round()
+    channels = (-1,) if func is F.linear else (-1, *[1] * (total.dim() - 2))
+    step = reads.scale * scale
+    if bias is not None:
+        whole = torch.round(bias.double() / step.double()).clamp(-(2.0**31), 2.0**31 - 1)
+        total = total.add_(whole.float().reshape(channels))
+    step = step.reshape(channels) if step.dim() else step
+    if writes is None:
+        return total.mul_(step)
+    return total.mul_(step / writes.scale).round_().mul_(writes.scale)
+
+
+def add(
+    func: Callable[..., Any],  # noqa: ARG001 - one signature for all
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    reads: tuple[ActivationQuantizer, ActivationQuantizer],
+    writes: ActivationQuantizer,
+) -> Tensor | None:
+    """The sum of two rounded tensors as multiples of the output's scale.
+
+    With levels a, b and ratios α = s_a / s_c, β = s_b / s_c it is
+    ``round(fma(a, α, fma(b, β, z_c − fma(α, z_a, β z_b))))``.
+
+    Args:
+        func: an addition.
+        args: the two tensors.
+        kwargs: must be empty.
+        reads: what rounded them.
+        writes: what will round the sum.
+    """
+    if kwargs or len(args) != 2 or not _plain(*args):
+        return None
+    first, second = reads
+    ratio_a, ratio_b = first.scale / writes.scale, second.scale / writes.scale
+    z_a, z_b, z_c = (q.zero_point.float() for q in (first, second, writes))
+    fixed = z_c - _fma(ratio_a, z_a, ratio_b * z_b)
+    inner = _fma(_centred(args[1], second).add_(z_b), ratio_b, fixed)
+    total = _fma(_centred(args[0], first).add_(z_a), ratio_a, inner)
+    return total.round_().sub_(z_c).mul_(writes.scale)
+
+
+def mean_over_space(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    reads: ActivationQuantizer,
+    writes: ActivationQuantizer,
+) -> Tensor | None:
+    """The mean over (H, W) of a rounded (N, C, H, W) tensor.
+
+    Args:
+        func: a mean or an adaptive average pooling to one pixel.
+        args: the tensor and the options of ``func``.
+        kwargs: the rest.
+        reads: what rounded the tensor.
+        writes: what will round the mean.
+    """
+    x = args[0] if args else None
+    if x is None or not _plain(x):
+        return None
+    shape = func(*args, **kwargs).shape
+    if shape.numel() != x.shape[0] * x.shape[1]:
+        return None
+    factor = reads.scale / (writes.scale * float(x.shape[2] * x.shape[3]))
+    total = _centred(x, reads).sum((2, 3))
+    return total.mul_(factor).round_().mul_(writes.scale).reshape(shape)
+
+
+def _plain(*tensors: Any) -> bool:
+    """Whether these are float32 tensors, and will not be shortened on the way."""
+    return all(
+        isinstance(tensor, Tensor)
+        and tensor.dtype == torch.float32
+        and not torch.is_autocast_enabled(tensor.device.type)
+        for tensor in tensors
+    )
+
+
+def _centred(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
+    """Integers minus zero point of a rounded tensor, as float32 (a new tensor)."""
+    return torch.div(x, quantizer.scale).round_()
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``a · b + c`` with one rounding: exact in float64 for short a, then float32."""
+    return (a.double() * b.double()).add_(c.double()).float()
