@@ -306,7 +306,7 @@ def where(source: Op | Call) -> str:
 
 def track(graph: Graph, model: nn.Module) -> ChannelTracker:
     """Run all rules over the graph of a model."""
-    from slimkit.graph import rules, rules_shape  # noqa: F401 - they fill RULES
+    from slimkit.graph import rules, rules_join, rules_norm, rules_view  # noqa: F401 - they fill RULES
 
     norms = nn.LayerNorm | nn.GroupNorm
     adjustable = frozenset(p for p, m in model.named_modules() if isinstance(m, norms))
