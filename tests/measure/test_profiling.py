@@ -155,6 +155,19 @@ def test_a_folded_table_keeps_the_sums():
     assert found.table(depth=1).row_count < found.table().row_count
 
 
+def test_modules_that_hold_one_module_share_its_line():
+    model = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 2))
+    lines = str(profile(model, torch.zeros(1, 4))).splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["0.0.0", "1", "total"]
+
+
+def test_what_a_parametrization_computes_belongs_to_its_layer():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU())
+    rows = layers(profile(model, torch.zeros(1, 3, 8, 8)))
+    assert list(rows) == ["0"]
+    assert (rows["0"].params, rows["0"].macs) == (8 * 27 + 8 + 8, 8 * 36 * 27)
+
+
 def test_profiling_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

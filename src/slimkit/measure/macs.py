@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimkit.graph.capture import Graph, Op
 
-__all__ = ["MAC_RULES", "OperatorCost", "operator_costs"]
+__all__ = ["MAC_RULES", "OperatorCost", "operator_costs", "owner_of"]
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,27 @@ def _parameter(graph: Graph, value: int) -> str | None:
         if op is None or not op.inputs:
             return None
         base = op.name.rpartition(".")[0]
-        if base not in _LEADS_THROUGH and "fake_quant" not in base:
+        if "parametrizations" in op.module.split("."):  # weight norm and the like
+            shape = graph.tensors[value].shape
+            alike = [ref for ref in op.inputs if graph.tensors[ref].shape == shape]
+            if not alike:
+                return None
+            value = alike[0]
+        elif base in _LEADS_THROUGH or "fake_quant" in base:
+            value = op.inputs[0]
+        else:
             return None
-        value = op.inputs[0]
+
+
+def owner_of(name: str) -> tuple[str, str]:
+    """(path of the layer, name of the tensor in it) for the name of a parameter or buffer.
+
+    What a parametrization computes belongs to the layer that uses it:
+    ``"conv.parametrizations.weight.original0"`` is ``("conv", "weight")``.
+    """
+    path, _, local = name.rpartition(".")
+    head, inside, rest = path.rpartition("parametrizations.")
+    return (head.rstrip("."), rest) if inside and "." not in rest else (path, local)
 
 
 def operator_costs(graph: Graph) -> list[OperatorCost]:
@@ -156,7 +174,7 @@ def operator_costs(graph: Graph) -> list[OperatorCost]:
         macs, operands = rule(graph, op)
         names = (_parameter(graph, ref.id) for ref in operands)
         weight = next((name for name in names if name in graph.parameters), None)
-        owner = weight.rpartition(".")[0] if weight else op.module
+        owner = owner_of(weight)[0] if weight else op.module
         inside = not op.module or owner == op.module or owner.startswith(op.module + ".")
         widths = [8 * graph.tensors[ref.id].dtype.itemsize for ref in operands]
         costs.append(

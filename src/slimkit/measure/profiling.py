@@ -6,7 +6,7 @@ ran and with which parameter; the counting rules are in :mod:`slimkit.measure.ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from slimkit.graph.capture import capture
 from slimkit.graph.inputs import ExampleInputs, as_inputs
-from slimkit.measure.macs import OperatorCost, operator_costs
+from slimkit.measure.macs import OperatorCost, operator_costs, owner_of
 from slimkit.measure.tables import human_bytes, human_count, percent, rendered
 
 if TYPE_CHECKING:
@@ -164,10 +164,10 @@ def profile(
         name = cost.layer.removeprefix(prefix)
         rows.setdefault(name, _Row("")).add_operator(cost, bits.get(name, cost.bits))
     for name, parameter in counted.named_parameters():
-        owner = name.rpartition(".")[0]
+        owner = owner_of(name)[0]
         rows[owner].add_parameter(parameter, bits.get(owner))
     for name, tensor in _saved_buffers(counted):
-        rows[name.rpartition(".")[0]].bytes += tensor.numel() * tensor.dtype.itemsize
+        rows[owner_of(name)[0]].bytes += tensor.numel() * tensor.dtype.itemsize
     layers = tuple(row.cost(name) for name, row in rows.items() if row.params or row.macs)
     total_bytes = sum(row.bytes for row in rows.values())
     return Profile(
@@ -248,29 +248,37 @@ def _shape_text(shape: tuple[int, ...]) -> str:
 
 
 def _tree(
-    layers: tuple[LayerCost, ...], depth: int | None
+    layers: Sequence[LayerCost], depth: int | None, prefix: str = "", level: int = 0
 ) -> Iterator[tuple[str, LayerCost, str | None]]:
-    """Rows to print: (indented name, cost, style), each parent before its children with its sum."""
-    shown: set[str] = set()
-    names = {layer.name for layer in layers}
+    """Rows to print: (indented name, cost, style), each parent with its sum before its children."""
+    if depth is not None and level >= depth:
+        return
+    children: dict[str, list[LayerCost]] = {}
     for layer in layers:
-        parts = layer.name.split(".") if layer.name else []
-        for level in range(1, len(parts)):
-            parent = ".".join(parts[:level])
-            if parent in shown or parent in names or (depth is not None and level > depth):
-                continue
-            shown.add(parent)
-            inside = [other for other in layers if other.name.startswith(parent + ".")]
-            yield "  " * (level - 1) + parts[level - 1], _sum(inside, parent), "dim"
-        if depth is None or len(parts) <= depth:
-            yield "  " * max(len(parts) - 1, 0) + (parts[-1] if parts else "(itself)"), layer, None
+        children.setdefault(layer.name.removeprefix(prefix).partition(".")[0], []).append(layer)
+    for child, inside in children.items():
+        label, path = child, prefix + child
+        own = next((layer for layer in inside if layer.name == path), None)
+        while own is None:  # a module that only holds one other gets no line of its own
+            inner = {layer.name[len(path) + 1 :].partition(".")[0] for layer in inside}
+            if len(inner) > 1:
+                break
+            label, path = f"{label}.{min(inner)}", f"{path}.{min(inner)}"
+            own = next((layer for layer in inside if layer.name == path), None)
+        below = [layer for layer in inside if layer is not own]
+        hidden = below if own is not None and depth is not None and level + 1 >= depth else []
+        row = own if own is not None and not hidden else _sum(inside, path, own)
+        yield "  " * level + (label or "(itself)"), row, None if own else "dim"
+        yield from _tree(below, depth, path + ".", level + 1) if below else ()
 
 
-def _sum(layers: list[LayerCost], name: str) -> LayerCost:
-    def total(field: str) -> int:
-        return sum(getattr(layer, field) for layer in layers)
-
-    counts = {
-        field: total(field) for field in ("params", "nonzero_params", "macs", "bops", "bytes")
-    }
-    return LayerCost(name=name, type="", output_shape=(), **counts)
+def _sum(layers: Sequence[LayerCost], name: str, own: LayerCost | None) -> LayerCost:
+    """One row for all ``layers``, with the type and shape of the module that holds them."""
+    params, nonzero, macs, bops, size = (
+        sum(column)
+        for column in zip(
+            *((c.params, c.nonzero_params, c.macs, c.bops, c.bytes) for c in layers), strict=True
+        )
+    )
+    kind, shape = (own.type, own.output_shape) if own else ("", ())
+    return LayerCost(name, kind, shape, params, nonzero, macs, bops, size)

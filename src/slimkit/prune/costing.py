@@ -61,14 +61,14 @@ class CostModel:
         self.sizes = {group.name: group.size for group in groups}
         self._numbers = {group.name: number for number, group in enumerate(groups)}
         shrinking = {slot.tensor for group in groups for slot in group.slots}
-        self._fixed_params = 0
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, parameter in model.named_parameters():
-            if name in shrinking:
-                shapes[name] = tuple(parameter.shape)
-            else:
-                self._fixed_params += parameter.numel()
-                self._fixed_macs += weight_macs.get(name, 0)
+        parameters = dict(model.named_parameters())
+        fixed = [p.numel() for name, p in parameters.items() if name not in shrinking]
+        self._fixed_params = sum(fixed)
+        self._fixed_macs += sum(m for name, m in weight_macs.items() if name not in shrinking)
+        # A kernel may also be a buffer: it costs MACs and is no parameter.
+        tensors = {**parameters, **dict(model.named_buffers())}
+        shapes = {n: tuple(t.shape) for n, t in tensors.items() if n in shrinking}
+        self._counted = np.asarray([name in parameters for name in shapes], dtype=np.float64)
         self._lay_out(shapes, weight_macs, groups)
 
     def _lay_out(
@@ -77,7 +77,7 @@ class CostModel:
         weight_macs: Mapping[str, int],
         groups: Sequence[Group],
     ) -> None:
-        """Flat arrays: all dimensions of all shrinking parameters, one after the other."""
+        """Flat arrays: all dimensions of all shrinking tensors, one after the other."""
         starts: dict[str, int] = {}
         sizes: list[int] = []
         for name, shape in shapes.items():
@@ -109,11 +109,11 @@ class CostModel:
         elements = self._elements(kept or {})
         return Cost(
             macs=round(float(elements @ self._uses)) + self._fixed_macs,
-            params=round(float(elements.sum())) + self._fixed_params,
+            params=round(float(elements @ self._counted)) + self._fixed_params,
         )
 
     def _elements(self, kept: Mapping[str, int]) -> NDArray[np.float64]:
-        """Elements left in each shrinking parameter."""
+        """Elements left in each shrinking tensor."""
         if not len(self._starts):
             return np.zeros(0)
         removed = np.zeros(len(self._group_sizes))

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from slimkit.graph.capture import Graph
 from slimkit.graph.groups import Group
-from slimkit.measure.macs import operator_costs
+from slimkit.measure.macs import operator_costs, owner_of
 from slimkit.prune.attributes import new_attributes
 from slimkit.prune.costing import Cost
 from slimkit.prune.edits import AttributeEdit, Edit, PrunePlan
@@ -97,7 +97,7 @@ def _attributes(model: nn.Module, edits: Sequence[Edit]) -> tuple[AttributeEdit,
     kept: dict[str, dict[tuple[str, int], Sequence[int]]] = {}
     for edit in edits:
         for name in names[id(tensors[edit.tensor])]:
-            path, _, local = name.rpartition(".")
+            path, local = owner_of(name)
             kept.setdefault(path, {})[local, edit.dim] = edit.keep
     return tuple(
         AttributeEdit(path, attribute, before, after)
@@ -124,9 +124,9 @@ def _layers(
         for slot in group.slots:
             owners.setdefault((slot.tensor, slot.dim), []).append(group.name)
     for name, weight in model.named_parameters():
-        path, _, local = name.rpartition(".")
+        path, local = owner_of(name)
         module = modules[path]
-        if name not in ran and not (_is_layer(module) and local == "weight"):
+        if name not in ran and not (_is_layer(module) and name == f"{path}.weight"):
             continue
         out_dim = 1 if isinstance(module, _ConvNd) and module.transposed else 0
         in_dim = 1 - out_dim if weight.dim() > 1 else 0
