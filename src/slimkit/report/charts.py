@@ -212,7 +212,7 @@ def training_curves(
         x, y = [row[0] for row in rows], [row[1] for row in rows]
         panel.plot(x, y, color=ACCENT, marker="o" if len(rows) < 5 else None, markersize=4)
         written = words.score(y[-1]) if title == label else f"{y[-1]:.3g}"
-        panel.set_title(f"{title}, at the end {written}", loc="left", color=MUTED)
+        panel.set_title(f"{title}, last {written}", loc="left", color=MUTED)
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.yaxis.set_major_locator(MaxNLocator(4))
         panel.set_xlabel("epoch")

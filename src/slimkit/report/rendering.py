@@ -320,14 +320,12 @@ def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warnings(report: Report) -> list[str]:
-    return sorted(
-        {
-            f"{variant.name}: {item.busy}"
-            for variant in report.variants
-            for item in variant.latency
-            if item.busy
-        }
-    )
+    found: dict[str, dict[str, None]] = {}
+    for variant in report.variants:
+        for item in variant.latency:
+            if item.busy:
+                found.setdefault(item.busy, {})[variant.name] = None
+    return [f"{', '.join(names)}: {message}" for message, names in found.items()]
 
 
 def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
