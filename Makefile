@@ -1,6 +1,6 @@
 # make demo    set up and run the main job           make test    set up and run all tests
 # make setup   everything for development            make lint    ruff, mypy, import contracts
-# make format  let ruff mend what it can             make bench   the tables in docs/benchmarks
+# make format  let ruff mend what it can             make bench   measure again what docs/benchmarks shows
 # make clean   remove what was built and cached here
 
 PYTHON ?= python3
@@ -55,7 +55,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev
-	@cat benchmarks/README.md
+ifdef NAME
+	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+else
+	@echo "One at a time, with: make bench NAME=… ARGS=…; each writes its table to docs/benchmarks."
+	@for file in benchmarks/[a-z]*.py; do sed -n '1s/^"""/  /p' $$file | sed "s|^|$$(basename $$file .py):|"; done
+endif
 
 clean:
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
