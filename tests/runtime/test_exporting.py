@@ -73,6 +73,25 @@ def test_batch_norm_is_folded_and_pooling_is_global(residual_path: Path) -> None
     assert counts["ReduceMean"] == 0
 
 
+@pytest.mark.parametrize(
+    ("size", "output", "operators"),
+    [
+        (6, 1, ["GlobalAveragePool"]),
+        (6, 6, ["Identity"]),
+        (6, (3, 2), ["AveragePool"]),
+        (5, (3, 7), ["MatMul", "MatMul"]),
+    ],
+)
+def test_adaptive_pooling_has_no_index_arithmetic(
+    tmp_path: Path, size: int, output: object, operators: list[str]
+) -> None:
+    model, path = nn.AdaptiveAvgPool2d(output), tmp_path / "model.onnx"
+    images = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    export(model, path, images)
+    assert [node.op_type for node in onnx.load(path).graph.node] == operators
+    assert parity(model, path, [images, images[:1]]).max_abs_diff <= 1e-6
+
+
 def test_nodes_carry_the_paths_of_their_modules(residual_path: Path) -> None:
     graph = onnx.load(residual_path).graph
     names = {node.op_type: node.name for node in graph.node}

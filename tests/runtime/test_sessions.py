@@ -14,9 +14,9 @@ from slimkit.errors import (
     MissingDependencyError,
     UnknownNameError,
 )
-from slimkit.runtime.surroundings import environment, int8_advice
 from slimkit.runtime.output_parity import parity
 from slimkit.runtime.sessions import BACKENDS, Backend, available_backends, open_session
+from slimkit.runtime.surroundings import environment, int8_advice
 
 
 def test_a_session_says_what_it_takes_and_returns(residual_path: Path) -> None:

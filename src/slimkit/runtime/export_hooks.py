@@ -50,3 +50,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         if packet is not None:
             table[getattr(packet, overload or "default")] = TRANSLATIONS.get(name)
     return table
+
+
+TRANSLATIONS.register_lazy(
+    "aten::adaptive_avg_pool2d", "slimkit.runtime.translations:emit_adaptive_avg_pool2d"
+)

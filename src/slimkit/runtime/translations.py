@@ -1,0 +1,46 @@
+"""ONNX translations of PyTorch operators that the exporter would take apart clumsily."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["adaptive_average_matrix", "emit_adaptive_avg_pool2d"]
+
+
+def emit_adaptive_avg_pool2d(x: Any, output_size: Sequence[int]) -> Any:
+    """``aten::adaptive_avg_pool2d`` as one pooling operator where there is one.
+
+    Without this the exporter goes through strides, which for channels-last inputs ends in a
+    chain of index arithmetic. A (1, 1) output is GlobalAveragePool, whole multiples are
+    AveragePool, and the rest is a product with one constant matrix per axis.
+    """
+    from onnx import numpy_helper
+    from onnxscript import opset18 as op
+
+    size = [int(v) for v in output_size]
+    if x.shape is not None and len(x.shape) == 4 and size == [1, 1]:
+        return op.GlobalAveragePool(x)
+    height, width = (int(v) for v in x.shape[-2:])
+    if [height, width] == size:
+        return op.Identity(x)
+    if len(x.shape) == 4 and height % size[0] == 0 and width % size[1] == 0:
+        window = [height // size[0], width // size[1]]
+        return op.AveragePool(x, kernel_shape=window, strides=window)
+    rows = op.Constant(value=numpy_helper.from_array(adaptive_average_matrix(height, size[0])))
+    columns = op.Constant(value=numpy_helper.from_array(adaptive_average_matrix(width, size[1]).T))
+    return op.MatMul(op.MatMul(rows, x), columns)
+
+
+def adaptive_average_matrix(size: int, output_size: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The (output_size, size) matrix that averages a row adaptively.
+
+    Output i is the mean of inputs from ⌊i·size/output_size⌋ up to ⌈(i+1)·size/output_size⌉.
+    """
+    matrix = np.zeros((output_size, size), np.float32)
+    for i in range(output_size):
+        start, end = i * size // output_size, -(-(i + 1) * size // output_size)
+        matrix[i, start:end] = 1 / (end - start)
+    return matrix
