@@ -43,7 +43,7 @@ VALUES: dict[str, Any] = {
     "data": {"source": "digits", "image_size": 8, "batch_size": 32, "limit": 160},
     "model": {"name": "tiny_models:tiny"},
     "stages": {
-        "train": {"type": "train", "epochs": 3, "lr": 0.1, "precision": "fp32"},
+        "train": {"type": "train", "epochs": 3, "lr": 0.1, "ema": 0.9, "precision": "fp32"},
         "prune": {"type": "prune", "ratio": 0.5, "round_to": 4, "batch_norm_reestimation": 2},
         "recover": {
             "type": "train",
@@ -54,7 +54,16 @@ VALUES: dict[str, Any] = {
             "distill": [{"type": "kd"}],
             "teacher_precision": "fp32",
         },
-        "int8": {"type": "ptq", "batches": 1},
+        "int8": {
+            "type": "qat",
+            "epochs": 2,
+            "lr": 0.01,
+            "precision": "fp32",
+            "batches": 1,
+            "teacher": "train",
+            "distill": [{"type": "mimic", "student": "bn2"}],
+            "teacher_precision": "fp32",
+        },
     },
     "variants": {"baseline": ["train"], "final": ["train", "prune", "recover", "int8"]},
     "measure": {"seconds": 0.02, "parity_batches": 1},

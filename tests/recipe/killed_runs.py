@@ -11,10 +11,12 @@ child per attempt, so that an attempt costs little. A point is ``KIND:STAGE[:NUM
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +24,29 @@ from typing import Any, NoReturn
 
 import torch
 
+import slimkit
 import slimkit.recipe.cache
 import slimkit.recipe.runner
 from slimkit.recipe import parse_recipe, run_recipe
+
+PRELOADED = (
+    "accelerate",
+    "jinja2",
+    "matplotlib.pyplot",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "rich.progress",
+    "sklearn.datasets",
+    "slimkit.distill",
+    "slimkit.prune",
+    "slimkit.quantize",
+    "slimkit.report",
+    "slimkit.train",
+    "torch._dynamo",
+    "torch.onnx._internal.exporter._core",
+    "torch.utils.tensorboard",
+)
 
 
 def die() -> NoReturn:
@@ -70,9 +92,9 @@ class Killer:
         if event["event"] == "start":
             self.stage = event["stage"]
         subject = event.get("stage", event.get("variant", ""))
-        if event["event"] == self.kind and subject == self.name:
-            if self.kind != "epoch" or event["epoch"] == self.number:
-                die()
+        number = event["epoch"] if self.kind == "epoch" == event["event"] else self.number
+        if (event["event"], subject, number) == (self.kind, self.name, self.number):
+            die()
 
 
 def attempt(job: Mapping[str, Any], out: Path, cache: Path, point: str | None) -> int:
@@ -96,13 +118,16 @@ def attempt(job: Mapping[str, Any], out: Path, cache: Path, point: str | None) -
 
 def main(job: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as warm:
+        slimkit.export(torch.nn.Linear(2, 2), f"{warm}/warm.onnx", torch.zeros(1, 2))
     folder = Path(job["folder"])
-    attempt(job, folder / "calm", folder / "calm-cache", None)
     ends = {}
     for point in job["points"]:
         ends[point] = attempt(job, folder / "killed", folder / "killed-cache", point)
     ends["last"] = attempt(job, folder / "killed", folder / "killed-cache", None)
-    print(json.dumps(ends))
+    sys.stdout.write(json.dumps(ends) + "\n")
 
 
 if __name__ == "__main__":

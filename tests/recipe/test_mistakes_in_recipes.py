@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from slimkit.errors import RecipeError, SlimkitError
-from slimkit.recipe import load_recipe, parse_recipe
-from slimkit.recipe.cache import Cache
-from slimkit.recipe.workbench import Workbench
+from slimkit.recipe import load_recipe, parse_recipe, preview_run
 
 MISTAKES = [
     ("stages.train.lrr=1", "stages.train.lrr: unknown key 'lrr'", "'lr'"),
@@ -67,7 +65,7 @@ def test_all_mistakes_are_told_at_once(values: dict[str, Any]) -> None:
 
 def test_a_stage_cannot_wait_for_its_own_result(values: dict[str, Any]) -> None:
     values["stages"]["train"] |= {"teacher": "recover", "distill": [{"type": "kd"}]}
-    with pytest.raises(RecipeError, match="a cycle: .*train waits for recover|recover waits for"):
+    with pytest.raises(RecipeError, match=r"a cycle: .*train waits for recover|recover waits for"):
         parse_recipe(values)
 
 
@@ -110,7 +108,5 @@ def test_what_only_the_network_or_the_data_can_tell_is_found_before_training(
 ) -> None:
     recipe = parse_recipe(values, [override])
     with pytest.raises(SlimkitError, match=message):
-        bench = Workbench(recipe, Cache(tmp_path / "cache"))
-        bench.check_models()
-        bench.preview(recipe.variants["final"])
+        preview_run(recipe, cache=tmp_path / "cache")
     assert not (tmp_path / "cache" / "stages").exists()

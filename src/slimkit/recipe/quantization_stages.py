@@ -90,11 +90,17 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     """Quantization-aware training, started from calibrated scales.
 
     All settings of :class:`slimkit.train.TrainSettings` are fields of the stage, and a teacher
-    can be named as in ``type: train``.
+    can be named as in ``type: train``. Three have defaults of their own: batch norms are folded,
+    so weights are larger and nothing rescales gradients (``lr``, ``clip_grad_norm``), and
+    scales need the digits of float32 (``precision``).
     """
 
     version: ClassVar[int] = 1
     type: Literal["qat"] = "qat"
+    epochs: Annotated[float, Field(gt=0)] = 2
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
