@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimkit import prune
 from slimkit.errors import PlanError
-from slimkit.graph import capture, check_equivalence, dependency_groups
+from slimkit.graph import capture, check_equivalence, dependency_groups, track
 
 SIZE = 4
 STEPS = [
@@ -129,6 +129,7 @@ def test_random_networks_are_pruned_exactly(
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
     x = torch.randn(2, 3, SIZE, SIZE)
+    assert track(capture(model, x), model).failed == []
     try:
         plan = prune.plan(model, x, ratio=ratio, criterion="random", round_to=1, min_channels=1)
     except PlanError:  # nothing can go: then nothing must be free

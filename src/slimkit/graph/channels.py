@@ -86,6 +86,9 @@ class ChannelTracker:
     Args:
         graph: a captured graph.
         adjustable: paths of the norm layers whose shape is an attribute that can follow.
+
+    Attributes:
+        failed: operators whose rule could not read their arguments; treated as unknown.
     """
 
     def __init__(self, graph: Graph, adjustable: frozenset[str] = frozenset()) -> None:
@@ -94,6 +97,7 @@ class ChannelTracker:
         self.count = 0
         self.parameter_dims: dict[tuple[int, int], ParameterDim] = {}
         self.reasons: list[str] = []
+        self.failed: list[Op] = []
         self._dims: dict[int, list[Dim]] = {}
         self._edges: list[tuple[AtomArray, AtomArray]] = []
         self._frozen: list[tuple[AtomArray, int]] = []
@@ -256,7 +260,12 @@ class ChannelTracker:
         """Apply the rules to every operator, then freeze what must not change."""
         for op in self.graph.ops:
             apply = RULES.get(rule_name(op), RULES[""])
-            apply(self, op)
+            try:
+                apply(self, op)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                # An unusual call must not stop a user: what it touches stays as it is.
+                self.failed.append(op)
+                RULES["opaque"](self, op)
         for value in self.graph.outputs:
             self.freeze_value(value, "it is part of the model's output")
         for value, dim in self.graph.escaped:
@@ -270,15 +279,16 @@ class ChannelTracker:
             labels: for every atom the smallest atom of its set.
             frozen: label → reason, for the sets that cannot leave.
         """
-        labels = _connected(self.count, self._edges)
         claimed = {(call, id(size)) for call, size, _, _ in self._claims}
         for call in self.graph.calls:
             for size in _tracked_ints((call.args, call.kwargs)):
                 if (call.index, id(size)) not in claimed:
                     for atoms in self.origin_dims(size):
                         self.freeze(atoms, f"its size shapes another tensor, in {where(call)}")
-        for _, size, atoms, what in self._claims:
-            origins = list(self.origin_dims(size))
+        # The sizes of a tensor may be read though no rule met its dimensions: they get atoms now.
+        all_origins = [list(self.origin_dims(size)) for _, size, _, _ in self._claims]
+        labels = _connected(self.count, self._edges)
+        for (_, _, atoms, what), origins in zip(self._claims, all_origins, strict=True):
             if len(origins) != 1 or not _shrink_alike(labels[origins[0]], labels[atoms]):
                 for dim in (*origins, atoms):
                     self.freeze(dim, f"its size is computed from another size in {what}")

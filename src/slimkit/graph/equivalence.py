@@ -55,20 +55,20 @@ class Equivalence:
     Attributes:
         max_abs_diff: largest difference of any output element.
         max_abs_output: largest output element, to judge the difference by.
-        atol: the difference allowed, for outputs up to 1; in proportion above.
+        tolerance: the difference allowed, as a fraction of ``max_abs_output``.
         masked_norms: paths of the norms whose statistics leave out channels that go, so
             that the pruned network is *not* the original with zeroed channels.
     """
 
     max_abs_diff: float
     max_abs_output: float
-    atol: float
+    tolerance: float
     masked_norms: tuple[str, ...]
 
     @property
     def equal(self) -> bool:
         """Whether the outputs agree; false if they are not finite."""
-        return self.max_abs_diff <= self.atol * max(1.0, self.max_abs_output)
+        return self.max_abs_diff <= self.tolerance * self.max_abs_output
 
     def __str__(self) -> str:
         verdict = "equal" if self.equal else "DIFFERENT"
@@ -84,7 +84,7 @@ def check_equivalence(
     plan: PruningPlan,
     example_inputs: ExampleInputs,
     *,
-    atol: float = 1e-8,
+    tolerance: float = 1e-8,
     double: bool = True,
 ) -> Equivalence:
     """Compare the masked original with the pruned network. ``model`` is not changed.
@@ -93,9 +93,9 @@ def check_equivalence(
         model: the network before pruning.
         plan: the plan, with ``edits`` and ``apply_to``.
         example_inputs: what both are run on.
-        atol: allowed difference for outputs up to 1 (in proportion above).
+        tolerance: allowed difference as a fraction of the largest output element.
         double: run copies in float64, where rounding cannot hide or feign a mistake. With
-            ``False`` in the model's own precision; then use an ``atol`` of about 1e-4.
+            ``False`` in the model's own precision; then allow about 1e-4.
 
     Raises:
         PlanError: the plan does not fit the model, or splits channels that belong together.
@@ -120,7 +120,7 @@ def check_equivalence(
     return Equivalence(
         max_abs_diff=max(_difference(*pair) for pair in zip(found, expected, strict=True)),
         max_abs_output=max((float(t.abs().max()) for t in expected if t.numel()), default=0.0),
-        atol=atol,
+        tolerance=tolerance,
         masked_norms=norms,
     )
 

@@ -13,7 +13,7 @@ import torch
 from slimkit.graph.capture import Op
 from slimkit.graph.channels import ChannelTracker, Dim, rule, where
 
-__all__ = ["MIXING", "SPATIAL", "broadcast", "in_blocks", "pointwise", "spatial_dims"]
+__all__ = ["MIXING", "SPATIAL", "broadcast", "in_blocks", "pointwise", "same", "spatial_dims"]
 
 MIXING: set[str] = {
     "aten.addmm",
@@ -47,12 +47,22 @@ def unknown(tracker: ChannelTracker, op: Op) -> None:
     """Operators without a rule: element-wise ones are known by their tag, the rest freezes."""
     if torch.Tag.pointwise in op.target.tags:
         pointwise(tracker, op)
-        return
+    else:
+        _opaque(tracker, op, f"nothing is known about the operator {where(op)}")
+
+
+@rule("opaque")
+def opaque(tracker: ChannelTracker, op: Op) -> None:
+    """An operator with a rule that could not read its arguments."""
+    _opaque(tracker, op, f"this use of the operator {where(op)} cannot be followed")
+
+
+def _opaque(tracker: ChannelTracker, op: Op, reason: str) -> None:
+    """Whatever goes in must stay as it is, and what comes out has a fixed size."""
     for value in op.inputs:
-        tracker.freeze_value(value, f"nothing is known about the operator {where(op)}")
+        tracker.freeze_value(value, reason)
     for value in op.outputs:
-        reason = f"it comes out of {where(op)}"
-        tracker.set_dims(value, [reason] * len(tracker.shape(value)))
+        tracker.set_dims(value, [f"it comes out of {where(op)}"] * len(tracker.shape(value)))
 
 
 def broadcast(tracker: ChannelTracker, values: list[int], shape: tuple[int, ...]) -> list[Dim]:

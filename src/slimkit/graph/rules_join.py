@@ -6,7 +6,7 @@ import numpy as np
 
 from slimkit.graph.capture import Op, Ref
 from slimkit.graph.channels import AtomArray, ChannelTracker, Dim, rule, where
-from slimkit.graph.rules import SPATIAL
+from slimkit.graph.rules import SPATIAL, same
 from slimkit.graph.sizes import TrackedInt
 
 __all__: list[str] = []
@@ -21,6 +21,9 @@ def cat(tracker: ChannelTracker, op: Op) -> None:
     a = tracker.arguments(op)
     values = [ref.id for ref in a["tensors"] if tracker.shape(ref.id) != (0,)]
     operands = [tracker.dims(value) for value in values]
+    if not operands:
+        same(tracker, op)
+        return
     rank = len(operands[0])
     axis = a["dim"] % rank
     result: list[Dim] = []
