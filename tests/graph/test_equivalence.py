@@ -24,20 +24,14 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-NETWORKS = [
-    *("resnet18", "mobilenet_v2", "vgg16_bn", "densenet121", "shufflenet_v2_x1_0"),
-    *("efficientnet_b0", "googlenet", "regnet_y_400mf", "convnext_tiny"),
-]
+# The nine networks of the benchmark are in tests/prune; these have other operators.
+NETWORKS = ["resnext50_32x4d", "squeezenet1_1", "mobilenet_v3_small", "swin_t"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_pruned_networks_equal_the_masked_original(name: str) -> None:
-    settings = {"init_weights": False} if name in ("googlenet", "vgg16_bn") else {}
-    # Fast: no weights are drawn twice. RegNet computes its widths with tensors.
-    with torch.device("cpu" if name.startswith("regnet") else "meta"):
-        model = get_model(name, num_classes=5, **settings)
-        if name == "vgg16_bn":  # its 100 M weights of linear layers only cost time
-            model.classifier = nn.Sequential(nn.Linear(25088, 16), nn.ReLU(), nn.Linear(16, 5))
+    with torch.device("cpu" if name == "swin_t" else "meta"):  # fast: weights are drawn once
+        model = get_model(name, num_classes=5)
     model = initialised(model)
     x = torch.randn(1, 3, 40, 40)
     assert track(capture(model, x), model).failed == []
@@ -46,7 +40,6 @@ def test_pruned_networks_equal_the_masked_original(name: str) -> None:
     proof = check_equivalence(model, plan, x)
     assert proof.equal, str(proof)
     assert proof.max_abs_output > 1e-3
-    assert bool(proof.masked_norms) == (name == "convnext_tiny")
 
 
 def initialised(model: nn.Module) -> nn.Module:

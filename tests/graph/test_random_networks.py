@@ -77,7 +77,9 @@ class RandomNet(nn.Module):
             maps += self.step(name, maps[i], maps[j], layer)
         return self.head(torch.cat([m.flatten(1) for m in maps[1:]], dim=1))
 
-    def step(self, name: str, x: Tensor, other: Tensor, layer: nn.Module) -> list[Tensor]:
+    def step(  # noqa: C901, PLR0911 - a table
+        self, name: str, x: Tensor, other: Tensor, layer: nn.Module
+    ) -> list[Tensor]:
         b, c, h, w = x.shape
         match name:
             case "relu":
