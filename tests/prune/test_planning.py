@@ -189,6 +189,25 @@ def test_all_other_layers_are_pruned_when_some_cannot_be():
     assert plan.kept == {"conv": (8, 16), "fixed": (16, 16), "out": (4, 4)}
 
 
+def test_a_kernel_in_a_buffer_costs_macs_and_no_parameters():
+    class Blur(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 1)
+            self.register_buffer("kernel", torch.full((16, 1, 3, 3), 1 / 9))
+            self.out = nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.out(F.conv2d(x, self.kernel, groups=x.shape[1]))
+
+    model = Blur()
+    plan = sk.prune.plan(model, X, ratio=0.5)
+    found = sk.profile(pruned(model, plan), X)
+    assert plan.kept["conv"] == (8, 16)
+    assert (found.macs, found.params) == (plan.after.macs, plan.after.params)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 1.2, -0.5, "half", True, float("nan")])
 def test_a_fraction_out_of_range_is_refused(model, value):
     with pytest.raises(InputError, match=r"^ratio: expected a fraction to remove between 0 and 1"):

@@ -247,7 +247,11 @@ class ChannelTracker:
     def origin_dims(self, size: TrackedInt) -> Iterator[AtomArray]:
         """The tracked dimensions that a number was read from."""
         for value, dim in size.origins:
-            atoms = self.dims(value)[dim] if self._tracked(value) else ""
+            atoms: Dim = ""
+            if value in self._dims:
+                atoms = self._dims[value][dim]
+            elif self._tracked(value) and self.shape(value)[dim] > 1:
+                atoms = self.parameter_dim(value, dim)
             if not isinstance(atoms, str):
                 yield atoms
 

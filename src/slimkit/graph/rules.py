@@ -12,6 +12,7 @@ import torch
 
 from slimkit.graph.capture import Op
 from slimkit.graph.channels import ChannelTracker, Dim, rule, where
+from slimkit.graph.sizes import TrackedInt
 
 __all__ = ["MIXING", "SPATIAL", "broadcast", "in_blocks", "pointwise", "same", "spatial_dims"]
 
@@ -128,6 +129,11 @@ def convolution(tracker: ChannelTracker, op: Op) -> None:
     dims = tracker.dims(x)
     channel = len(dims) - rank - 1
     out = _convolve(tracker, dims[channel], weight, groups, transposed=transposed)
+    call = tracker.call(op)
+    if call is not None and tracker.shape(weight)[1] == 1:  # depthwise: ``groups=x.shape[1]``
+        given = call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else -1)
+        if isinstance(given, TrackedInt):
+            tracker.claim(op, given, dims[channel], where(op))
     if bias is not None:
         tracker.tie(out, tracker.parameter_dim(bias, 0, "vector"))
     spatial_dims(tracker, op, dims[channel + 1 :])
