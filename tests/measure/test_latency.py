@@ -2,26 +2,46 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from slimkit.errors import ArtifactError, InputError, UnknownNameError
 from slimkit.measure import latency
 from slimkit.measure.latency import Timing, benchmark, benchmark_interleaved, random_feeds
-from slimkit.runtime.exporting import export
 from slimkit.runtime.sessions import open_session
 
 
-class Net(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3))
+def write_conv(path: Path, width: int, *, batch: int | str = "batch", size: int | str = 24) -> Path:
+    """Two convolutions of ``width`` channels, written by hand: exporting takes longer."""
+    shape = helper.make_tensor_value_info
+    weights = [
+        numpy_helper.from_array(np.ones((width, depth, 3, 3), np.float32), f"w{depth}")
+        for depth in {3, width}
+    ]
+    nodes = [
+        helper.make_node("Conv", ["input", "w3"], ["hidden"]),
+        helper.make_node("Conv", ["hidden", f"w{width}"], ["output"]),
+    ]
+    return write(
+        path,
+        nodes,
+        [shape("input", TensorProto.FLOAT, [batch, 3, size, size])],
+        [shape("output", TensorProto.FLOAT, None)],
+        weights,
+    )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x).mean((2, 3))
+
+def write(path: Path, nodes: list[Any], *rest: Any) -> Path:
+    graph = helper.make_graph(nodes, "main", *rest)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, path)
+    return path
 
 
 class Clock:
@@ -54,10 +74,10 @@ class Takes(nn.Module):
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("latency")
-    made = {"narrow": folder / "narrow.onnx", "wide": folder / "wide.onnx"}
-    for name, width in (("narrow", 4), ("wide", 64)):
-        export(Net(width), made[name], torch.randn(1, 3, 24, 24))
-    return made
+    return {
+        "narrow": write_conv(folder / "narrow.onnx", 4),
+        "wide": write_conv(folder / "wide.onnx", 64),
+    }
 
 
 def test_statistics_are_ordered_and_counted(paths: dict[str, Path]) -> None:
@@ -118,16 +138,20 @@ def test_torch_threads_and_flags_are_restored() -> None:
 
 
 def test_random_inputs_fit_types_and_open_batch(tmp_path: Path) -> None:
-    class Tokens(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(2, 3)
-
-        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            return self.embed(ids).sum(1) * mask
-
-    path = tmp_path / "model.onnx"
-    export(Tokens(), path, (torch.zeros(1, 7, dtype=torch.int64), torch.ones(1, 1)))
+    shape = helper.make_tensor_value_info
+    path = write(
+        tmp_path / "model.onnx",
+        [
+            helper.make_node("Gather", ["table", "ids"], ["rows"]),
+            helper.make_node("Mul", ["rows", "mask"], ["output"]),
+        ],
+        [
+            shape("ids", TensorProto.INT64, ["batch", 7]),
+            shape("mask", TensorProto.FLOAT, ["batch", 1]),
+        ],
+        [shape("output", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.ones(2, np.float32), "table")],
+    )
     ids, mask = random_feeds(open_session(path), 4)
     assert (ids.shape, ids.dtype) == ((4, 7), np.int64)
     assert (mask.shape, mask.dtype) == ((4, 1), np.float32)
@@ -153,8 +177,10 @@ def test_timings_are_json_and_print(paths: dict[str, Path]) -> None:
 
 
 def test_wrong_arguments_name_themselves(paths: dict[str, Path], tmp_path: Path) -> None:
-    fixed = tmp_path / "fixed.onnx"
-    export(Net(4), fixed, torch.randn(2, 3, 8, 8), dynamic_batch=False)
+    fixed = write_conv(tmp_path / "fixed.onnx", 4, batch=2)
+    open_size = write_conv(tmp_path / "open.onnx", 4, size="any")
+    with pytest.raises(InputError, match="more than the batch"):
+        benchmark(open_size)
     with pytest.raises(InputError, match="batch of 2 only"):
         benchmark(fixed, batch=1)
     with pytest.raises(InputError, match="threads"):
@@ -162,9 +188,9 @@ def test_wrong_arguments_name_themselves(paths: dict[str, Path], tmp_path: Path)
     with pytest.raises(InputError, match="seconds"):
         benchmark(fixed, seconds=0)
     with pytest.raises(InputError, match="inputs"):
-        benchmark(Net(4), backend="torch")
+        benchmark(nn.Identity(), backend="torch")
     with pytest.raises(InputError, match="torch"):
-        benchmark(Net(4))
+        benchmark(nn.Identity())
     with pytest.raises(InputError, match="module"):
         benchmark(fixed, backend="torch")
     with pytest.raises(UnknownNameError):
