@@ -25,6 +25,10 @@ __all__: list[str] = []
 def batch_norm(tracker: ChannelTracker, op: Op) -> None:
     """One scale, shift, mean and variance per channel."""
     dims = tracker.dims(op.inputs[0])
+    a = tracker.arguments(op)
+    if a.get("training") or a.get("use_input_stats"):
+        for dim in (*dims[:1], *dims[2:]):
+            tracker.freeze(dim, f"all of them enter the statistics of {where(op)}")
     for value in op.inputs[1:]:
         tracker.tie(dims[1], tracker.parameter_dim(value, 0, "vector"))
     tracker.set_dims(op.outputs[0], dims)
