@@ -27,20 +27,23 @@ CLICK_ERROR: type[Exception] = next(
 
 def exit_code_of(command: Callable[[], object]) -> int:
     """Run ``command``; print what went wrong in red, without a traceback, and return the code."""
+    returned: object
     try:
         returned = command()
     except SlimkitError as error:
         errors.print(Text(f"error: {error}", style="red"))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        errors.print(Text("stopped; the next `slimkit run` goes on from here", style="yellow"))
-        return INTERRUPTED
+        returned = INTERRUPTED
     except CLICK_ERROR as error:
         errors.print(Text(f"error: {_click_text(error)}", style="red"))
         return BAD_INPUT
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if returned == INTERRUPTED:  # typer may turn Ctrl-C into this code by itself
+        text = "stopped; what is finished is kept, the same command goes on from here"
+        errors.print(Text(text, style="yellow"))
     return returned if isinstance(returned, int) else 0
 
 

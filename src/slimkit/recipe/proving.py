@@ -118,7 +118,7 @@ def _exported(bench: Workbench, chain: Chain, model: nn.Module, path: Path) -> P
 
 
 def _proof_key(bench: Workbench, chain: Chain, path: Path) -> str:
-    """The tests of a file depend on its bytes, the network, the test images and the runtime."""
+    """The tests of a file depend on its bytes, the network, the test images and the runtimes."""
     from importlib.metadata import version
 
     backend = bench.recipe.measure.backends[0].name
@@ -126,7 +126,7 @@ def _proof_key(bench: Workbench, chain: Chain, path: Path) -> str:
         {
             "version": PROOF_VERSION,
             "file": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "network": bench.keys.chain(chain),
+            "network": bench.keys.export(chain, {}),
             "data": bench.splits.fingerprint,
             "batch": bench.splits.test.batch_size,
             "backend": [backend, version(backend)],
