@@ -30,8 +30,8 @@ def test_everything_runs_as_integers(small_path: Path) -> None:
 def test_weights_are_int8_and_biases_int32_without_float_copies(small_path: Path) -> None:
     graph = onnx.load(small_path).graph
     types = {item.name: numpy_helper.to_array(item).dtype for item in graph.initializer}
-    assert types["model.conv1.weight"] == np.int8
-    assert types["model.conv1.bias"] == np.int32
+    assert types["conv1.weight"] == np.int8
+    assert types["conv1.bias"] == np.int32
     floats = [item for item in graph.initializer if types[item.name] == np.float32]
     assert all(len(item.dims) <= 1 for item in floats)  # scales
     operators = [node.op_type for node in graph.node]
@@ -80,7 +80,7 @@ def test_skipped_layers_are_float_in_the_file(
     fusion = fusion_report(tmp_path / "mixed.onnx")
     assert (fusion.convs, fusion.integer_convs) == (4, 3)
     weights = {i.name: i.data_type for i in onnx.load(tmp_path / "mixed.onnx").graph.initializer}
-    assert weights["model.conv1.weight"] == onnx.TensorProto.FLOAT
+    assert weights["conv1.weight"] == onnx.TensorProto.FLOAT
 
 
 def test_a_pruned_network_trains_quantized_and_exports(

@@ -113,7 +113,7 @@ class _Planner:
             return self._why_float_layer(call)
         if function in target.joins:
             return self._why_float_join(call)
-        return None if self._is_pool(call) else "not a pooling over space"
+        return self._why_float_pool(call)
 
     def _why_float_layer(self, call: Call) -> str | None:
         if len(call.inputs) < 2 or self._parameter(call.inputs[1]) is None:
@@ -131,14 +131,20 @@ class _Planner:
             return "an input does not come from an integer operation"
         return None
 
-    def _is_pool(self, call: Call) -> bool:
-        if len(call.inputs) != 1 or self._root(call.inputs[0]) not in self._integer_outputs:
-            return False
-        shape = self._graph.tensors[call.inputs[0]].shape
-        if call.function != "mean":
-            return len(shape) == 4
+    def _why_float_pool(self, call: Call) -> str | None:
+        if len(call.inputs) != 1 or not self._over_space(call):
+            return "not a pooling over space"
+        if self._root(call.inputs[0]) not in self._integer_outputs:
+            return "its input does not come from an integer operation"
+        return None
+
+    def _over_space(self, call: Call) -> bool:
+        """Whether it pools (N, C, H, W) over H and W."""
+        rank = len(self._graph.tensors[call.inputs[0]].shape)
+        if rank != 4 or call.function != "mean":
+            return rank == 4
         ops = [op for op in self._graph.ops if op.call == call.index and op.name == "aten.mean.dim"]
-        if len(ops) != 1 or len(shape) != 4:
+        if len(ops) != 1:
             return False
         axes = ops[0].args[1] if len(ops[0].args) > 1 else ops[0].kwargs.get("dim")
         return isinstance(axes, tuple | list) and {int(axis) % 4 for axis in axes} == {2, 3}

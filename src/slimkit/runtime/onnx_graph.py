@@ -51,6 +51,20 @@ class GraphEditor:
             self._arrays[name] = numpy_helper.to_array(self._tensors[name])
         return self._arrays[name]
 
+    def constants(self) -> list[str]:
+        """The names of all initialisers."""
+        return list(self._tensors)
+
+    def rename_constant(self, old: str, new: str) -> None:
+        """Call an initialiser ``new``, unless that name is taken."""
+        if new in self._names:
+            return
+        tensor = self._tensors.pop(old)
+        tensor.name = new
+        self._tensors[new] = tensor
+        self._names.add(new)
+        self.redirect(old, new)
+
     def overwrite(self, name: str, values: Array) -> str:
         """Give the initialiser ``name`` other values, and perhaps another type."""
         from onnx import numpy_helper

@@ -82,6 +82,7 @@ def to_qdq(model: ModelProto) -> None:
     if not any(node.op_type == _NODE and node.domain == DOMAIN for node in model.graph.node):
         return
     graph = GraphEditor(model.graph)
+    _unwrap_names(graph)
     _replace_nodes(graph)
     _pool_before_flatten(graph)
     _drop_saturated_activations(graph)
@@ -90,6 +91,17 @@ def to_qdq(model: ModelProto) -> None:
     graph.commit()
     for opset in [entry for entry in model.opset_import if entry.domain == DOMAIN]:
         model.opset_import.remove(opset)
+
+
+def _unwrap_names(graph: GraphEditor) -> None:
+    """Parameters and modules by their path in the network, not in the wrapper around it."""
+    wrapped, plain = "model.model.", "model."
+    for name in graph.constants():
+        if name.startswith(wrapped):
+            graph.rename_constant(name, plain + name.removeprefix(wrapped))
+    for node in graph.nodes:
+        for entry in node.metadata_props:
+            entry.value = entry.value.replace(f"'{wrapped}", f"'{plain}")
 
 
 def _replace_nodes(graph: GraphEditor) -> None:
