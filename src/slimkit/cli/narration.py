@@ -64,7 +64,14 @@ _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "end": lambda event: f"done     {event['stage']} in {event['seconds']:.1f} s",
     "waiting": lambda event: f"waiting  another run is working on {event['stage']}",
     "restart": lambda event: f"restart  {event['stage']}: its checkpoint was of another version",
+    "damaged": lambda event: f"damaged  {event['stage']} in the cache; it is run again",
     "proof": _proof,
     "latency": lambda event: f"latency  measured in {event['seconds']:.1f} s",
 }
-_STYLES = {"variant": "bold", "cached": "dim", "waiting": "yellow", "restart": "yellow"}
+_STYLES = {
+    "variant": "bold",
+    "cached": "dim",
+    "waiting": "yellow",
+    "restart": "yellow",
+    "damaged": "yellow",
+}

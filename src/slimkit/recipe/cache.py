@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -38,16 +39,22 @@ class Cache:
     """Results of stages under their keys.
 
     Args:
-        root: a folder, made if it is not there; None for :func:`default_cache`.
-
-    Raises:
-        ArtifactError: the folder cannot be made.
+        root: a folder, which need not be there; None for :func:`default_cache`.
     """
 
     def __init__(self, root: PathLike | None = None) -> None:
         self.root = Path(root) if root is not None else default_cache()
+
+    def prepare(self) -> None:
+        """Make the folder and find out whether it can be written.
+
+        Raises:
+            ArtifactError: it cannot.
+        """
         with _storing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
 
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a finished stage, or None. A damaged entry counts as not there."""

@@ -83,6 +83,19 @@ class Keys:
             }
         )
 
+    def work(self, step: Step) -> str:
+        """A key of how much work a stage is, whatever the seed: for estimates of time."""
+        return content_hash(
+            {
+                "type": step.settings.type,
+                "settings": essence(step.settings),
+                "model": essence(self.recipe.model),
+                "chain": [essence(self.recipe.stages[name]) for name in step.parent],
+                "data": self.fingerprint,
+                "smoke": self.smoke,
+            }
+        )
+
     def _checkpoint(self, path: str | None) -> str | None:
         if self.smoke and path is not None and not Path(path).is_file():
             return None  # a smoke run needs no files

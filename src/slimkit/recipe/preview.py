@@ -130,6 +130,9 @@ def preview_recipe(bench: Workbench) -> Preview:
 
 def _estimate(bench: Workbench, step: Step, model: nn.Module, clock: _StepClock) -> float | None:
     """Seconds for a stage: as long as it took before, or its steps times a measured step."""
+    earlier = bench.cache.note("timings", bench.keys.work(step))
+    if isinstance(earlier, int | float):
+        return float(earlier)
     epochs = step.settings.training_epochs()
     if not epochs:
         return 5.0 if step.settings.type in {"prune", "ptq"} else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -61,7 +62,6 @@ def run_recipe(
     store = Cache(folder / "cache" if smoke else cache)
     with _Log(folder / "log.jsonl", listener) as log:
         log({"event": "run", "recipe": recipe.name, "seed": recipe.seed, "smoke": smoke})
-        write_text(folder / "recipe.yaml", dump_recipe(recipe))
         bench = Workbench(
             recipe,
             store,
@@ -71,7 +71,10 @@ def run_recipe(
             log_dir=folder / "tensorboard",
         )
         _check_early(bench)
+        log.open()  # nothing was written so far: a mistake leaves nothing behind
+        store.prepare()
         report = _report(bench, folder, log)
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
         write_json(folder / "report.json", report)
         _write_page(folder)
         log({"event": "done", "report": str(folder / "report.json")})
@@ -168,37 +171,54 @@ def _write_page(folder: Path) -> None:
 
 
 class _Log:
-    """``log.jsonl``: one event a line, with its time; a resumed run appends."""
+    """``log.jsonl``: one event a line, with its time; a resumed run appends.
+
+    Events that come before :meth:`open` are kept and written then.
+    """
 
     def __init__(self, path: Path, listener: Listener) -> None:
         self.path = path
         self.listener = listener
-        self.file: IO[str] | None = None
+        self._file: IO[str] | None = None
+        self._early: list[str] = []
+
+    def open(self) -> None:
+        """Begin to write.
+
+        Raises:
+            ArtifactError: the folder is not writable.
+        """
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._file.writelines(self._early)
+            self._file.flush()
 
     def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, **event}, default=str) + "\n"
+        if self._file is None:
+            self._early.append(line)
+        else:
+            with self._writing():
+                self._file.write(line)
+                self._file.flush()
+        self.listener(event)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a", encoding="utf-8")
+            yield
         except OSError as error:
             raise ArtifactError(
                 f"cannot write: {error.strerror or error}",
                 where=str(self.path),
                 hint="choose another folder with --out",
             ) from error
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **event}
-        if self.file is not None:
-            try:
-                self.file.write(json.dumps(line, default=str) + "\n")
-                self.file.flush()
-            except OSError as error:
-                raise ArtifactError(
-                    f"cannot write: {error.strerror or error}", where=str(self.path)
-                ) from error
-        self.listener(event)

@@ -143,6 +143,18 @@ class Workbench:
         if not chain:
             return self.build(self.recipe.model, "model")
         key = self.record(chain).key
+        try:
+            return self._load(key)
+        except SlimkitError as error:
+            if not self.record(chain).cached:
+                raise
+            event = {"event": "damaged", "stage": chain[-1], "key": key, "problem": str(error)}
+            self.emit(event)
+            self.cache.discard(key)
+            del self._records[chain]
+            return self._load(self.record(chain).key)
+
+    def _load(self, key: str) -> nn.Module:
         model = self._bare(self.recipe.model, "model", checkpoint=False)
         return load(self.cache.model_folder(key), model=model)
 
@@ -231,6 +243,8 @@ class Workbench:
     def _run(self, step: Step) -> StageRecord:
         key = self.keys.chain(step.chain)
         teacher = self._teacher(step)
+        if step.parent:
+            self.record(step.parent)
         waiting = {"event": "waiting", "stage": step.name, "key": key}
         with self.cache.lock(key, lambda: self.emit(waiting)):
             found = self._look_up(step.chain)  # another process may have done it meanwhile
@@ -252,6 +266,7 @@ class Workbench:
                     "extra": extra,
                 },
             )
+        self.cache.keep("timings", self.keys.work(step), seconds)
         self.emit({"event": "end", "stage": step.name, "seconds": seconds, "key": key})
         return StageRecord(key, seconds, False, extra)
 
