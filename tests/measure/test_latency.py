@@ -162,9 +162,9 @@ def test_other_processes_are_noticed(
     paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = time.process_time
-    monkeypatch.setattr(latency, "_busy_seconds", lambda: clock() + 0.9 * time.perf_counter())
+    monkeypatch.setattr(latency, "_busy_seconds", lambda cores: clock() + 0.9 * time.perf_counter())
     assert "0.9 of these cores" in str(benchmark(paths["narrow"], seconds=0.2).busy)
-    monkeypatch.setattr(latency, "_busy_seconds", clock)
+    monkeypatch.setattr(latency, "_busy_seconds", lambda cores: clock())
     assert benchmark(paths["narrow"], seconds=0.2).busy is None
 
 

@@ -319,12 +319,13 @@ class _OtherLoad:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._own = time.process_time()
-        self._all = _busy_seconds()
+        self._cores = _own_cores()
+        self._all = _busy_seconds(self._cores)
 
     def warning(self) -> str | None:
         """A sentence when the machine was busy since construction."""
         elapsed = time.perf_counter() - self._start
-        now = _busy_seconds()
+        now = _busy_seconds(self._cores)
         if self._all is None or now is None or elapsed < 0.1:  # /proc/stat counts in 10 ms
             others = self._from_load_average(elapsed)
         else:
@@ -343,11 +344,17 @@ class _OtherLoad:
         return max(0.0, load - max(own, 1.0)) if load > cores else 0.0
 
 
-def _busy_seconds() -> float | None:
-    """Seconds that the cores of this process have spent working since boot; None if unknown."""
+def _own_cores() -> frozenset[str]:
+    """The cores that this process may use, as ``/proc/stat`` calls them."""
+    if not hasattr(os, "sched_getaffinity"):
+        return frozenset()
+    return frozenset(f"cpu{number}" for number in os.sched_getaffinity(0))
+
+
+def _busy_seconds(cores: frozenset[str]) -> float | None:
+    """Seconds that ``cores`` have spent working since boot; None if unknown."""
     try:
         lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
-        cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         ticks = os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError):
         return None
