@@ -183,6 +183,25 @@ def test_a_run_its_dry_run_its_report_and_a_comparison(
     assert set(json.loads(out)) == {str(file) for file in files}
 
 
+def test_quantize_writes_an_int8_file_and_says_what_is_integer(
+    cli: Cli, recipe: Path, tmp_path: Path
+) -> None:
+    out_file = tmp_path / "int8.onnx"
+    code, out, _ = cli(
+        "quantize", "cli_network:build", "--data", "digits", "--image-size", "8", "--out", out_file
+    )
+    assert code == 0
+    assert "1/1 convolutions" in out
+    assert out_file.stat().st_size > 0
+    code, _, err = cli(
+        "quantize", "cli_network:build", "--data", "digits", "--image-size", "8",
+        "--out", tmp_path / "other.onnx", "--skip", "9",
+    )  # fmt: skip
+    assert code == 2
+    assert "skip: the pattern '9' matches no" in err
+    assert not (tmp_path / "other.onnx").exists()
+
+
 def test_ctrl_c_says_that_the_next_run_goes_on(
     cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ VERBS = (
     "profile",
     "explain",
     "benchmark",
+    "quantize",
     "compare",
     "report",
     "list",
