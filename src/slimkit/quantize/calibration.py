@@ -257,7 +257,8 @@ def _check_batch(inputs: Inputs, example: Inputs, number: int) -> None:
     if not tensors or any(tensor.numel() == 0 for tensor in tensors):
         raise DataError(f"batch {number} is empty", where="calibration")
     for tensor, like in zip(tensors, expected, strict=False):
-        if tensor.dim() != like.dim() or (tensor.dim() > 1 and tensor.shape[1] != like.shape[1]):
+        channels = like.is_floating_point() and like.dim() > 1  # token ids have lengths instead
+        if tensor.dim() != like.dim() or (channels and tensor.shape[1] != like.shape[1]):
             raise DataError(
                 f"batch {number} has shape {tuple(tensor.shape)}, the example inputs have "
                 f"{tuple(like.shape)}",

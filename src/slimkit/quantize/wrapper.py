@@ -22,7 +22,8 @@ class QuantizedModel(nn.Module):
     """``model`` with tensors rounded as ``plan`` says; call it as you call ``model``.
 
     It trains in any loop: parameters are those of the network, gradients pass the rounding
-    straight through. ``state_dict`` holds weights and scales.
+    straight through. ``state_dict`` holds weights and scales. A network that changes a tensor in
+    place must go on with what the function returned (``x = relu_(x)``): that is what is rounded.
 
     Args:
         model: the network with batch norms folded; not copied.
