@@ -15,7 +15,19 @@ from slimkit.graph import capture, check_equivalence, dependency_groups, track
 SIZE = 4
 STEPS = [
     *("conv", "grouped", "depthwise", "transposed", "norm", "group_norm", "layer_norm", "relu"),
-    *("add", "cat", "chunk", "halves", "shuffle", "gate", "scale", "pad", "tokens", "glu"),
+    *(
+        "add",
+        "cat",
+        "chunk",
+        "halves",
+        "shuffle",
+        "gate",
+        "scale",
+        "pad",
+        "tokens",
+        "glu",
+        "instance",
+    ),
 ]
 
 
@@ -53,6 +65,7 @@ class RandomNet(nn.Module):
             ),
             "scale": lambda: nn.ParameterList([torch.randn(c, 1, 1)]),
             "tokens": lambda: nn.Linear(c, c),
+            "instance": lambda: nn.InstanceNorm2d(c, affine=bool(draw % 2)),
         }
         return makers.get(name, nn.Identity)() if c % 2 == 0 or name == "conv" else nn.Identity()
 

@@ -22,11 +22,26 @@ from slimkit.graph.capture import Call, Graph, Op, Ref
 from slimkit.graph.groups import Role
 from slimkit.graph.sizes import TrackedInt
 
-__all__ = ["RULES", "AtomArray", "ChannelTracker", "Dim", "ParameterDim", "Rule", "rule", "track"]
+__all__ = [
+    "FREE",
+    "RULES",
+    "SPATIAL",
+    "AtomArray",
+    "ChannelTracker",
+    "Dim",
+    "ParameterDim",
+    "Rule",
+    "rule",
+    "track",
+]
 
 AtomArray = npt.NDArray[np.int64]
 Dim = AtomArray | str
 """The atoms along a dimension, or why its size is fixed ("it is part of the model's input")."""
+
+SPATIAL = "it is a batch, spatial or sequence dimension"
+FREE = "it is as large as what it meets"
+"""A dimension of equal values that PyTorch itself expanded: it fixes and ties nothing."""
 
 
 @dataclass
@@ -188,10 +203,11 @@ class ChannelTracker:
     def tie(self, first: Dim, second: Dim) -> None:
         """The positions of two dimensions of equal size leave together, one by one."""
         if isinstance(first, str):
-            if not isinstance(second, str):
+            if first != FREE and not isinstance(second, str):
                 self.freeze(second, first)
         elif isinstance(second, str):
-            self.freeze(first, second)
+            if second != FREE:
+                self.freeze(first, second)
         elif first is not second and not np.array_equal(first, second):
             self._edges.append((first, second))
 
@@ -322,8 +338,11 @@ def track(graph: Graph, model: nn.Module) -> ChannelTracker:
     """Run all rules over the graph of a model."""
     from slimkit.graph import rules, rules_join, rules_norm, rules_view  # noqa: F401 - they fill RULES
 
-    norms = nn.LayerNorm | nn.GroupNorm
-    adjustable = frozenset(p for p, m in model.named_modules() if isinstance(m, norms))
+    adjustable = frozenset(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None
+    )
     tracker = ChannelTracker(graph, adjustable)
     tracker.run()
     return tracker

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from slimkit.graph.capture import Op
-from slimkit.graph.channels import ChannelTracker, Dim, rule, where
+from slimkit.graph.channels import FREE, SPATIAL, ChannelTracker, Dim, rule, where
 from slimkit.graph.sizes import TrackedInt
 
-__all__ = ["MIXING", "SPATIAL", "broadcast", "in_blocks", "pointwise", "same", "spatial_dims"]
+__all__ = ["MIXING", "broadcast", "in_blocks", "pointwise", "same", "spatial_dims"]
 
 MIXING: set[str] = {
     "aten.addmm",
@@ -31,8 +31,6 @@ MIXING: set[str] = {
     "torchvision.deform_conv2d",
 }
 """Operators that add up over channels: a channel that is zero in front of them is gone."""
-
-SPATIAL = "it is a batch, spatial or sequence dimension"
 
 
 def in_blocks(groups: int, in_per_group: int, out_per_group: int) -> bool:
@@ -81,7 +79,8 @@ def broadcast(tracker: ChannelTracker, values: list[int], shape: tuple[int, ...]
         for dim in met:
             if atoms and dim is not atoms[0]:
                 tracker.tie(atoms[0], dim)
-        result.append(atoms[0] if atoms else met[0] if met else SPATIAL)
+        fixed = [dim for dim in met if isinstance(dim, str) and dim != FREE]
+        result.append((*atoms, *fixed, *met, SPATIAL)[0])
     return result
 
 

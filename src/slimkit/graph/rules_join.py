@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from slimkit.graph.capture import Op, Ref
-from slimkit.graph.channels import AtomArray, ChannelTracker, Dim, rule, where
-from slimkit.graph.rules import SPATIAL, same
+from slimkit.graph.channels import SPATIAL, AtomArray, ChannelTracker, Dim, rule, where
+from slimkit.graph.rules import same
 from slimkit.graph.sizes import TrackedInt
 
 __all__: list[str] = []

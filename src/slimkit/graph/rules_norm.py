@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from slimkit.graph.capture import Op, Ref
-from slimkit.graph.channels import ChannelTracker, refs, rule, rule_name, where
-from slimkit.graph.rules import MIXING, SPATIAL, pointwise, spatial_dims
+from slimkit.graph.channels import SPATIAL, ChannelTracker, refs, rule, rule_name, where
+from slimkit.graph.rules import MIXING, pointwise, spatial_dims
 
 __all__: list[str] = []
 

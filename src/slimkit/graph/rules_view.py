@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from slimkit.graph.capture import Call, Op, Ref
-from slimkit.graph.channels import AtomArray, ChannelTracker, Dim, rule, where
-from slimkit.graph.rules import SPATIAL
+from slimkit.graph.channels import FREE, SPATIAL, AtomArray, ChannelTracker, Dim, rule, where
 from slimkit.graph.sizes import TrackedInt
 
 __all__: list[str] = []
@@ -48,7 +47,8 @@ def _written_sizes(tracker: ChannelTracker, op: Op, rank: int) -> Sequence[objec
     follows: Sequence[object] = [FOLLOWS] * rank
     if call is None:
         return list(tracker.shape(op.outputs[0]))  # a compiled part: take them for numbers
-    if call.function not in ("view", "reshape", "unflatten", "view_as", "reshape_as"):
+    sized = ("view", "reshape", "unflatten", "view_as", "reshape_as", "expand", "broadcast_to")
+    if call.function not in sized:
         return follows
     if call.function in ("view_as", "reshape_as"):
         other = call.args[1].id
@@ -111,14 +111,16 @@ def _reshape(
     shape[tracked[0]] = len(atoms)
     places = np.arange(len(atoms)).reshape(shape)
     spread = np.broadcast_to(places, source).reshape(target)
-    varying = [j for j in range(len(target)) if _varies(spread, j)]
-    if not varying:
-        return fixed
     result = list(fixed)
-    if len(varying) == 1:
-        j = varying[0]
-        result[j] = atoms[np.moveaxis(spread, j, 0).reshape(target[j], -1)[:, 0]]
-        tracker.claim(op, sizes[j], result[j], place)
+    # Atoms that repeat (tokens × channels) may part again without new ties.
+    parted = [j for j in range(len(target)) if _varies(atoms[spread], j)]
+    varying = [j for j in range(len(target)) if _varies(spread, j)]
+    if len(parted) == 1 and tracker.follows(sizes[parted[0]]):
+        varying = parted
+    if len(varying) <= 1:
+        for j in varying:
+            result[j] = atoms[np.moveaxis(spread, j, 0).reshape(target[j], -1)[:, 0]]
+            tracker.claim(op, sizes[j], result[j], place)
         return result
     free = [j for j in varying if tracker.follows(sizes[j])]
     if len(free) != 1:
@@ -193,23 +195,31 @@ def expand(tracker: ChannelTracker, op: Op) -> None:
     dims, source = tracker.dims(op.inputs[0]), tracker.shape(op.inputs[0])
     new = len(shape) - len(dims)
     call = tracker.call(op)
-    written: list[object] = [FOLLOWS] * len(shape)
-    if call is not None and call.function == "expand":
-        given = list(call.args[1:]) or list(call.kwargs.values())
-        written = list(given[0]) if isinstance(given[0], tuple | list) else given
-    result: list[Dim] = ["it is expanded to a fixed size"] * len(shape)
-    for i, dim in enumerate(dims):
-        if source[i] == shape[new + i]:
-            result[new + i] = dim
-            if source[i] > 1:
-                tracker.claim(op, written[new + i], dim, where(op))
+    explicit = call is not None and call.function in ("expand", "broadcast_to")
+    written = _written_sizes(tracker, op, len(shape)) if explicit else [FOLLOWS] * len(shape)
+    result: list[Dim] = [FREE] * len(shape)
+    for i, size in enumerate(written):
+        dim = dims[i - new] if i >= new else None
+        if dim is not None and source[i - new] == shape[i]:
+            result[i] = dim
+            if shape[i] > 1:
+                tracker.claim(op, size, dim, where(op))
+        elif explicit:
+            result[i] = _sized(tracker, op, size, shape[i], "it is expanded to a fixed size")
     if call is not None and call.function == "expand_as":
         other = tracker.dims(call.args[1].id)
-        result = [
-            theirs if isinstance(own, str) else own
-            for own, theirs in zip(result, other, strict=True)
-        ]
+        result = [theirs if own == FREE else own for own, theirs in zip(result, other, strict=True)]
     tracker.set_dims(op.outputs[0], result)
+
+
+def _sized(tracker: ChannelTracker, op: Op, size: object, length: int, fixed: str) -> Dim:
+    """A new dimension of equal values: it follows if its size was read from a tensor."""
+    if isinstance(size, TrackedInt):
+        origins = list(tracker.origin_dims(size))
+        if len(origins) == 1 and len(origins[0]) == length:
+            tracker.claim(op, size, origins[0], where(tracker.call(op) or op))
+            return origins[0]
+    return fixed
 
 
 @rule(
@@ -221,14 +231,11 @@ def create(tracker: ChannelTracker, op: Op) -> None:
     call = tracker.call(op)
     for output in op.outputs:
         shape = tracker.shape(output)
-        result: list[Dim] = ["it meets a tensor made with a fixed size"] * len(shape)
         sizes = _created_sizes(call) if call is not None else []
-        if call is not None and len(sizes) == len(shape):
-            for i, size in enumerate(sizes):
-                origins = list(tracker.origin_dims(size)) if isinstance(size, TrackedInt) else []
-                if len(origins) == 1 and len(origins[0]) == shape[i]:
-                    result[i] = origins[0]
-                    tracker.claim(op, size, origins[0], where(call))
+        if len(sizes) != len(shape):
+            sizes = shape
+        fixed = "it meets a tensor made with a fixed size"
+        result = [_sized(tracker, op, size, n, fixed) for size, n in zip(sizes, shape, strict=True)]
         tracker.set_dims(output, result)
 
 
