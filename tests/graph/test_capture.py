@@ -190,6 +190,12 @@ def test_capture_leaves_the_model_as_it_was() -> None:
     assert not model.conv._forward_hooks
 
 
+def test_an_in_place_operator_on_the_input_does_not_reach_the_users_tensor() -> None:
+    x = -torch.ones(1, 3, 4, 4)
+    capture(nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1)), x)
+    assert bool((x == -1).all())
+
+
 def test_tied_parameters_share_a_value() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight = model[0].weight

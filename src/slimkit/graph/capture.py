@@ -21,10 +21,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkit.errors import CaptureError, SlimkitError
 from slimkit.graph.addressing import AddressMode
-from slimkit.graph.inputs import ExampleInputs, as_inputs
+from slimkit.graph.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.graph.sizes import Origin, TrackedInt
 
-__all__ = ["Call", "Graph", "Op", "Ref", "TensorInfo", "capture", "tensors_in", "undisturbed"]
+__all__ = [
+    "Call",
+    "Graph",
+    "Op",
+    "Ref",
+    "TensorInfo",
+    "capture",
+    "own_inputs",
+    "tensors_in",
+    "undisturbed",
+]
 
 
 @dataclass(frozen=True)
@@ -210,10 +220,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
         CaptureError: the forward failed; names the innermost module that was running.
         InputError: ``example_inputs`` is of no accepted kind.
     """
-    inputs = as_inputs(example_inputs)
-    parameter = next(model.parameters(), None)
-    if parameter is not None:
-        inputs = inputs.to(parameter.device)
+    inputs = own_inputs(model, example_inputs)
     recorder = _Recorder(model)
     with undisturbed(model), torch.no_grad():
         recorder.graph.inputs = tuple(recorder.value(tensor) for tensor in inputs.tensors())
@@ -232,6 +239,13 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
             ) from error
         recorder.graph.outputs = tuple(recorder.value(tensor) for tensor in tensors_in(result))
     return recorder.graph
+
+
+def own_inputs(model: nn.Module, example_inputs: ExampleInputs) -> Inputs:
+    """A copy of the inputs on the model's device: an in-place operator may overwrite them."""
+    parameter = next(model.parameters(), None)
+    device = None if parameter is None else parameter.device
+    return as_inputs(example_inputs).map(lambda t: t.detach().to(device, copy=True))
 
 
 @contextmanager

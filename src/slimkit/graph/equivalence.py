@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkit.errors import CaptureError, PlanError, nearest
-from slimkit.graph.capture import Graph, Op, capture, tensors_in, undisturbed
+from slimkit.graph.capture import Graph, Op, capture, own_inputs, tensors_in, undisturbed
 from slimkit.graph.channels import ChannelTracker, Dim, rule_name, track
 from slimkit.graph.inputs import ExampleInputs, as_inputs
 from slimkit.graph.rules import MIXING
@@ -110,7 +110,7 @@ def check_equivalence(
     pruned = plan.apply_to(original)
     with undisturbed(pruned), torch.no_grad():
         try:
-            found = list(tensors_in(inputs.call(pruned)))
+            found = list(tensors_in(own_inputs(pruned, inputs).call(pruned)))
         except Exception as error:
             raise CaptureError(
                 f"the pruned network fails with {type(error).__name__}: {error}",
@@ -154,10 +154,7 @@ def masked_outputs(
     """
     tracker = track(graph, model)
     mode = _MaskMode(tracker, _doomed(tracker, plan))
-    inputs = as_inputs(example_inputs)
-    parameter = next(model.parameters(), None)
-    if parameter is not None:
-        inputs = inputs.to(parameter.device)
+    inputs = own_inputs(model, example_inputs)
     with undisturbed(model), torch.no_grad(), mode:
         result = inputs.call(model)
     return result, tuple(dict.fromkeys(mode.masked_norms))
