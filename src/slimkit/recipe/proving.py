@@ -180,11 +180,11 @@ def _rounded(scores: dict[str, float]) -> dict[str, float]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity: a signal without any noise is reported as 999 dB."""
+    """JSON has no infinity: null stands for it."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else math.copysign(999.0, value)
+        return None
     return value

@@ -157,7 +157,7 @@ def _proofs(report: Report) -> dict[str, Any]:
         agreement = parity.get("top1_agreement")
         cells = [
             _scientific(parity.get("max_abs_diff")),
-            _decibels(parity.get("sqnr_db")),
+            _decibels(parity.get("sqnr_db"), exact=parity.get("max_abs_diff") == 0),
             "–" if agreement is None else f"{100 * agreement:.2f}{words.NARROW}%",
             *(
                 f"{fusion.get(f'integer_{kind}', 0)} of {fusion[kind]}" if fusion.get(kind) else "–"
@@ -178,10 +178,10 @@ def _proofs(report: Report) -> dict[str, Any]:
     return {"columns": columns, "rows": rows, "notes": notes}
 
 
-def _decibels(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return "exact" if value >= 999 else f"{value:.0f}{words.NARROW}dB"
+def _decibels(value: float | None, *, exact: bool) -> str:
+    if exact:
+        return "exact"
+    return "–" if value is None else f"{value:.0f}{words.NARROW}dB"
 
 
 def _scientific(value: float | None) -> str:
