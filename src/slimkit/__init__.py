@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _VERBS = {
-    "Inputs": "slimkit.graph.inputs",
+    "Inputs": "slimkit.inputs",
     "Plan": "slimkit.plan",
     "SlimkitError": "slimkit.errors",
     "apply": "slimkit.plan",
@@ -74,7 +74,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from slimkit import distill, errors, prune, quantize, reparam, train
     from slimkit.errors import SlimkitError
-    from slimkit.graph.inputs import Inputs
+    from slimkit.inputs import Inputs
     from slimkit.measure.latency import benchmark
     from slimkit.measure.profiling import profile
     from slimkit.models.building import build_model

@@ -20,7 +20,9 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
         self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(8)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -79,7 +81,10 @@ def quantized_chain() -> onnx.ModelProto:
     ]
     bias_scale = numpy_helper.to_array(constants[-2]) * np.float32(0.02)
     bias = constant("b", rng.integers(-3000, 3000, 6, np.int32))
-    b = [constant("b_scale", bias_scale.astype(np.float32)), constant("b_zero", np.zeros(6, np.int32))]
+    b = [
+        constant("b_scale", bias_scale.astype(np.float32)),
+        constant("b_zero", np.zeros(6, np.int32)),
+    ]
     matrix = constant("m", rng.integers(-127, 128, (5, 6 * 16), np.int8))
     m = [
         constant("m_scale", rng.uniform(0.001, 0.003, 5).astype(np.float32)),

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["Narrator"]
+__all__ = ["Narrator", "data_line"]
 
 
 class Narrator:
@@ -43,7 +43,8 @@ def _chain(event: Mapping[str, Any]) -> str:
     return " → ".join(event["chain"]) or "the model as it is"
 
 
-def _data(event: Mapping[str, Any]) -> str:
+def data_line(event: Mapping[str, Any]) -> str:
+    """What the data are: source, images per split, shape."""
     shape = "×".join(str(size) for size in event["shape"])
     counts = f"{event['train']} train, {event['validation']} validation, {event['test']} test"
     skipped = sum(event["skipped"].values())
@@ -57,7 +58,7 @@ def _proof(event: Mapping[str, Any]) -> str:
 
 
 _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "data": _data,
+    "data": data_line,
     "variant": lambda event: f"variant  {event['variant']}: {_chain(event)}",
     "cached": lambda event: f"cached   {_chain(event)}",
     "start": lambda event: f"stage    {_chain(event)}",

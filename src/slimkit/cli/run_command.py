@@ -32,13 +32,15 @@ def run_command(
     What is in the cache is not run again, and an interrupted run continues where it was.
     """
     from slimkit.cli.console import errors, output
-    from slimkit.cli.narration import Narrator
+    from slimkit.cli.narration import Narrator, data_line
     from slimkit.recipe import load_recipe, preview_run, run_recipe
 
     loaded = load_recipe(recipe, set_ or ())
     folder = out if out is not None else Path("runs") / loaded.name
     if dry_run:
-        output.print(preview_run(loaded, smoke=smoke).table())
+        preview = preview_run(loaded, smoke=smoke)
+        output.print(data_line(preview.data))
+        output.print(preview.table())
         return
     narrator = Narrator(errors, quiet=quiet)
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimkit.distill.recording import Recorder, check_layers, main_tensor, probing, run
 from slimkit.errors import CaptureError, InputError, ModelError, PlanError, nearest
-from slimkit.graph.capture import capture
+from slimkit.graph.capturing import capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.inputs import Inputs
 

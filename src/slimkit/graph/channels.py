@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from slimkit.graph.capture import Call, Graph, Op, Ref
+from slimkit.graph.capturing import Call, Graph, Op, Ref
 from slimkit.graph.groups import Role
 from slimkit.graph.sizes import TrackedInt
 

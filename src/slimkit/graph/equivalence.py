@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkit.errors import CaptureError, PlanError, nearest
-from slimkit.graph.capture import Graph, Op, capture, own_inputs, tensors_in, undisturbed
+from slimkit.graph.capturing import Graph, Op, capture, own_inputs, tensors_in, undisturbed
 from slimkit.graph.channels import ChannelTracker, Dim, rule_name, track
-from slimkit.graph.inputs import ExampleInputs, as_inputs
 from slimkit.graph.rules import MIXING
+from slimkit.inputs import ExampleInputs, as_inputs
 
 __all__ = ["Equivalence", "check_equivalence", "masked_outputs"]
 

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from slimkit.errors import PlanError, nearest
-from slimkit.graph.capture import Call, Graph
+from slimkit.graph.capturing import Call, Graph
 from slimkit.plan import Plan
 
 __all__ = ["FusePlan", "batch_norm_pairs"]
@@ -38,7 +38,7 @@ def batch_norm_pairs(model: nn.Module, graph: Graph) -> list[tuple[str, str]]:
 
     Args:
         model: the captured model.
-        graph: what :func:`~slimkit.graph.capture.capture` returned for it.
+        graph: what :func:`~slimkit.graph.capturing.capture` returned for it.
     """
     modules = dict(model.named_modules())
     runs = Counter(c.module for c in graph.calls if c.function in {*_LAYER_CALLS, "batch_norm"})

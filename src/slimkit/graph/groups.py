@@ -11,7 +11,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import nn
 
-    from slimkit.graph.capture import Graph
+    from slimkit.graph.capturing import Graph
     from slimkit.graph.channels import AtomArray, ChannelTracker, ParameterDim
 
 __all__ = ["Group", "Role", "Slot", "dependency_groups"]
@@ -114,7 +114,7 @@ def dependency_groups(graph: Graph, model: nn.Module) -> list[Group]:
     else stays free. Cost is linear in the number of channels times the layers they touch.
 
     Args:
-        graph: what :func:`~slimkit.graph.capture.capture` returned for ``model``.
+        graph: what :func:`~slimkit.graph.capturing.capture` returned for ``model``.
         model: the captured model.
 
     Returns:

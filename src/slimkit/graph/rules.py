@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from slimkit.graph.capture import Op
+from slimkit.graph.capturing import Op
 from slimkit.graph.channels import FREE, SPATIAL, ChannelTracker, Dim, rule, where
 from slimkit.graph.sizes import TrackedInt
 

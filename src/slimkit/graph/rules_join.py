@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from slimkit.graph.capture import Op, Ref
+from slimkit.graph.capturing import Op, Ref
 from slimkit.graph.channels import SPATIAL, AtomArray, ChannelTracker, Dim, rule, where
 from slimkit.graph.rules import same
 from slimkit.graph.sizes import TrackedInt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkit.graph.capture import Op, Ref
+from slimkit.graph.capturing import Op, Ref
 from slimkit.graph.channels import SPATIAL, ChannelTracker, refs, rule, rule_name, where
 from slimkit.graph.rules import MIXING, pointwise, spatial_dims
 

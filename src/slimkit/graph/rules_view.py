@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from slimkit.graph.capture import Call, Op, Ref
+from slimkit.graph.capturing import Call, Op, Ref
 from slimkit.graph.channels import FREE, SPATIAL, AtomArray, ChannelTracker, Dim, rule, where
 from slimkit.graph.sizes import TrackedInt
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimkit.graph.capture import Graph, Op
+    from slimkit.graph.capturing import Graph, Op
 
 __all__ = ["MAC_RULES", "OperatorCost", "operator_costs", "owner_of"]
 

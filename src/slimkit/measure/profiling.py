@@ -1,6 +1,6 @@
 """What a network costs: parameters, MACs, BOPs and bytes, per layer and in total.
 
-One capture of the network (:func:`slimkit.graph.capture.capture`) tells every operator that
+One capture of the network (:func:`slimkit.graph.capturing.capture`) tells every operator that
 ran and with which parameter; the counting rules are in :mod:`slimkit.measure.macs`.
 """
 
@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from slimkit.graph.capture import capture
-from slimkit.graph.inputs import ExampleInputs, as_inputs
+from slimkit.graph.capturing import capture
+from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.measure.macs import OperatorCost, operator_costs, owner_of
 from slimkit.measure.tables import human_bytes, human_count, percent, rendered
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from slimkit.graph.capture import Graph
+    from slimkit.graph.capturing import Graph
 
 __all__ = ["LayerCost", "Profile", "profile"]
 

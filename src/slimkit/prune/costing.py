@@ -19,7 +19,7 @@ from slimkit.measure.macs import operator_costs
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from slimkit.graph.capture import Graph
+    from slimkit.graph.capturing import Graph
     from slimkit.graph.groups import Group
 
 __all__ = ["Cost", "CostModel"]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import InputError, PlanError
-from slimkit.graph.capture import capture
+from slimkit.graph.capturing import capture
 from slimkit.graph.groups import Group, dependency_groups
-from slimkit.graph.inputs import ExampleInputs, as_inputs
 from slimkit.graph.patterns import Pattern, match_modules
+from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.prune.allocation import ALLOCATIONS, Allocation, allowed_counts, fit_counts, rounded
 from slimkit.prune.costing import CostModel
 from slimkit.prune.criteria import CRITERIA, Criterion, scored

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from slimkit.graph.capture import Graph
+from slimkit.graph.capturing import Graph
 from slimkit.graph.groups import Group
 from slimkit.measure.macs import operator_costs, owner_of
 from slimkit.prune.attributes import new_attributes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import DataError, InputError, SlimkitError, nearest
-from slimkit.graph.capture import capture
+from slimkit.graph.capturing import capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs

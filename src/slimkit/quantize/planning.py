@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from slimkit.graph.capture import Call, Graph
+from slimkit.graph.capturing import Call, Graph
 from slimkit.quantize.scheme import CallRule, Decision, QuantizerSpec
 from slimkit.quantize.targets import Target
 

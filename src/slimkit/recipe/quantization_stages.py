@@ -33,7 +33,7 @@ class QuantizeOptions(BaseModel):
 
     target: Annotated[str, OneOf("slimkit.quantize:TARGETS")] = "onnxruntime"
     granularity: Literal["channel", "tensor"] = "channel"
-    observer: Annotated[str, OneOf("slimkit.quantize:OBSERVERS")] = "percentile"
+    observer: Annotated[str, OneOf("slimkit.quantize:OBSERVERS")] = "minmax"
     skip: tuple[str, ...] = ()
     batches: int = Field(default=8, ge=1)
 

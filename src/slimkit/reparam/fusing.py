@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slimkit.errors import CaptureError, InputError
-from slimkit.graph.capture import Graph, capture
+from slimkit.graph.capturing import Graph, capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.plan import apply

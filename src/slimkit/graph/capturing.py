@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkit.errors import CaptureError, SlimkitError
 from slimkit.graph.addressing import AddressMode
-from slimkit.graph.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.graph.sizes import Origin, TrackedInt
+from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 
 __all__ = [
     "Call",
@@ -214,7 +214,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
 
     Args:
         model: any module.
-        example_inputs: what it is called with; see :class:`~slimkit.graph.inputs.Inputs`.
+        example_inputs: what it is called with; see :class:`~slimkit.inputs.Inputs`.
 
     Raises:
         CaptureError: the forward failed; names the innermost module that was running.
