@@ -6,6 +6,7 @@ child per attempt, so that an attempt costs little. A point is ``KIND:STAGE[:NUM
 * ``start:train``, ``end:train``, ``epoch:train:0``, ``proof:baseline``: when the log says so;
 * ``step:train:7``: in the stage's optimizer step number 7 of this attempt;
 * ``storing:train``: while the finished stage is written into the cache;
+* ``saving:``: while a variant's model is written into the output folder, all stages done;
 * ``report:``: when everything is measured and ``report.json`` is about to be written.
 """
 
@@ -25,6 +26,7 @@ from typing import Any, NoReturn
 import torch
 
 import slimkit
+import slimkit.plan
 import slimkit.recipe.cache
 import slimkit.recipe.runner
 from slimkit.recipe import parse_recipe, run_recipe
@@ -65,6 +67,8 @@ class Killer:
             self._patch(torch.optim.SGD, "step", self.on_step)
         if kind == "storing":
             self._patch(slimkit.recipe.cache, "write_json", self.on_store)
+        if kind == "saving":
+            self._patch(slimkit.plan, "write_json", lambda: None if self.stage else die())
         if kind == "report":
             self._patch(slimkit.recipe.runner, "write_json", die)
 

@@ -30,6 +30,7 @@ POINTS = [
     "step:int8:1",
     "step:int8:7",
     "end:int8",
+    "saving:",
     "proof:baseline",
     "report:",
 ]
@@ -72,7 +73,7 @@ def test_a_run_killed_at_every_boundary_and_in_training_ends_with_the_same_repor
             for folder in (finished.out, tmp_path / "killed")
         )
         assert calm_file == killed_file
-    leftovers = [p.name for p in (tmp_path / "killed-cache").rglob(".*")]
+    leftovers = [p for name in ("killed", "killed-cache") for p in (tmp_path / name).rglob(".*")]
     assert leftovers == []
     assert not list((tmp_path / "killed-cache" / "work").iterdir())
 
