@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ def run_recipe(
         _check_early(bench)
         log.open()  # nothing was written so far: a mistake leaves nothing behind
         store.prepare()
+        _sweep(folder)
         report = _report(bench, folder, log)
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         write_json(folder / "report.json", report)
@@ -98,6 +100,16 @@ def _check_early(bench: Workbench) -> None:
     for chain in bench.recipe.variants.values():
         if chain and not bench.is_cached(chain):
             bench.preview(chain)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a run that was killed while writing left in ``folder``."""
+    for pattern in (".report.*", ".recipe.*", "variants/*/.model.*", "variants/*/.predict.*"):
+        for remains in folder.glob(pattern):
+            if remains.is_dir():
+                shutil.rmtree(remains, ignore_errors=True)
+            else:
+                remains.unlink(missing_ok=True)
 
 
 def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
