@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from slimkit.errors import MissingDependencyError, SlimkitError, UnknownNameError, nearest
@@ -51,6 +53,11 @@ def import_object(reference: str, *, where: str | None = None) -> object:
     return target
 
 
+@dataclass(frozen=True)
+class _Lazy:
+    reference: str
+
+
 class Registry(Generic[T]):
     """A small dictionary with lazy entries and errors that help.
 
@@ -67,8 +74,7 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._entries: dict[str, T | str] = {}
-        self._lazy: set[str] = set()
+        self._entries: dict[str, T | _Lazy] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """A decorator that files the decorated object under ``name``.
@@ -79,21 +85,27 @@ class Registry(Generic[T]):
 
         def decorate(thing: T) -> T:
             held = self._entries.get(name)
-            if held is not None and name not in self._lazy and held is not thing:
+            if held is not None and not isinstance(held, _Lazy) and held is not thing:
                 same = getattr(held, "__qualname__", 0) == getattr(thing, "__qualname__", 1)
                 if not same:  # a notebook cell run again redefines its own entry
                     raise SlimkitError(f"the {self.kind} {name!r} is registered already")
             self._entries[name] = thing
-            self._lazy.discard(name)
             return thing
 
         return decorate
 
     def register_lazy(self, name: str, reference: str) -> None:
         """File ``"package.module:attribute"`` under ``name``; imported on first use."""
-        if name not in self._entries:
-            self._entries[name] = reference
-            self._lazy.add(name)
+        self._entries.setdefault(name, _Lazy(reference))
+
+    @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """What is registered inside is forgotten at the end: for tests and notebooks."""
+        before = dict(self._entries)
+        try:
+            yield
+        finally:
+            self._entries = before
 
     def get(self, name: str, *, where: str | None = None) -> T:
         """The entry called ``name``, or the object that ``"package.module:attribute"`` names.
@@ -105,11 +117,13 @@ class Registry(Generic[T]):
         Raises:
             UnknownNameError: with the nearest registered names.
         """
-        if name in self._lazy:
-            self._entries[name] = cast("T", import_object(str(self._entries[name])))
-            self._lazy.discard(name)
-        if name in self._entries:
-            return cast("T", self._entries[name])
+        entry = self._entries.get(name)
+        if isinstance(entry, _Lazy):
+            thing = cast("T", import_object(entry.reference))
+            self._entries[name] = thing
+            return thing
+        if entry is not None:
+            return entry
         if ":" in name:
             return cast("T", import_object(name, where=where))
         raise UnknownNameError(

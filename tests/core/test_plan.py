@@ -47,9 +47,9 @@ class KeepRows(Plan):
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    PLAN_KINDS.register("keep_rows")(KeepRows)
-    yield
-    del PLAN_KINDS._entries["keep_rows"]
+    with PLAN_KINDS.scratch():
+        PLAN_KINDS.register("keep_rows")(KeepRows)
+        yield
 
 
 def test_apply_changes_in_place_returns_the_model_and_remembers_the_plan() -> None:

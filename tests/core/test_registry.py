@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -99,3 +100,13 @@ def test_a_module_that_lacks_its_own_dependency_says_what_to_install(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(MissingDependencyError, match="pip install no_such_package_here"):
         import_object("needs_more_for_test:x")
+
+
+def test_what_is_registered_in_scratch_is_forgotten_and_lazy_entries_stay_lazy() -> None:
+    registry: Registry[object] = Registry("thing")
+    registry.register_lazy("pi", "math:pi")
+    with registry.scratch():
+        registry.register("mine")(object())
+        assert registry.get("pi") == math.pi
+    assert registry.names() == ["pi"]
+    assert registry.get("pi") == math.pi

@@ -23,9 +23,9 @@ class Absolute(DistillLoss):
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    DISTILL_LOSSES.register("absolute")(Absolute)
-    yield
-    DISTILL_LOSSES._entries.pop("absolute")
+    with DISTILL_LOSSES.scratch():
+        DISTILL_LOSSES.register("absolute")(Absolute)
+        yield
 
 
 def test_a_recipe_names_losses_by_type() -> None:

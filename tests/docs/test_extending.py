@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
@@ -29,21 +30,17 @@ def blocks(language: str) -> list[tuple[int, str]]:
 @pytest.fixture(scope="module")
 def my_methods() -> Iterator[ModuleType]:
     """All Python blocks of the page, run one after the other as one module."""
-    registries = (CRITERIA, DISTILL_LOSSES, STAGES, MODELS)
-    before = [dict(registry._entries) for registry in registries]
     module = ModuleType("my_methods")
     module.__file__ = str(PAGE)
-    sys.modules["my_methods"] = module
-    try:
+    with ExitStack() as stack:
+        for registry in (CRITERIA, DISTILL_LOSSES, STAGES, MODELS):
+            stack.enter_context(registry.scratch())
+        stack.callback(sys.modules.pop, "my_methods")
+        sys.modules["my_methods"] = module
         for line, source in blocks("python"):
             # blank lines in front make tracebacks show the line of the page
             exec(compile("\n" * line + source, str(PAGE), "exec"), module.__dict__)
         yield module
-    finally:
-        del sys.modules["my_methods"]
-        for registry, entries in zip(registries, before, strict=True):
-            registry._entries.clear()
-            registry._entries.update(entries)
 
 
 def test_the_page_has_one_of_each() -> None:

@@ -36,12 +36,10 @@ def test_own_factory_is_imported_and_called(own_module: types.ModuleType) -> Non
 
 
 def test_registered_factory_has_a_short_name() -> None:
-    MODELS.register("one_layer")(lambda: nn.Linear(1, 1))
-    try:
+    with MODELS.scratch():
+        MODELS.register("one_layer")(lambda: nn.Linear(1, 1))
         assert isinstance(build_model("slimkit:one_layer"), nn.Linear)
         assert "slimkit:one_layer" in list_models()
-    finally:
-        MODELS._entries.pop("one_layer")
 
 
 @pytest.mark.parametrize(

@@ -237,17 +237,16 @@ def test_rooms_add_operators_and_graph_passes(
 ) -> None:
     from onnxscript import opset18
 
-    monkeypatch.setattr(TRANSLATIONS, "_entries", dict(TRANSLATIONS._entries))
-    monkeypatch.setattr(GRAPH_PASSES, "_entries", dict(GRAPH_PASSES._entries))
-    TRANSLATIONS.register("slimkit_test::twice")(lambda x: opset18.Add(x, x))
+    with TRANSLATIONS.scratch(), GRAPH_PASSES.scratch():
+        TRANSLATIONS.register("slimkit_test::twice")(lambda x: opset18.Add(x, x))
 
-    def mark(model: onnx.ModelProto) -> None:
-        assert model.graph.value_info, "shapes are still there"
-        for node in model.graph.node:
-            if node.op_type == "Add" and node.input[0] == node.input[1]:
-                node.op_type = "Mul"
+        def mark(model: onnx.ModelProto) -> None:
+            assert model.graph.value_info, "shapes are still there"
+            for node in model.graph.node:
+                if node.op_type == "Add" and node.input[0] == node.input[1]:
+                    node.op_type = "Mul"
 
-    GRAPH_PASSES.register("99_test")(mark)
-    export(Twice(), tmp_path / "model.onnx", torch.randn(1, 3))
-    (got,) = open_session(tmp_path / "model.onnx").run([np.full((2, 3), 3, np.float32)])
-    np.testing.assert_allclose(got, np.full((2, 3), 10))
+        GRAPH_PASSES.register("99_test")(mark)
+        export(Twice(), tmp_path / "model.onnx", torch.randn(1, 3))
+        (got,) = open_session(tmp_path / "model.onnx").run([np.full((2, 3), 3, np.float32)])
+        np.testing.assert_allclose(got, np.full((2, 3), 10))

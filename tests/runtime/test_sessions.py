@@ -72,12 +72,12 @@ def test_wrong_backends_and_threads(residual_path: Path, monkeypatch: pytest.Mon
         open_session(residual_path, backend="onnxruntim")
     with pytest.raises(InputError, match="threads"):
         open_session(residual_path, threads=0)
-    monkeypatch.setattr(BACKENDS, "_entries", dict(BACKENDS._entries))
-    absent = Backend("no-such-distribution", "pip install it", BACKENDS.get("onnxruntime").open)
-    BACKENDS.register("absent")(absent)
-    assert available_backends()["absent"].version is None
-    with pytest.raises(MissingDependencyError, match="pip install it"):
-        open_session(residual_path, backend="absent")
+    with BACKENDS.scratch():
+        absent = Backend("no-such-distribution", "pip install it", BACKENDS.get("onnxruntime").open)
+        BACKENDS.register("absent")(absent)
+        assert available_backends()["absent"].version is None
+        with pytest.raises(MissingDependencyError, match="pip install it"):
+            open_session(residual_path, backend="absent")
 
 
 def test_the_environment_names_cpu_and_backends() -> None:
