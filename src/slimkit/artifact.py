@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,24 +49,10 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
         ArtifactError: the folder is not writable or the disk is full; ``path`` is untouched.
     """
     final = Path(path)
-    temporary: Path | None = None
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=final.parent, prefix=f".{final.stem}.", suffix=final.suffix
-        )
-        os.close(handle)
-        temporary = Path(name)
+    with _temporary(final, _new_file) as temporary:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
         temporary.replace(final)
-    except OSError as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise _failed("write", final, error) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -77,26 +63,45 @@ def atomic_directory(path: PathLike) -> Iterator[Path]:
         ArtifactError: the parent is not writable or the disk is full; ``path`` is untouched.
     """
     final = Path(path)
-    temporary: Path | None = None
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
-        os.chmod(temporary, 0o777 & ~_umask())
+    with _temporary(final, _new_directory) as temporary:
         yield temporary
-        if final.exists():
+        os.chmod(temporary, 0o777 & ~_umask())
+        if final.exists():  # a folder in use cannot be replaced: it is moved out of the way
             outgoing = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.old."))
             final.replace(outgoing / final.name)
             temporary.replace(final)
             shutil.rmtree(outgoing, ignore_errors=True)
         else:
             temporary.replace(final)
+
+
+@contextlib.contextmanager
+def _temporary(final: Path, create: Callable[[Path], Path]) -> Iterator[Path]:
+    """A temporary neighbour of ``final`` that is gone afterwards unless it was moved."""
+    temporary: Path | None = None
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = create(final)
+        yield temporary
+    except ArtifactError:
+        raise
     except OSError as error:
-        if isinstance(error, ArtifactError):
-            raise
         raise _failed("write", final, error) from error
     finally:
-        if temporary is not None:
+        if temporary is not None and temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
+        elif temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _new_file(final: Path) -> Path:
+    handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.stem}.", suffix=final.suffix)
+    os.close(handle)
+    return Path(name)
+
+
+def _new_directory(final: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
 
 
 def _umask() -> int:
