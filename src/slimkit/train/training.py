@@ -26,6 +26,7 @@ from slimkit.errors import DataError, InputError, TrainingError
 from slimkit.train.batch_norm import frozen_batch_norm, reestimate_batch_norm
 from slimkit.train.callbacks import Callback, EpochContext, StepContext
 from slimkit.train.checkpointing import RunState, restore, save_run
+from slimkit.train.depthwise import dense_depthwise
 from slimkit.train.devices import Device
 from slimkit.train.ema import WeightAverage
 from slimkit.train.optimisation import build_optimizer, learning_rate
@@ -118,7 +119,11 @@ def fit(
     device = Device(settings)
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with torch.random.fork_rng(devices=device.random_devices), device.sharded(loader):
+        with (
+            torch.random.fork_rng(devices=device.random_devices),
+            device.sharded(loader),
+            dense_depthwise(model, device.device),
+        ):
             if hasattr(loader, "set_seed"):
                 loader.set_seed(seed)
             run = _Run(model, loader, loss_fn, settings, losses, callbacks, seed, max_steps, device)
