@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
 
     quantized = sk.quantize.qat(student, example, calibration=list(digits.batches(4)))
     with sk.distill.Distiller(quantized, baseline, [sk.distill.KD()]) as distiller:
-        train(quantized, loader, options.steps // 4, lr=0.005, distiller=distiller)
+        train(quantized, loader, options.steps // 4, lr=0.0005, distiller=distiller)
     sk.export(quantized, options.out / "compressed.onnx", example)
     return data.compare(options.out / "baseline.onnx", options.out / "compressed.onnx", digits)
 

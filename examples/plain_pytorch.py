@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     calibration = list(digits.batches(4))
     quantized = sk.quantize.qat(student, example, calibration=calibration)
     with sk.distill.Distiller(quantized, baseline, [sk.distill.KD()]) as distiller:
-        train(quantized, digits, options.steps // 4, lr=0.005, distiller=distiller)
+        train(quantized, digits, options.steps // 4, lr=0.0005, distiller=distiller)
     sk.export(quantized, options.out / "compressed.onnx", example)
 
     sk.save(quantized, options.out / "model")

@@ -90,9 +90,9 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     """Quantization-aware training, started from calibrated scales.
 
     All settings of :class:`slimkit.train.TrainSettings` are fields of the stage, and a teacher
-    can be named as in ``type: train``. Three have defaults of their own: batch norms are folded,
-    so weights are larger and nothing rescales gradients (``lr``, ``clip_grad_norm``), and
-    scales need the digits of float32 (``precision``).
+    can be named as in ``type: train``. Four have defaults of their own: batch norms are folded,
+    so weights are larger and nothing rescales gradients (``lr``, ``clip_grad_norm``), scales
+    need the digits of float32 (``precision``), and little is left to learn (``epochs``).
     """
 
     version: ClassVar[int] = 1
