@@ -257,14 +257,16 @@ def _is_number(value: object) -> bool:
 def _allocation(
     allocation: str | Allocation, evaluate: Callable[[nn.Module], float] | None
 ) -> Allocation:
-    known = ALLOCATIONS.get(allocation, where="allocation") if isinstance(allocation, str) else None
+    chosen = allocation
+    if isinstance(chosen, str):
+        chosen = ALLOCATIONS.get(chosen, where="allocation")
     if evaluate is not None:
         raise InputError(
             f"the allocation {_name_of(allocation)!r} does not use an evaluation",
             where="evaluate",
             hint="leave it out; none of " + ", ".join(ALLOCATIONS.names()) + " needs it",
         )
-    return known if known is not None else allocation  # type: ignore[return-value]
+    return chosen
 
 
 def _check_finite(groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> None:

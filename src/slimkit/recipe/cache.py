@@ -2,11 +2,11 @@
 
 ::
 
-    ROOT/stages/ab/abcdef…/      model/ (weights + plans), stage.json
-    ROOT/work/abcdef…/           a stage in progress: its training checkpoint survives a kill
-    ROOT/exports/abcdef….onnx    exported networks
-    ROOT/proofs/…                what was measured of an exported file
-    ROOT/locks/abcdef….lock      held while a stage runs; freed by the kernel if the run dies
+    stages/ab/abcdef…/      model/ (weights + plans), stage.json
+    work/abcdef…/           a stage in progress: its training checkpoint survives a kill
+    exports/abcdef….onnx    exported networks
+    proofs/…                what was measured of an exported file
+    locks/abcdef….lock      held while a stage runs; freed by the kernel if the run dies
 """
 
 from __future__ import annotations
