@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -45,8 +46,10 @@ def list_command(
 
 
 def _first_line(thing: Any) -> str:
-    text = getattr(thing, "__doc__", None) or ""
-    return text.strip().splitlines()[0] if text.strip() else ""
+    """What an entry says of itself: its ``summary``, else the first line of its docstring."""
+    text = getattr(thing, "summary", None) or getattr(thing, "__doc__", None) or ""
+    line = text.strip().splitlines()[0] if text.strip() else ""
+    return re.sub(r"(?::\w+:)?`{1,2}([^`]+)`{1,2}", r"\1", line)
 
 
 def _registered(reference: str) -> Callable[[], Rows]:

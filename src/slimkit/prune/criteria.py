@@ -116,6 +116,11 @@ class Magnitude:
     members: Literal["producers", "all"] = "producers"
     reduction: Reduction = "mean"
 
+    @property
+    def summary(self) -> str:
+        """One line for ``slimkit list``."""
+        return f'L{self.p:g} norm of each filter (Li et al. 2017, "Pruning Filters").'
+
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Score each channel of ``group``."""
         if self.members == "all":

@@ -35,6 +35,10 @@ class NumberFormat:
         if not 2 <= self.bits <= 8:
             raise InputError(f"{self.bits} bits are not supported", where="bits", hint="2 to 8")
 
+    def __str__(self) -> str:
+        kind = f"{'int' if self.signed else 'uint'}{self.bits}"
+        return f"{'symmetric' if self.symmetric else 'asymmetric'} {kind}"
+
     @property
     def qmin(self) -> int:
         """The smallest integer."""
@@ -97,6 +101,11 @@ class Target:
     )
     fused: frozenset[str] = frozenset({"relu", "relu6", "hardtanh"})
     float_outputs: frozenset[str] = frozenset({"linear"})
+
+    @property
+    def summary(self) -> str:
+        """One line for ``slimkit list``."""
+        return f"{self.activation} activations, {self.weight} weights."
 
 
 TARGETS: Registry[Target] = Registry("quantization target")
