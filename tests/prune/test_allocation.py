@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimkit.graph.groups import Group
-from slimkit.prune.allocation import ALLOCATIONS, GlobalRanking, allowed_counts, fit_counts, rounded
+from slimkit.prune.allocation import ALLOCATIONS, GlobalRanking
+from slimkit.prune.fitting import allowed_counts, fit_counts, rounded
+from slimkit.prune.targets import Target
+
+HALF = Target("ratio", 0.5)
 
 
 def groups_of(**sizes):
     return [Group(name, size, ()) for name, size in sizes.items()]
 
 
+def proposed(allocation, groups, scores, fraction):
+    return allocation(SimpleNamespace(groups=groups, scores=scores), HALF)(fraction)
+
+
 def test_uniform_takes_the_same_fraction_everywhere():
     groups = groups_of(a=10, b=40)
-    assert ALLOCATIONS.get("uniform")(groups, {}, 0.3) == {"a": 7.0, "b": 28.0}
+    assert proposed(ALLOCATIONS.get("uniform"), groups, {}, 0.3) == {"a": 7.0, "b": 28.0}
 
 
 def test_global_takes_the_lowest_scores_of_all_groups():
     groups = groups_of(a=4, b=4)
     scores = {"a": torch.tensor([1.0, 1, 1, 1]), "b": torch.tensor([0.1, 0.1, 1.9, 1.9])}
-    assert GlobalRanking()(groups, scores, 0.25) == {"a": 4, "b": 2}
+    assert proposed(GlobalRanking(), groups, scores, 0.25) == {"a": 4, "b": 2}
 
 
 def test_global_does_not_see_the_scale_of_a_group():
     groups = groups_of(a=4, b=4)
     scores = {"a": torch.tensor([1.0, 2, 3, 4]), "b": torch.tensor([1000.0, 2000, 3000, 4000])}
-    assert GlobalRanking()(groups, scores, 0.5) == {"a": 2, "b": 2}
+    assert proposed(GlobalRanking(), groups, scores, 0.5) == {"a": 2, "b": 2}
 
 
 def test_global_never_takes_more_than_its_bound_from_a_group():
     groups = groups_of(a=10, b=10)
     scores = {"a": torch.cat([torch.full((9,), 1e-6), torch.ones(1)]), "b": torch.ones(10)}
-    assert GlobalRanking(max_fraction=0.6)(groups, scores, 0.4)["a"] == 4
+    assert proposed(GlobalRanking(max_fraction=0.6), groups, scores, 0.4)["a"] == 4
 
 
 @pytest.mark.parametrize(
@@ -82,7 +92,11 @@ def test_a_fit_meets_its_limit_and_no_group_could_have_kept_more(sizes, removed,
     limit = (1 - removed) * cost({})
     uniform = ALLOCATIONS.get("uniform")
     kept = fit_counts(
-        lambda f: uniform(groups, {}, f), allowed, cost, lambda name, a, b: float(b - a), limit
+        lambda f: proposed(uniform, groups, {}, f),
+        allowed,
+        cost,
+        lambda name, a, b: float(b - a),
+        limit,
     )
     least = cost({name: counts[0] for name, counts in allowed.items()})
     if kept is None:
@@ -101,7 +115,7 @@ def test_a_bounded_allocation_still_reaches_what_rounding_allows():
     allowed = {name: allowed_counts(100, 1, round_to=1, min_channels=1) for name in "ab"}
     scores = {"a": torch.rand(100), "b": torch.rand(100)}
     kept = fit_counts(
-        lambda f: GlobalRanking()(groups, scores, f),
+        lambda f: proposed(GlobalRanking(), groups, scores, f),
         allowed,
         lambda kept: float(sum(kept.get(n, 100) for n in "ab")),
         lambda name, a, b: float(b - a),

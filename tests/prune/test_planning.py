@@ -152,8 +152,9 @@ def test_a_group_that_the_criterion_cannot_score_says_so(model):
 
 
 def test_an_allocation_may_be_a_function(model):
-    def only_the_branch(groups, scores, fraction):
-        return {g.name: g.size / 3 if "branch" in g.producers else g.size for g in groups}
+    def only_the_branch(space, target):
+        counts = {g.name: g.size / 3 if "branch" in g.producers else g.size for g in space.groups}
+        return lambda fraction: counts
 
     plan = sk.prune.plan(model, X, ratio=0.5, allocation=only_the_branch)
     assert [layer for layer, (kept, total) in plan.kept.items() if kept < total] == ["branch"]
@@ -223,18 +224,14 @@ def test_exactly_one_target_must_be_given(model, targets):
 def test_wrong_arguments_name_the_choices(model):
     with pytest.raises(UnknownNameError, match=r"criterion.*'l2'"):
         sk.prune.plan(model, X, ratio=0.5, criterion="l22")
-    with pytest.raises(UnknownNameError, match="global, uniform"):
-        sk.prune.plan(model, X, ratio=0.5, allocation="sensitivity")
+    with pytest.raises(UnknownNameError, match="global, isomorphic, uniform"):
+        sk.prune.plan(model, X, ratio=0.5, allocation="magic")
     with pytest.raises(PatternError, match=r"block1\.conv1"):
         sk.prune.plan(model, X, ratio=0.5, ignore=["blok1.conv1"])
     with pytest.raises(PatternError, match="only"):
         sk.prune.plan(model, X, ratio=0.5, only="Conv9d")
-    with pytest.raises(InputError, match="latency"):
-        sk.prune.plan(model, X, latency=0.4)
     with pytest.raises(InputError, match="round_to"):
         sk.prune.plan(model, X, ratio=0.5, round_to=0)
-    with pytest.raises(InputError, match="evaluate"):
-        sk.prune.plan(model, X, ratio=0.5, evaluate=lambda model: 1.0)
 
 
 def test_a_target_out_of_reach_says_how_far_it_can_go(model):
@@ -272,3 +269,49 @@ def test_a_wrong_example_input_names_the_layer(model):
 def test_a_network_without_channels_to_prune_says_why():
     with pytest.raises(PlanError, match="output"):
         sk.prune.plan(nn.Linear(16, 16), torch.zeros(1, 16), ratio=0.5)
+
+
+def test_limits_hold_per_layer(model):
+    limits = {"block1.conv1": (24, None), "branch": (None, 16)}
+    plan = sk.prune.plan(model, X, ratio=0.6, limits=limits)
+    assert plan.kept["block1.conv1"] == (24, 32)
+    assert plan.kept["branch"] == (8, 24)
+    plan = sk.prune.plan(model, X, ratio=0.01, round_to=4, limits=limits)
+    assert plan.kept["branch"] == (16, 24)
+    with pytest.raises(InputError, match=r"limits.*fewest"):
+        sk.prune.plan(model, X, ratio=0.5, limits={"branch": (16, 8)})
+    with pytest.raises(InputError, match="none between 9 and 15"):
+        sk.prune.plan(model, X, ratio=0.5, limits={"branch": (9, 15)})
+
+
+def test_layers_that_shall_stay_equal_do(model):
+    torch.manual_seed(0)
+    layers = ["block1.conv1", "block2.conv1", "branch"]
+    with torch.no_grad():
+        model.block2.conv1.weight *= torch.rand(32, 1, 1, 1)
+    plan = sk.prune.plan(model, X, ratio=0.4, allocation="global", round_to=1, equal=[layers])
+    fractions = {plan.kept[layer][0] / plan.kept[layer][1] for layer in layers}
+    assert len(fractions) == 1
+    free = sk.prune.plan(model, X, ratio=0.4, allocation="global", round_to=1)
+    assert len({free.kept[layer][0] / free.kept[layer][1] for layer in layers}) > 1
+
+
+def test_ratios_of_ones_own(model):
+    plan = sk.prune.plan(model, X, ratio=0.25, allocation={"block1.*": 0.5, "branch": 0.0})
+    assert plan.kept["block1.conv1"] == (16, 32)
+    assert plan.kept["branch"] == (24, 24)
+    assert plan.kept["block2.conv1"] == (24, 32)
+    with pytest.raises(PatternError, match=r"block3"):
+        sk.prune.plan(model, X, ratio=0.25, allocation={"block3.*": 0.5})
+    with pytest.raises(InputError, match="two ratios"):
+        sk.prune.plan(model, X, ratio=0.25, allocation={"stem": 0.5, "block1.conv2": 0.25})
+
+
+def test_isomorphic_ranking_compares_only_what_is_alike(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.block1.conv1.weight *= 100  # alike with block2.conv1, which therefore goes first
+    plan = sk.prune.plan(model, X, ratio=0.4, allocation="isomorphic", round_to=1)
+    assert plan.kept["block1.conv1"] == (32, 32)
+    assert plan.kept["block2.conv1"][0] < 10
+    assert plan.kept["branch"][0] == 24 - round(0.4 * 24)

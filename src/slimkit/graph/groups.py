@@ -70,12 +70,19 @@ class Group:
         size: the number of channels that can be removed independently; at least one stays.
         slots: all places, in order of execution.
         frozen_reason: why none can be removed, in plain language; ``None`` if they can.
+        link: groups with the same link must keep equal fractions of their channels, though
+            each chooses its own: a transformer's width and its heads, whose product must stay
+            equal. ``None`` for most groups.
+        attributes: plain numbers kept by modules that say how many there are:
+            ``("blocks.0.attn", "num_heads")``. They shrink by the same fraction.
     """
 
     name: str
     size: int
     slots: tuple[Slot, ...]
     frozen_reason: str | None = None
+    link: str | None = None
+    attributes: tuple[tuple[str, str], ...] = ()
 
     @property
     def width(self) -> int:

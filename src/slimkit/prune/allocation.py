@@ -1,14 +1,20 @@
-"""Allocations: how many channels each group keeps, and how a target is hit.
+"""Allocations: how a target is divided among the groups.
 
-An allocation turns scores and a fraction into the number of channels that each group keeps.
-:func:`keep_counts` searches the fraction that meets a target on MACs or parameters, rounds,
-and gives back what rounding took too much.
+An allocation looks at a :class:`~slimkit.prune.space.PruneSpace` and answers with a *proposal*:
+a function from a fraction (0 … 1) to the number of channels that each group keeps.
+:meth:`PruneSpace.fit <slimkit.prune.space.PruneSpace.fit>` finds the fraction that meets the
+target, rounds, and gives back what rounding took too much, so every allocation takes every
+target. Register one by name::
+
+    @ALLOCATIONS.register("deeper_more")
+    def deeper_more(space, _target):
+        depth = {g.name: (i + 1) / len(space.groups) for i, g in enumerate(space.groups)}
+        return lambda f: {g.name: g.size * (1 - f * depth[g.name]) for g in space.groups}
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -16,32 +22,30 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from slimkit.errors import InputError, PatternError, nearest
+from slimkit.graph.patterns import match_modules
 from slimkit.registry import Registry
 
 if TYPE_CHECKING:
     from slimkit.graph.groups import Group
+    from slimkit.prune.space import Proposal, PruneSpace
+    from slimkit.prune.targets import Target
 
 __all__ = [
     "ALLOCATIONS",
     "Allocation",
+    "GivenRatios",
     "GlobalRanking",
-    "allowed_counts",
-    "fit_counts",
-    "rounded",
+    "IsomorphicRanking",
     "uniform",
 ]
 
 
 class Allocation(Protocol):
-    """(groups, scores by group name, fraction to remove) → channels kept by group name.
+    """(space, target) → proposal."""
 
-    Counts need no rounding and may be fractional; they must not grow with the fraction.
-    """
-
-    def __call__(
-        self, groups: Sequence[Group], scores: Mapping[str, Tensor], fraction: float, /
-    ) -> Mapping[str, float]:
-        """Divide ``fraction`` among ``groups``."""
+    def __call__(self, space: PruneSpace, target: Target, /) -> Proposal:
+        """How to divide any fraction among the groups of ``space``."""
 
 
 ALLOCATIONS: Registry[Allocation] = Registry("allocation")
@@ -49,11 +53,9 @@ ALLOCATIONS: Registry[Allocation] = Registry("allocation")
 
 
 @ALLOCATIONS.register("uniform")
-def uniform(
-    groups: Sequence[Group], _scores: Mapping[str, Tensor], fraction: float
-) -> dict[str, float]:
+def uniform(space: PruneSpace, _target: Target) -> Proposal:
     """The same fraction of the channels of every group."""
-    return {group.name: group.size * (1.0 - fraction) for group in groups}
+    return lambda fraction: {g.name: g.size * (1.0 - fraction) for g in space.groups}
 
 
 @dataclass(frozen=True)
@@ -69,117 +71,135 @@ class GlobalRanking:
 
     max_fraction: float = 0.9
 
-    def __call__(
-        self, groups: Sequence[Group], scores: Mapping[str, Tensor], fraction: float
-    ) -> dict[str, float]:
-        """Rank the channels of all ``groups`` and count what survives in each."""
-        relative, owners = [], []
+    def __call__(self, space: PruneSpace, _target: Target) -> Proposal:
+        """Rank the channels of all groups."""
+        return _ranked([space.groups], space.scores, self.max_fraction, relative=True)
+
+
+@dataclass(frozen=True)
+class IsomorphicRanking:
+    """One ranking per kind of structure (Fang et al. 2024, "Isomorphic Pruning").
+
+    Groups with the same layers around their channels (types, kernel sizes, roles) compete
+    among each other by their scores as they are; each kind loses the same fraction. Scores of
+    attention heads and of convolution filters are never compared.
+
+    Attributes:
+        max_fraction: at most this part of a group goes.
+    """
+
+    max_fraction: float = 0.9
+
+    def __call__(self, space: PruneSpace, _target: Target) -> Proposal:
+        """Rank the channels of each kind of group."""
+        modules = dict(space.model.named_modules())
+        kinds: dict[object, list[Group]] = {}
+        for group in space.groups:
+            kinds.setdefault(_structure(group, modules), []).append(group)
+        return _ranked(list(kinds.values()), space.scores, self.max_fraction, relative=False)
+
+
+def _structure(group: Group, modules: Mapping[str, object]) -> tuple[object, ...]:
+    """What makes two groups alike: their slots by role, type of layer, dimension and width."""
+    return tuple(
+        sorted(
+            (
+                slot.role,
+                type(modules.get(slot.module)).__name__,
+                str(getattr(modules.get(slot.module), "kernel_size", "")),
+                slot.tensor.rpartition(".")[2],
+                slot.dim,
+                slot.width,
+            )
+            for slot in group.slots
+        )
+    )
+
+
+def _ranked(
+    competitions: Sequence[Sequence[Group]],
+    scores: Mapping[str, Tensor],
+    max_fraction: float,
+    *,
+    relative: bool,
+) -> Callable[[float], dict[str, float]]:
+    """The lowest-scored fraction of each competition goes."""
+    rankings = []
+    for groups in competitions:
+        candidates, owners = [], []
         for number, group in enumerate(groups):
             ordered = torch.sort(scores[group.name]).values
             # The best channels of each group stand outside the competition.
-            candidates = ordered[: math.floor(self.max_fraction * group.size)]
-            relative.append(candidates / ordered.mean().clamp_min(1e-30))
-            owners.append(torch.full((len(candidates),), number))
-        ranking = torch.cat(owners)[torch.argsort(torch.cat(relative), stable=True)]
-        total = sum(group.size for group in groups)
-        removed = torch.bincount(ranking[: round(fraction * total)], minlength=len(groups))
-        return {g.name: g.size - int(n) for g, n in zip(groups, removed, strict=True)}
+            rivals = ordered[: math.floor(max_fraction * group.size)]
+            scale = ordered.mean().clamp_min(1e-30) if relative else 1.0
+            candidates.append(rivals / scale)
+            owners.append(torch.full((len(rivals),), number))
+        order = torch.argsort(torch.cat(candidates), stable=True)
+        rankings.append((groups, torch.cat(owners)[order]))
+
+    def proposal(fraction: float) -> dict[str, float]:
+        kept: dict[str, float] = {}
+        for groups, ranking in rankings:
+            total = sum(group.size for group in groups)
+            removed = torch.bincount(ranking[: round(fraction * total)], minlength=len(groups))
+            kept.update({g.name: g.size - int(n) for g, n in zip(groups, removed, strict=True)})
+        return kept
+
+    return proposal
 
 
 ALLOCATIONS.register("global")(GlobalRanking())
+ALLOCATIONS.register("isomorphic")(IsomorphicRanking())
 
 
-def allowed_counts(size: int, multiplicity: int, *, round_to: int, min_channels: int) -> list[int]:
-    """The numbers of channels that a group may keep, ascending; the last is ``size``.
+@dataclass(frozen=True)
+class GivenRatios:
+    """Ratios of your own: pattern of module names → fraction that these layers lose.
 
-    Args:
-        size: channels of the group that can go one by one.
-        multiplicity: channels of the layers per channel of the group (a grouped convolution
-            loses one in every group at once).
-        round_to: what stays is a multiple of this many layer channels, or everything.
-        min_channels: at least so many layer channels stay.
-    """
-    step = round_to // math.gcd(round_to, multiplicity)
-    counts = [n for n in range(step, size, step) if n * multiplicity >= min_channels]
-    return [*counts, size]
+    With ``ratio=`` as the target they are taken as they are (``ratio`` is for all other
+    layers); with another target all are scaled alike until it is met.
 
-
-def rounded(count: float, allowed: Sequence[int]) -> int:
-    """The allowed number nearest to ``count``; of two equally near the larger."""
-    position = bisect_left(allowed, count)
-    near = allowed[max(position - 1, 0) : position + 1]
-    return min(near, key=lambda n: (abs(n - count), -n))
-
-
-def fit_counts(
-    proposal: Callable[[float], Mapping[str, float]],
-    allowed: Mapping[str, Sequence[int]],
-    cost: Callable[[Mapping[str, int]], float],
-    value: Callable[[str, int, int], float],
-    limit: float,
-) -> dict[str, int] | None:
-    """The counts that cost at most ``limit`` and as little less as rounding allows.
-
-    Args:
-        proposal: fraction → channels kept by group, not growing with the fraction.
-        allowed: group → numbers of channels that it may keep, ascending.
-        cost: of the network with these counts.
-        value: (group, from, to) → worth of keeping ``to`` instead of ``from`` channels.
-        limit: what the result may cost.
-
-    Returns:
-        Channels kept by group, or None if even the fewest allowed cost more than ``limit``.
+    Attributes:
+        ratios: shell pattern of module paths or class names → fraction to remove, 0 … 1.
+        default: fraction for layers that no pattern names; the target's where it is a ratio.
     """
 
-    def at(fraction: float) -> dict[str, int]:
-        wanted = proposal(min(fraction, 1.0))
-        # An allocation may stop at a bound of its own (so that no layer dies). If the target
-        # needs more, all groups shrink on from there in proportion.
-        scale = min(2.0 - fraction, 1.0)
-        return {name: rounded(scale * wanted[name], counts) for name, counts in allowed.items()}
+    ratios: Mapping[str, float]
+    default: float | None = None
 
-    low, high = 0.0, 2.0
-    best = at(high)
-    if cost(best) > limit:
-        return None
-    while high - low > 1e-5:
-        middle = (low + high) / 2
-        counts = at(middle)
-        if cost(counts) <= limit:
-            high, best = middle, counts
-        else:
-            low = middle
-    # Rounding makes groups jump together at one fraction: those that need not, go back first.
-    below = at(low)
-    between = {n: [c for c in counts if c <= below[n]] for n, counts in allowed.items()}
-    best = _raised(best, between, cost, value, limit)
-    return _raised(best, allowed, cost, value, limit)
+    def __call__(self, space: PruneSpace, target: Target) -> Proposal:
+        """Check the patterns and scale the given ratios."""
+        given = self._by_group(space)
+        rest = self.default if self.default is not None else target.fraction
+        ratios = {g.name: given.get(g.name, rest) for g in space.groups}
+        if target.kind == "ratio":
+            return lambda _fraction: {g.name: g.size * (1 - ratios[g.name]) for g in space.groups}
+        largest = max(ratios.values(), default=0.0) or 1.0
+        return lambda fraction: {
+            g.name: g.size * (1 - min(1.0, fraction * ratios[g.name] / largest))
+            for g in space.groups
+        }
 
-
-def _raised(
-    counts: Mapping[str, int],
-    allowed: Mapping[str, Sequence[int]],
-    cost: Callable[[Mapping[str, int]], float],
-    value: Callable[[str, int, int], float],
-    limit: float,
-) -> dict[str, int]:
-    """Give channels back, the most valuable per cost first, while the limit holds."""
-    result = dict(counts)
-    spent = cost(result)
-    while True:
-        options = []
-        for name, choices in allowed.items():
-            position = choices.index(result[name]) + 1
-            if position < len(choices):
-                more = choices[position]
-                extra = cost({**result, name: more}) - spent
-                if spent + extra <= limit:
-                    worth = value(name, result[name], more)
-                    options.append((worth / max(extra, 1e-9), name, more))
-        if not options:
-            return result
-        # Several at a time: each is checked again as the earlier ones use up the room.
-        for _, name, more in sorted(options, reverse=True):
-            after = cost({**result, name: more})
-            if after <= limit:
-                result[name], spent = more, after
+    def _by_group(self, space: PruneSpace) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for pattern, ratio in self.ratios.items():
+            if not 0 <= ratio <= 1:
+                raise InputError(
+                    f"expected a fraction between 0 and 1, got {ratio}", where=f"ratios.{pattern}"
+                )
+            layers = match_modules(space.model, pattern, where="ratios")
+            named = [g.name for g in space.groups if layers & set(g.producers)]
+            if not named:
+                raise PatternError(
+                    f"the pattern {pattern!r} matches no layer that can be pruned",
+                    where="ratios",
+                    hint=nearest(pattern, [p for g in space.groups for p in g.producers]),
+                )
+            for name in named:
+                if found.setdefault(name, ratio) != ratio:
+                    raise InputError(
+                        f"the patterns give {name} two ratios, {found[name]} and {ratio}",
+                        where="ratios",
+                        hint="its layers share their channels and can only lose the same ones",
+                    )
+        return found

@@ -8,8 +8,8 @@ channels of each, and write down every slice and attribute that follows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +19,17 @@ from slimkit.graph.capturing import capture
 from slimkit.graph.groups import Group, dependency_groups
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, as_inputs
-from slimkit.prune.allocation import ALLOCATIONS, Allocation, allowed_counts, fit_counts, rounded
-from slimkit.prune.costing import CostModel
+from slimkit.prune.allocation import ALLOCATIONS, Allocation, GivenRatios
 from slimkit.prune.criteria import CRITERIA, Criterion, scored
 from slimkit.prune.edits import PrunePlan
-from slimkit.prune.writing import write_plan
+from slimkit.prune.fitting import allowed_counts
+from slimkit.prune.space import Evaluate, PruneSpace, checked_evaluation, units_of
+from slimkit.prune.targets import checked_target, is_number
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["plan"]
-
-
-@dataclass(frozen=True)
-class _Target:
-    """What to remove: a fraction of the channels, the MACs or the parameters."""
-
-    kind: str
-    fraction: float
+__all__ = ["plan", "space"]
 
 
-def plan(
+def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
@@ -48,12 +38,16 @@ def plan(
     params: float | None = None,
     latency: float | None = None,
     criterion: str | Criterion = "l2",
-    allocation: str | Allocation = "uniform",
+    allocation: str | Allocation | Mapping[str, float] = "uniform",
     ignore: Pattern | Iterable[Pattern] = (),
     only: Pattern | Iterable[Pattern] = (),
+    equal: Iterable[Iterable[Pattern]] = (),
+    limits: Mapping[str, tuple[int | None, int | None]] | None = None,
     round_to: int = 8,
     min_channels: int | None = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
+    backend: str = "onnxruntime",
+    threads: int = 1,
 ) -> PrunePlan:
     """Decide which channels of ``model`` to remove. The model is not changed.
 
@@ -63,20 +57,27 @@ def plan(
         model: any module; its last outputs are never pruned.
         example_inputs: a tensor, a tuple, a dict or :class:`slimkit.Inputs`.
         ratio: of the channels of each prunable group (rounded to the nearest allowed
-            number); with ``allocation="global"`` of all their channels together.
+            number); with a ranking allocation of all their channels together.
         macs: of the multiply-accumulate operations of the whole network, at least.
         params: of the parameters of the whole network, at least.
-        latency: not available as a target yet.
+        latency: of the milliseconds that the network takes in ``backend``, measured on pruned
+            copies until it is met; see :mod:`slimkit.prune.latency_target`.
         criterion: a name (``"l1"``, ``"l2"``, ``"fpgm"``, ``"bn_scale"``, ``"random"``) or a
             callable; see :mod:`slimkit.prune.criteria`.
-        allocation: ``"uniform"``, ``"global"`` or a callable; see
-            :mod:`slimkit.prune.allocation`.
+        allocation: a name, a callable (see :mod:`slimkit.prune.allocation`), or a mapping
+            from patterns of layers to the fraction that each loses.
         ignore: patterns of module paths or class names, or classes, whose *output*
             channels all stay; their inputs follow the layers before them.
         only: if given, only groups made of nothing but matching layers are pruned.
+        equal: lists of patterns; the layers of one list keep equal fractions.
+        limits: pattern → (fewest, most) output channels that a layer keeps; None for no limit.
         round_to: a layer keeps a multiple of this many channels, or all of them.
         min_channels: a layer keeps at least so many; ``round_to`` if not given.
-        evaluate: used by no allocation that is available yet.
+        evaluate: network → how good it is, higher is better; for allocations that try
+            pruned copies (``"sensitivity"``, ``"annealing"``, ``"genetic"``). Give it
+            training or validation data, never test data.
+        backend: where latency is measured.
+        threads: that it may use.
 
     Returns:
         A plan for :func:`slimkit.apply`; print its ``explain()``.
@@ -84,111 +85,198 @@ def plan(
     Raises:
         InputError, UnknownNameError, PatternError: an argument is wrong.
         CaptureError: the model does not run on the example inputs.
-        PlanError: nothing can be pruned, the target is out of reach, or weights are NaN.
+        PlanError: nothing can be pruned, the target is out of reach, weights are NaN, or the
+            evaluation failed.
     """
-    target = _checked_target(ratio=ratio, macs=macs, params=params, latency=latency)
+    target = checked_target(ratio=ratio, macs=macs, params=params, latency=latency)
+    allocate = _allocation(allocation)
+    choices = space(
+        model,
+        example_inputs,
+        criterion=criterion,
+        ignore=ignore,
+        only=only,
+        equal=equal,
+        limits=limits,
+        round_to=round_to,
+        min_channels=min_channels,
+        evaluate=evaluate,
+    )
+    choices = replace(
+        choices,
+        settings={
+            target.kind: target.fraction,
+            **choices.settings,
+            "allocation": _name(allocation),
+        },
+        measuring={"backend": backend, "threads": threads},
+    )
+    kept = choices.fit(allocate(choices, target), target)
+    if all(kept[group.name] == group.size for group in choices.groups):
+        raise PlanError(
+            f"{target} removes nothing: every layer is rounded up to a multiple of "
+            f"{round_to} channels",
+            where=target.kind,
+            hint="lower round_to, or ask for more",
+        )
+    return choices.plan(kept)
+
+
+def space(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    criterion: str | Criterion = "l2",
+    ignore: Pattern | Iterable[Pattern] = (),
+    only: Pattern | Iterable[Pattern] = (),
+    equal: Iterable[Iterable[Pattern]] = (),
+    limits: Mapping[str, tuple[int | None, int | None]] | None = None,
+    round_to: int = 8,
+    min_channels: int | None = None,
+    evaluate: Evaluate | None = None,
+) -> PruneSpace:
+    """What of ``model`` can be pruned, scored: the first half of :func:`plan`.
+
+    For those who choose the numbers of channels themselves: ``space.plan(counts)`` gives the
+    plan in which every group keeps its best channels. Arguments and errors are those of
+    :func:`plan`.
+    """
     smallest = _checked_rounding(round_to, min_channels)
     score = CRITERIA.get(criterion, where="criterion") if isinstance(criterion, str) else criterion
-    allocate = _allocation(allocation, evaluate)
     inputs = as_inputs(example_inputs)
     ignored = match_modules(model, ignore, where="ignore")
     chosen = match_modules(model, only, where="only") if only else None
+    bounds = _bounds(model, limits or {})
     graph = capture(model, inputs)
-    groups = dependency_groups(graph, model)
+    groups = _equalised(dependency_groups(graph, model), model, equal)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     _check_finite(groups, tensors)
 
     reasons: dict[str, str] = {}
     allowed: dict[str, list[int]] = {}
-    scores: dict[str, Tensor] = {}
     for group in groups:
         counts = allowed_counts(
             group.size, _multiplicity(group), round_to=round_to, min_channels=smallest
         )
+        counts = _within(group, counts, bounds)
         reason = _reason_to_stay(group, ignored, chosen) or _reason_of_size(group, counts, round_to)
         if reason is None:
-            try:
-                scores[group.name] = scored(score, group, tensors)
-                allowed[group.name] = counts
-            except PlanError as error:
-                reason = error.message
-        if reason is not None:
+            allowed[group.name] = counts
+        else:
             reasons[group.name] = reason
-    prunable = [group for group in groups if group.name in allowed]
+    prunable = _linked_alike(groups, allowed, reasons, round_to)
+    prepare = getattr(score, "prepare", None)
+    if prepare is not None and prunable:
+        score = prepare(model, prunable)
+    scores: dict[str, Tensor] = {}
+    for group in prunable:
+        try:
+            scores[group.name] = scored(score, group, tensors)
+        except PlanError as error:
+            del allowed[group.name]
+            reasons[group.name] = error.message
+    prunable = _linked_alike(groups, allowed, reasons, round_to)
     if not prunable:
         raise _nothing_to_prune(model, reasons)
-    costs = CostModel(graph, model, prunable)
-    kept = _kept_counts(target, prunable, scores, allowed, allocate, costs)
-    for group in prunable:
-        if kept[group.name] == group.size:
-            reasons[group.name] = _reason_of_target(target, round_to)
-    if all(kept[group.name] == group.size for group in prunable):
-        raise PlanError(
-            f"{target.kind}={target.fraction:g} removes nothing: every layer is rounded up to "
-            f"a multiple of {round_to} channels",
-            where=target.kind,
-            hint="lower round_to, or ask for more",
-        )
-    channels = {group.name: _best(scores[group.name], kept[group.name]) for group in prunable}
-    return write_plan(
+    return PruneSpace(
         model,
+        inputs,
         graph,
         groups,
-        channels,
-        reasons,
-        costs=(costs.cost(), costs.cost(kept)),
-        settings={
-            target.kind: target.fraction,
-            "criterion": _name_of(criterion),
-            "allocation": _name_of(allocation),
-            "round_to": round_to,
-        },
-    )
-
-
-def _kept_counts(
-    target: _Target,
-    groups: Sequence[Group],
-    scores: Mapping[str, Tensor],
-    allowed: Mapping[str, Sequence[int]],
-    allocate: Allocation,
-    costs: CostModel,
-) -> dict[str, int]:
-    """Channels that each group keeps so that the target is met."""
-    if target.kind == "ratio":
-        wanted = allocate(groups, scores, target.fraction)
-        return {group.name: rounded(wanted[group.name], allowed[group.name]) for group in groups}
-
-    def cost(kept: Mapping[str, int]) -> float:
-        return float(getattr(costs.cost(kept), target.kind))
-
-    # How much each best-first prefix of a group's channels is worth, on the group's own scale.
-    worth = {
-        name: [0.0, *(best.cumsum(0) / best.abs().mean().clamp_min(1e-30)).tolist()]
-        for name, best in ((n, s.sort(descending=True).values) for n, s in scores.items())
-    }
-    whole = cost({})
-    kept = fit_counts(
-        lambda fraction: allocate(groups, scores, fraction),
+        prunable,
+        {group.name: scores[group.name] for group in prunable},
         allowed,
-        cost,
-        lambda name, fewer, more: worth[name][more] - worth[name][fewer],
-        (1.0 - target.fraction) * whole,
+        reasons,
+        settings={"criterion": _name(criterion), "round_to": round_to},
+        evaluate=None if evaluate is None else checked_evaluation(evaluate),
     )
-    if kept is None:
-        raise _out_of_reach(target, groups, allowed, cost, whole)
-    return kept
 
 
-def _best(scores: Tensor, count: int) -> list[int]:
-    """The ``count`` channels with the highest scores, ascending; ties keep the first."""
-    order = torch.argsort(scores, descending=True, stable=True)
-    return sorted(order[:count].tolist())
+def _equalised(
+    groups: list[Group], model: nn.Module, equal: Iterable[Iterable[Pattern]]
+) -> list[Group]:
+    """Link the groups that the user wants to keep equal fractions."""
+    for number, patterns in enumerate(equal):
+        layers = match_modules(model, list(patterns), where=f"equal[{number}]")
+        lead: str | None = None
+        for index, group in enumerate(groups):
+            if group.frozen_reason is None and layers & set(group.producers):
+                lead = lead or group.link or group.name
+                old = group.link or group.name
+                groups = [replace(g, link=lead) if (g.link or g.name) == old else g for g in groups]
+                groups[index] = replace(group, link=lead)
+    return groups
+
+
+def _linked_alike(
+    groups: Sequence[Group],
+    allowed: dict[str, list[int]],
+    reasons: dict[str, str],
+    round_to: int,
+) -> list[Group]:
+    """The prunable groups; where one of a linked set must stay, all of it stays."""
+    by_link: dict[str, list[Group]] = {}
+    for group in groups:
+        by_link.setdefault(group.link or group.name, []).append(group)
+    for linked in by_link.values():
+        whole = next((group for group in linked if group.name not in allowed), None)
+        if whole is None and not _can_shrink(linked, allowed):
+            shown = ", ".join(f"{group.name} ({group.size})" for group in linked[:3])
+            why = f"no smaller size suits all of {shown} (round_to={round_to})"
+        elif whole is not None:
+            why = f"its size follows that of {whole.name}, which stays: {reasons[whole.name]}"
+        else:
+            continue
+        for group in linked:
+            if allowed.pop(group.name, None) is not None:
+                reasons[group.name] = why
+    return [group for group in groups if group.name in allowed]
+
+
+def _can_shrink(linked: Sequence[Group], allowed: Mapping[str, Sequence[int]]) -> bool:
+    (unit,) = units_of(linked, allowed)
+    return bool(unit.levels) and unit.counts[0] < unit.size
 
 
 def _multiplicity(group: Group) -> int:
     """Channels of a producing layer per channel of the group (more than 1 if grouped)."""
     return min((slot.width for slot in group.slots if slot.role == "producer"), default=1)
+
+
+def _bounds(
+    model: nn.Module, limits: Mapping[str, tuple[int | None, int | None]]
+) -> list[tuple[set[str], int, float]]:
+    """(layers, fewest, most) of every limit."""
+    found = []
+    for pattern, (fewest, most) in limits.items():
+        if fewest is not None and most is not None and fewest > most:
+            raise InputError(
+                f"the fewest channels, {fewest}, are more than the most, {most}",
+                where=f"limits.{pattern}",
+            )
+        layers = match_modules(model, pattern, where="limits")
+        found.append((layers, fewest or 0, float("inf") if most is None else most))
+    return found
+
+
+def _within(
+    group: Group, counts: list[int], bounds: Sequence[tuple[set[str], int, float]]
+) -> list[int]:
+    """The counts that every limit on a layer of the group allows."""
+    width = _multiplicity(group)
+    for layers, fewest, most in bounds:
+        if not layers & set(group.producers):
+            continue
+        found = [n for n in counts if min(fewest, group.size * width) <= n * width <= most]
+        if not found:
+            raise InputError(
+                f"{group.name} can keep {', '.join(str(n * width) for n in counts[:6])} … of "
+                f"{group.size * width} channels, none between {fewest} and {most:g}",
+                where="limits",
+                hint="lower round_to, or widen the limit",
+            )
+        counts = found
+    return counts
 
 
 def _reason_to_stay(group: Group, ignored: set[str], chosen: set[str] | None) -> str | None:
@@ -207,66 +295,23 @@ def _reason_to_stay(group: Group, ignored: set[str], chosen: set[str] | None) ->
 
 
 def _reason_of_size(group: Group, counts: Sequence[int], round_to: int) -> str | None:
-    if len(counts) > 1:
+    if counts[0] < group.size:
         return None
     size = group.size * _multiplicity(group)
     return f"{size} channels cannot be rounded to fewer (round_to={round_to})"
 
 
-def _reason_of_target(target: _Target, round_to: int) -> str:
-    if target.kind == "ratio":
-        return f"rounded up to a multiple of {round_to}"
-    return "the target is met without it"
-
-
-def _checked_target(**targets: float | None) -> _Target:
-    latency = targets.pop("latency")
-    if latency is not None:
-        raise InputError(
-            "latency is not available as a target", where="latency", hint="use macs= or params="
-        )
-    given = [_Target(kind, value) for kind, value in targets.items() if value is not None]
-    if len(given) != 1:
-        names = " and ".join(f"{target.kind}=" for target in given) or "none"
-        raise InputError(
-            f"give exactly one target, got {names}",
-            where="prune.plan",
-            hint="ratio=, macs= or params=: the fraction to remove",
-        )
-    (target,) = given
-    if not _is_number(target.fraction) or not 0.0 < target.fraction < 1.0:
-        raise InputError(
-            f"expected a fraction to remove between 0 and 1, got {target.fraction!r}",
-            where=target.kind,
-            hint="0.5 removes half",
-        )
-    return target
-
-
 def _checked_rounding(round_to: int, min_channels: int | None) -> int:
     for name, value in (("round_to", round_to), ("min_channels", min_channels)):
-        if value is not None and (not _is_number(value) or value < 1 or value != int(value)):
+        if value is not None and (not is_number(value) or value < 1 or value != int(value)):
             raise InputError(f"expected a whole number ≥ 1, got {value!r}", where=name)
     return round_to if min_channels is None else min_channels
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _allocation(
-    allocation: str | Allocation, evaluate: Callable[[nn.Module], float] | None
-) -> Allocation:
-    chosen = allocation
-    if isinstance(chosen, str):
-        chosen = ALLOCATIONS.get(chosen, where="allocation")
-    if evaluate is not None:
-        raise InputError(
-            f"the allocation {_name_of(allocation)!r} does not use an evaluation",
-            where="evaluate",
-            hint="leave it out; none of " + ", ".join(ALLOCATIONS.names()) + " needs it",
-        )
-    return chosen
+def _allocation(allocation: str | Allocation | Mapping[str, float]) -> Allocation:
+    if isinstance(allocation, str):
+        return ALLOCATIONS.get(allocation, where="allocation")
+    return GivenRatios(allocation) if isinstance(allocation, Mapping) else allocation
 
 
 def _check_finite(groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> None:
@@ -292,28 +337,7 @@ def _nothing_to_prune(model: nn.Module, reasons: Mapping[str, str]) -> PlanError
     )
 
 
-def _out_of_reach(
-    target: _Target,
-    groups: Sequence[Group],
-    allowed: Mapping[str, Sequence[int]],
-    cost: Callable[[Mapping[str, int]], float],
-    whole: float,
-) -> PlanError:
-    least = {group.name: allowed[group.name][0] for group in groups}
-    left = cost(least)
-    # What the network would still lose if a group could go entirely: the limiting groups.
-    gains = {name: left - cost({**least, name: 0}) for name in least}
-    worst = sorted(gains, key=lambda name: -gains[name])[:3]
-    limits = ", ".join(f"{name} (keeps {least[name]})" for name in worst)
-    return PlanError(
-        f"{target.kind}={target.fraction:g} is out of reach: at most "
-        f"{1 - left / whole:.3f} can go, limited by {limits} and by what cannot be pruned",
-        where=target.kind,
-        hint="lower round_to or min_channels, ignore fewer layers, or ask for less",
-    )
-
-
-def _name_of(choice: Any) -> str:
+def _name(choice: Any) -> Any:
     if isinstance(choice, str):
         return choice
-    return str(getattr(choice, "__name__", choice))
+    return dict(choice) if isinstance(choice, Mapping) else str(getattr(choice, "__name__", choice))
