@@ -75,6 +75,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T | _Lazy] = {}
+        self._mentions: dict[str, tuple[str, str]] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """A decorator that files the decorated object under ``name``.
@@ -97,6 +98,16 @@ class Registry(Generic[T]):
     def register_lazy(self, name: str, reference: str) -> None:
         """File ``"package.module:attribute"`` under ``name``; imported on first use."""
         self._entries.setdefault(name, _Lazy(reference))
+
+    def mention(self, name: str, reason: str, *, hint: str) -> None:
+        """Say why there can be no entry for a name that people will try.
+
+        Args:
+            name: a name that :meth:`get` refuses.
+            reason: completes the sentence "it cannot be chosen by name: …".
+            hint: what to write instead.
+        """
+        self._mentions[name] = (reason, hint)
 
     @contextmanager
     def scratch(self) -> Iterator[None]:
@@ -126,8 +137,16 @@ class Registry(Generic[T]):
             return entry
         if ":" in name:
             return cast("T", import_object(name, where=where))
+        if name in self._mentions:
+            reason, hint = self._mentions[name]
+            raise UnknownNameError(
+                f"the {self.kind} {name!r} cannot be chosen by name: {reason}",
+                where=where,
+                hint=hint,
+            )
+        known = [*self._entries, *self._mentions]
         raise UnknownNameError(
-            f"unknown {self.kind} {name!r}", where=where, hint=nearest(name, self._entries)
+            f"unknown {self.kind} {name!r}", where=where, hint=nearest(name, known)
         )
 
     def names(self) -> list[str]:

@@ -12,9 +12,13 @@ from slimkit.prune.criteria import (
     CRITERIA,
     FPGM,
     BatchNormScale,
+    FixedScores,
     Magnitude,
+    Normalised,
     Random,
     channel_rows,
+    channel_sums,
+    prepared,
     producer_channels,
     scored,
 )
@@ -61,6 +65,24 @@ def test_magnitudes_are_the_mean_of_the_norms_of_the_filters(group, tensors):
 def test_reductions_other_than_the_mean(group, tensors):
     assert Magnitude(2, reduction="sum")(group, tensors).tolist() == [6, 3, 10]
     assert Magnitude(2, reduction="max")(group, tensors).tolist() == [5, 2, 10]
+
+
+def test_products_and_the_first_member_as_reductions(group, tensors):
+    assert Magnitude(2, reduction="prod")(group, tensors).tolist() == [5, 2, 0]
+    assert Magnitude(2, reduction="first")(group, tensors).tolist() == [5, 1, 10]
+
+
+def test_all_members_leave_out_biases_and_running_statistics(group, tensors):
+    each = [0, 1, 2]
+    slots = (
+        *group.slots,
+        slot("a.bias", 0, "vector", each),
+        slot("bn.running_mean", 0, "vector", each),
+    )
+    tensors["a.bias"] = torch.full((3,), 100.0)
+    found = CRITERIA.get("group_l2")(Group("a", 3, slots), tensors)
+    norms = np.array([[5, 1, 10], [1, 2, 0], [0.5, 2, 1], [5**0.5] * 3])
+    assert found.tolist() == pytest.approx(norms.mean(axis=0).tolist())
 
 
 def test_all_members_include_readers_and_scales(group, tensors):
@@ -119,6 +141,78 @@ def test_scores_do_not_depend_on_the_device(group, tensors, device):
     for name in CRITERIA:
         here, there = (scored(CRITERIA.get(name), group, t) for t in (tensors, moved))
         assert torch.allclose(here, there)
+
+
+def test_sums_gather_all_positions_of_a_channel():
+    weight = torch.arange(8.0).reshape(2, 4)
+    found = channel_sums(slot("fc.weight", 1, "consumer", [[0, 3], [1, 2]]), weight)
+    assert found.tolist() == [0 + 4 + 3 + 7, 1 + 5 + 2 + 6]
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("none", [1, 2, 6]),
+        ("mean", [1 / 3, 2 / 3, 2]),
+        ("max", [1 / 6, 1 / 3, 1]),
+        ("sum", [1 / 9, 2 / 9, 6 / 9]),
+        ("std", [1 / 14**0.5 * 3**0.5, 2 / 14**0.5 * 3**0.5, 6 / 14**0.5 * 3**0.5]),
+        ("gaussian", [-2 / 14**0.5 * 3**0.5, -1 / 14**0.5 * 3**0.5, 3 / 14**0.5 * 3**0.5]),
+    ],
+)
+def test_scores_are_normalised_within_the_group(group, tensors, by, expected):
+    plain = FixedScores({"a": torch.tensor([1.0, 2.0, 6.0])})  # mean 3, variance 14 / 3
+    assert Normalised(plain, by)(group, tensors).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("by", ["mean", "max", "sum", "std", "gaussian"])
+@pytest.mark.parametrize("value", [0.0, 2.0])
+def test_equal_scores_stay_finite_and_equal(group, tensors, by, value):
+    found = Normalised(FixedScores({"a": torch.full((3,), value)}), by)(group, tensors)
+    assert torch.isfinite(found).all()
+    assert len(set(found.tolist())) == 1
+
+
+def test_a_criterion_is_prepared_once_through_its_wrapper(group, tensors):
+    class Slow:
+        calls = 0
+
+        def prepare(self, model, groups):
+            self.calls += 1
+            return FixedScores({g.name: torch.arange(float(g.size)) for g in groups})
+
+    slow = Slow()
+    ready = prepared(Normalised(slow, "max"), torch.nn.Identity(), [group])
+    assert ready(group, tensors).tolist() == ready(group, tensors).tolist() == [0, 0.5, 1]
+    assert slow.calls == 1
+    assert prepared(Magnitude(), torch.nn.Identity(), [group]) == Magnitude()
+
+
+def test_fixed_scores_leave_other_groups_alone(group, tensors):
+    with pytest.raises(PlanError, match="the loss does not see them"):
+        FixedScores({}, {"a": "the loss does not see them"})(group, tensors)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Magnitude(reduction="maen"),
+        lambda: FPGM(reduction="maen"),
+        lambda: Normalised("l2", "maen"),
+    ],
+)
+def test_an_unknown_choice_names_the_nearest(wrong):
+    with pytest.raises(InputError, match="did you mean 'mean'"):
+        wrong()
+
+
+@pytest.mark.parametrize("name", ["taylor", "group_fisher", "obd"])
+def test_criteria_that_need_data_say_how_to_get_it(name):
+    assert name not in CRITERIA
+    with pytest.raises(UnknownNameError, match=r"training batches.*prune\.\w+\(batches, loss\)"):
+        CRITERIA.get(name, where="criterion")
+    with pytest.raises(UnknownNameError, match=f"did you mean '{name}'"):
+        CRITERIA.get(name + "x")
 
 
 def test_a_ten_line_criterion_is_found_by_name(group, tensors):

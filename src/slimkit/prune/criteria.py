@@ -10,23 +10,30 @@ Register one by name::
     def mean_magnitude(group, tensors):
         rows = [channels.abs().mean(dim=1) for channels in producer_channels(group, tensors)]
         return torch.stack(rows).mean(dim=0)
+
+A criterion that needs more than the weights has a method ``prepare(model, groups)``: it is
+called once with the unpruned model and all groups that may be pruned, and returns the
+criterion that scores. Those of :mod:`slimkit.prune.gradients` and
+:mod:`slimkit.prune.fisher` look at training data there.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slimkit.errors import InputError, PlanError
+from slimkit.errors import InputError, PlanError, nearest
 from slimkit.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from slimkit.graph.groups import Group, Slot
 
 __all__ = [
@@ -34,17 +41,48 @@ __all__ = [
     "FPGM",
     "BatchNormScale",
     "Criterion",
+    "FixedScores",
     "Magnitude",
+    "Members",
+    "Normalisation",
+    "Normalised",
     "Random",
+    "Reduction",
     "channel_rows",
+    "channel_sums",
+    "check_choice",
+    "prepared",
     "producer_channels",
+    "reduced",
     "scale_channels",
     "scored",
+    "weight_slots",
 ]
 
 
-Reduction = Literal["mean", "sum", "max"]
-"""How the scores from several members of a group become one."""
+Reduction = Literal["mean", "sum", "max", "prod", "first"]
+"""How the scores from several members of a group become one; ``"first"`` takes that of the
+member that runs first."""
+
+Members = Literal["producers", "all"]
+"""Which members of a group are looked at: the layers that compute its channels, or also
+those that read and scale them."""
+
+Normalisation = Literal["none", "mean", "max", "sum", "std", "gaussian"]
+"""What the scores of a group are divided by; ``"gaussian"`` subtracts their mean first and
+divides by their standard deviation."""
+
+
+def check_choice(value: object, choices: object, *, where: str) -> None:
+    """Check that ``value`` is one of a ``Literal``'s values.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value not in get_args(choices):
+        raise InputError(
+            f"unknown choice {value!r}", where=where, hint=nearest(str(value), get_args(choices))
+        )
 
 
 class Criterion(Protocol):
@@ -86,6 +124,34 @@ def producer_channels(group: Group, tensors: Mapping[str, Tensor]) -> list[Tenso
     return [channel_rows(slot, tensors) for slot in written or weights or group.slots]
 
 
+def weight_slots(group: Group, tensors: Mapping[str, Tensor]) -> list[Slot]:
+    """The slots of weights and scales: all but those of biases and of running statistics.
+
+    Where there is nothing else, all slots.
+    """
+
+    def is_weight(slot: Slot) -> bool:
+        local = slot.tensor.rpartition(".")[2]
+        return tensors[slot.tensor].dim() > 1 or not ("bias" in local or "running_" in local)
+
+    return [slot for slot in group.slots if is_weight(slot)] or list(group.slots)
+
+
+def channel_sums(slot: Slot, tensor: Tensor) -> Tensor:
+    """Sum what belongs to each channel of ``slot``.
+
+    Args:
+        slot: a place of a group.
+        tensor: of the shape of the slot's tensor.
+
+    Returns:
+        Shape ``(channels,)``.
+    """
+    others = [dim for dim in range(tensor.dim()) if dim != slot.dim]
+    sums = tensor.sum(dim=others) if others else tensor
+    return sums[torch.as_tensor(slot.positions, device=tensor.device)].sum(dim=1)
+
+
 def scale_channels(group: Group, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """The scale γ of each batch normalization over the group's channels.
 
@@ -107,29 +173,34 @@ class Magnitude:
     Attributes:
         p: order of the norm, 1 or 2.
         members: ``"producers"`` scores the filters that compute a channel; ``"all"`` also the
-            weights that read it and the normalisation's, the group norm of Fang et al. 2023
-            ("DepGraph").
+            weights that read it and the normalisation's scale, the group norm of Fang et al.
+            2023 ("DepGraph"). Biases and running statistics never count.
         reduction: how the norms of the members become one score.
     """
 
     p: float = 2.0
-    members: Literal["producers", "all"] = "producers"
+    members: Members = "producers"
     reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        check_choice(self.members, Members, where="members")
+        check_choice(self.reduction, Reduction, where="reduction")
 
     @property
     def summary(self) -> str:
         """One line for ``slimkit list``."""
+        if self.members == "all":
+            return f'L{self.p:g} norm of all weights of a channel (Fang et al. 2023, "DepGraph").'
         return f'L{self.p:g} norm of each filter (Li et al. 2017, "Pruning Filters").'
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Score each channel of ``group``."""
         if self.members == "all":
-            rows = [channel_rows(slot, tensors) for slot in group.slots]
+            rows = [channel_rows(slot, tensors) for slot in weight_slots(group, tensors)]
         else:
             rows = producer_channels(group, tensors)
-        return _reduced(
-            [torch.linalg.vector_norm(r, ord=self.p, dim=1) for r in rows], self.reduction
-        )
+        norms = [torch.linalg.vector_norm(r, ord=self.p, dim=1) for r in rows]
+        return reduced(norms, self.reduction)
 
 
 @dataclass(frozen=True)
@@ -145,6 +216,9 @@ class FPGM:
 
     reduction: Reduction = "mean"
 
+    def __post_init__(self) -> None:
+        check_choice(self.reduction, Reduction, where="reduction")
+
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Score each channel of ``group``."""
         # Differences instead of the faster dot products: |a|²+|b|²-2ab loses all digits for
@@ -154,7 +228,7 @@ class FPGM:
             torch.cdist(rows, rows, compute_mode=exact).sum(dim=1)
             for rows in producer_channels(group, tensors)
         ]
-        return _reduced(distances, self.reduction)
+        return reduced(distances, self.reduction)
 
 
 @dataclass(frozen=True)
@@ -167,12 +241,15 @@ class BatchNormScale:
 
     reduction: Reduction = "mean"
 
+    def __post_init__(self) -> None:
+        check_choice(self.reduction, Reduction, where="reduction")
+
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Score each channel of ``group``."""
         scales = [rows.abs().mean(dim=1) for rows in scale_channels(group, tensors)]
         if not scales:
             raise PlanError("no batch normalization scales these channels", where=group.name)
-        return _reduced(scales, self.reduction)
+        return reduced(scales, self.reduction)
 
 
 @dataclass(frozen=True)
@@ -192,11 +269,97 @@ class Random:
         return torch.rand(group.size, generator=generator)
 
 
+@dataclass(frozen=True)
+class Normalised:
+    """Another criterion's scores, divided within each group so that groups can be compared.
+
+    Attributes:
+        criterion: a name or a criterion.
+        by: see :data:`Normalisation`. Scores that are all equal have no deviation: they
+            become 0 by ``"gaussian"``, and by ``"std"`` what they become by ``"mean"``.
+
+    Raises:
+        InputError, UnknownNameError: there is no such normalisation or criterion.
+    """
+
+    criterion: str | Criterion
+    by: Normalisation = "mean"
+
+    def __post_init__(self) -> None:
+        check_choice(self.by, Normalisation, where="by")
+        if isinstance(self.criterion, str):
+            CRITERIA.get(self.criterion, where="criterion")
+
+    def prepare(self, model: nn.Module, groups: Sequence[Group]) -> Criterion:
+        """Prepare the criterion inside."""
+        return Normalised(prepared(self._inner, model, groups), self.by)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Score each channel of ``group``."""
+        scores = scored(self._inner, group, tensors)
+        if self.by == "none":
+            return scores
+        mean, deviation = scores.mean(), scores.std(correction=0)
+        if self.by == "gaussian":
+            return (scores - mean) / _divisor(deviation)
+        if self.by == "std":
+            return scores / _divisor(deviation if deviation > 0 else mean)
+        largest = {"mean": mean, "max": scores.amax(), "sum": scores.sum()}
+        return scores / _divisor(largest[self.by])
+
+    @property
+    def _inner(self) -> Criterion:
+        return CRITERIA.get(self.criterion) if isinstance(self.criterion, str) else self.criterion
+
+
+def _divisor(value: Tensor) -> Tensor:
+    """``value``, or 1 where it is 0 and there is nothing to divide."""
+    return torch.where(value == 0, torch.ones_like(value), value)
+
+
+@dataclass(frozen=True, eq=False)
+class FixedScores:
+    """Scores that were computed before.
+
+    Attributes:
+        scores: group name → scores ``(group.size,)``.
+        reasons: group name → why that group has none and stays as it is.
+        source: what computed them, for people.
+    """
+
+    scores: Mapping[str, Tensor] = field(repr=False)
+    reasons: Mapping[str, str] = field(default_factory=dict, repr=False)
+    source: str = "scores"
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Look up the scores of ``group``."""
+        if group.name not in self.scores:
+            raise PlanError(
+                self.reasons.get(group.name, f"{self.source} has no scores for it"),
+                where=group.name,
+            )
+        return self.scores[group.name]
+
+
+def prepared(criterion: Criterion, model: nn.Module, groups: Sequence[Group]) -> Criterion:
+    """The criterion that scores: what ``criterion.prepare`` returns, if it has one."""
+    prepare: Callable[[nn.Module, Sequence[Group]], Criterion] | None
+    prepare = getattr(criterion, "prepare", None)
+    return criterion if prepare is None else prepare(model, groups)
+
+
 CRITERIA.register("l1")(Magnitude(1.0))
 CRITERIA.register("l2")(Magnitude(2.0))
+CRITERIA.register("group_l2")(Magnitude(2.0, members="all"))
 CRITERIA.register("fpgm")(FPGM())
 CRITERIA.register("bn_scale")(BatchNormScale())
 CRITERIA.register("random")(Random())
+for _name, _class in {"taylor": "Taylor", "group_fisher": "GroupFisher", "obd": "OBD"}.items():
+    CRITERIA.mention(
+        _name,
+        "it looks at gradients, so it needs training batches and a loss",
+        hint=f"criterion=slimkit.prune.{_class}(batches, loss)",
+    )
 
 
 def scored(criterion: Criterion, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -222,10 +385,11 @@ def scored(criterion: Criterion, group: Group, tensors: Mapping[str, Tensor]) ->
     return scores.detach().to("cpu", torch.float64)
 
 
-def _reduced(scores: list[Tensor], reduction: Reduction) -> Tensor:
-    stacked = torch.stack(scores)
-    if reduction == "sum":
-        return stacked.sum(dim=0)
+def reduced(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
+    """One score per channel from those of several members, each of shape ``(channels,)``."""
+    stacked = torch.stack(list(scores))
+    if reduction == "first":
+        return stacked[0]
     if reduction == "max":
         return stacked.amax(dim=0)
-    return stacked.mean(dim=0)
+    return {"sum": stacked.sum, "prod": stacked.prod, "mean": stacked.mean}[reduction](dim=0)
