@@ -1,0 +1,34 @@
+"""The one search loop: a space, a sampler, hard constraints, an evaluation, a record."""
+
+from __future__ import annotations
+
+from slimkit.search.parameters import Choice, FloatRange, IntRange, Parameter
+from slimkit.search.samplers import (
+    SAMPLERS,
+    AnnealingSampler,
+    GeneticSampler,
+    RandomSampler,
+    Sampler,
+    TPESampler,
+)
+from slimkit.search.searching import search
+from slimkit.search.values import Candidate, Outcome, SearchError, SearchResult, Trial
+
+__all__ = [
+    "SAMPLERS",
+    "AnnealingSampler",
+    "Candidate",
+    "Choice",
+    "FloatRange",
+    "GeneticSampler",
+    "IntRange",
+    "Outcome",
+    "Parameter",
+    "RandomSampler",
+    "Sampler",
+    "SearchError",
+    "SearchResult",
+    "TPESampler",
+    "Trial",
+    "search",
+]
