@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkit.errors import CaptureError, SlimkitError
 from slimkit.graph.addressing import AddressMode
-from slimkit.graph.sizes import Origin, TrackedInt
+from slimkit.graph.sizes import Powers, TrackedInt, attribute_origin
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 
 __all__ = [
@@ -105,7 +105,7 @@ class Call:
         outputs: value numbers of the tensors in the result. A function that hands its
             argument back (dropout in evaluation) has it in both.
         args, kwargs: the arguments, tensors replaced by :class:`Ref`; a size that the model
-            read from a tensor is a :class:`~slimkit.graph.sizes.TrackedInt`.
+            read from a tensor or a module is a :class:`~slimkit.graph.sizes.TrackedInt`.
     """
 
     index: int
@@ -134,7 +134,9 @@ class Graph:
         outputs: value numbers of the tensors in the model's result.
         parameters: name of a parameter or buffer → value number; tied names share it.
         aliases: first name → all names, for tied parameters only.
-        escaped: (value number, dimension) of sizes that entered arithmetic in Python.
+        attributes: (module path, name, value) of the modules' whole-number attributes; their
+            origin in a tracked size is :func:`~slimkit.graph.sizes.attribute_origin`.
+        fixed: products of sizes that the model relies on in arithmetic or comparisons.
     """
 
     def __init__(self) -> None:
@@ -145,7 +147,8 @@ class Graph:
         self.outputs: tuple[int, ...] = ()
         self.parameters: dict[str, int] = {}
         self.aliases: dict[str, list[str]] = {}
-        self.escaped: set[Origin] = set()
+        self.attributes: list[tuple[str, str, int]] = []
+        self.fixed: list[Powers] = []
         self._producer: dict[int, Op] = {}
         self._consumers: dict[int, list[Op]] = {}
         self._call_producer: dict[int, Call] = {}
@@ -226,7 +229,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
         recorder.graph.inputs = tuple(recorder.value(tensor) for tensor in inputs.tensors())
         calls = _CallRecorder(model, recorder)
         try:
-            with calls, _OpRecorder(recorder, calls):
+            with _tracked_attributes(model, recorder.graph), calls, _OpRecorder(recorder, calls):
                 result = inputs.call(model)
         except SlimkitError:
             raise
@@ -334,16 +337,46 @@ class _Recorder:
     ) -> Any:
         """The result of ``tensor.shape`` or ``tensor.size()`` with its origin attached."""
         value = self.value(tensor)
-        escaped = self.graph.escaped
+        fixed = self.graph.fixed
         if isinstance(sizes, int):
             dim = kwargs.get("dim", args[0] if args else 0)
-            return TrackedInt(sizes, ((value, dim % tensor.ndim),), escaped)
+            return TrackedInt(sizes, (((value, dim % tensor.ndim), 1),), fixed)
         return torch.Size(
-            TrackedInt(size, ((value, dim),), escaped) for dim, size in enumerate(sizes)
+            TrackedInt(size, (((value, dim), 1),), fixed) for dim, size in enumerate(sizes)
         )
+
+    def elements(self, tensor: Tensor) -> Any:
+        """The result of ``tensor.numel()`` with its origins attached."""
+        value = self.value(tensor)
+        powers = tuple(((value, dim), 1) for dim in range(tensor.ndim))
+        return TrackedInt(tensor.numel(), powers, self.graph.fixed)
 
 
 _SHAPE: Any = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_NUMEL = (torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
+
+
+@contextmanager
+def _tracked_attributes(model: nn.Module, graph: Graph) -> Iterator[None]:
+    """Inside, whole-number attributes of modules remember that they are attributes."""
+    plain: list[tuple[dict[str, Any], str, int]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        attributes = vars(module)
+        for name, value in attributes.items():
+            if type(value) is int and value > 1:
+                plain.append((attributes, name, value))
+                graph.attributes.append((path, name, value))
+    try:
+        for number, (attributes, name, value) in enumerate(plain):
+            origin = attribute_origin(number)
+            attributes[name] = TrackedInt(value, ((origin, 1),), graph.fixed)
+        yield
+    finally:
+        for attributes, name, value in plain:
+            if isinstance(attributes.get(name), TrackedInt):  # the forward may have set another
+                attributes[name] = value
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
@@ -370,6 +403,8 @@ class _CallRecorder(AddressMode):
         graph = self._recorder.graph
         if func == _SHAPE or func is torch.Tensor.size:
             return self._recorder.tracked(args[0], func(*args, **kwargs), args[1:], kwargs)
+        if func in _NUMEL:
+            return self._recorder.elements(args[0])
         recorded = self._recorder.refs(args), self._recorder.refs(dict(kwargs))
         inputs = self._recorder.values((args, kwargs))
         first_op = len(graph.ops)

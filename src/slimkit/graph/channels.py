@@ -10,17 +10,18 @@ and linear in the number of positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from slimkit.graph.capturing import Call, Graph, Op, Ref
 from slimkit.graph.groups import Role
-from slimkit.graph.sizes import TrackedInt
+from slimkit.graph.sizes import Powers, TrackedInt
 
 __all__ = [
     "FREE",
@@ -39,6 +40,7 @@ AtomArray = npt.NDArray[np.int64]
 Dim = AtomArray | str
 """The atoms along a dimension, or why its size is fixed ("it is part of the model's input")."""
 
+_ROUNDS = 3
 SPATIAL = "it is a batch, spatial or sequence dimension"
 FREE = "it is as large as what it meets"
 """A dimension of equal values that PyTorch itself expanded: it fixes and ties nothing."""
@@ -53,6 +55,21 @@ class ParameterDim:
     start: int
     size: int
     role: Role | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Channels were split into several dimensions of which any one could shrink.
+
+    Attributes:
+        axis: the dimension of the result that was chosen.
+        others: the dimensions that could have been.
+        atoms: the atoms along the chosen one.
+    """
+
+    axis: int
+    others: tuple[int, ...]
+    atoms: AtomArray
 
 
 Rule = Callable[["ChannelTracker", Op], None]
@@ -100,23 +117,38 @@ class ChannelTracker:
 
     Args:
         graph: a captured graph.
-        adjustable: paths of the norm layers whose shape is an attribute that can follow.
+        adjustable: paths of the layers whose groups or shape are attributes that follow.
+
+        avoided: operator index → axes that a split should not let shrink; see :class:`Choice`.
 
     Attributes:
         failed: operators whose rule could not read their arguments; treated as unknown.
+        edges: pairs of arrays of atoms that leave together, one by one.
+        frozen: atoms that cannot leave, and the number of the reason.
+        claims: (call, size, atoms or None, place): dimensions with a size from the code.
+        links: dimensions that stay equally large.
+        choices: operator index → which axis of a split was let shrink, of which.
     """
 
-    def __init__(self, graph: Graph, adjustable: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        adjustable: frozenset[str] = frozenset(),
+        avoided: Mapping[int, frozenset[int]] | None = None,
+    ) -> None:
         self.graph = graph
+        self.avoided = avoided or {}
         self.adjustable = adjustable
         self.count = 0
         self.parameter_dims: dict[tuple[int, int], ParameterDim] = {}
         self.reasons: list[str] = []
         self.failed: list[Op] = []
         self._dims: dict[int, list[Dim]] = {}
-        self._edges: list[tuple[AtomArray, AtomArray]] = []
-        self._frozen: list[tuple[AtomArray, int]] = []
-        self._claims: list[tuple[int, TrackedInt, AtomArray, str]] = []
+        self.edges: list[tuple[AtomArray, AtomArray]] = []
+        self.frozen: list[tuple[AtomArray, int]] = []
+        self.claims: list[tuple[int, TrackedInt, AtomArray | None, str]] = []
+        self.links: list[tuple[list[AtomArray], str]] = []
+        self.choices: dict[int, Choice] = {}
         self._owners: list[ParameterDim] = []
         self._starts: list[int] = []
 
@@ -160,12 +192,15 @@ class ChannelTracker:
         held = self.parameter_dims.get((value, dim))
         if held is None:
             held = ParameterDim(info.name, dim, self.count, info.shape[dim])
-            self.parameter_dims[(value, dim)] = held
-            self._owners.append(held)
-            self._starts.append(held.start)
-            self.count += held.size
+            self._hold((value, dim), held)
         held.role = role or held.role
         return np.arange(held.start, held.start + held.size)
+
+    def _hold(self, key: tuple[int, int], held: ParameterDim) -> None:
+        self.parameter_dims[key] = held
+        self._owners.append(held)
+        self._starts.append(held.start)
+        self.count += held.size
 
     def fresh(self, size: int, reason: str) -> AtomArray:
         """New atoms that no parameter owns, frozen for ``reason``."""
@@ -209,20 +244,20 @@ class ChannelTracker:
             if second != FREE:
                 self.freeze(first, second)
         elif first is not second and not np.array_equal(first, second):
-            self._edges.append((first, second))
+            self.edges.append((first, second))
 
     def tie_columns(self, atoms: AtomArray) -> None:
         """For an array ``(rows, positions)``: position ``k`` of all rows leaves together."""
         if len(atoms) > 1:
             first = np.broadcast_to(atoms[:1], atoms[1:].shape)
-            self._edges.append((first.ravel(), atoms[1:].ravel()))
+            self.edges.append((first.ravel(), atoms[1:].ravel()))
 
     def freeze(self, dim: Dim, reason: str) -> None:
         """None of these atoms can leave."""
         if not isinstance(dim, str) and dim.size:
             if not self.reasons or self.reasons[-1] != reason:
                 self.reasons.append(reason)
-            self._frozen.append((np.unique(dim), len(self.reasons) - 1))
+            self.frozen.append((np.unique(dim), len(self.reasons) - 1))
 
     def freeze_value(self, value: int, reason: str) -> None:
         """No dimension of this tensor can shrink."""
@@ -244,32 +279,71 @@ class ChannelTracker:
     def claim(self, op: Op, size: object, dim: Dim, what: str) -> None:
         """A result has the dimension ``dim``, and the model's code gave its size as ``size``.
 
-        Fine if it is −1, or was read from a tensor that loses the same share of every set
-        of atoms (checked when all ties are known); else frozen.
+        Fine if it is −1. If it was read from tensors or attributes, they and the dimension
+        must shrink alike, which is looked into when all ties are known. Else frozen.
         """
-        if isinstance(dim, str):
-            return  # if ``size`` was read from a tracked dimension, that is found at the end
         if isinstance(size, TrackedInt):
-            self._claims.append((op.call, size, dim, what))
-        elif size != -1:
+            if not isinstance(dim, str):
+                self._measure(size, dim)
+            self.claims.append((op.call, size, None if isinstance(dim, str) else dim, what))
+        elif size != -1 and not isinstance(dim, str):
             self.freeze(dim, f"its size {size} is written as a number in {what}")
 
-    def follows(self, size: object) -> bool:
-        """Whether a size in the model's code is −1 or was read from a dimension of channels."""
-        if isinstance(size, TrackedInt):
-            return any(True for _ in self.origin_dims(size))
-        return size == -1
+    def _measure(self, size: TrackedInt, dim: AtomArray) -> None:
+        """If the size is an attribute, the attribute gets a place in the channels' set."""
+        if len(size.powers) != 1:
+            return
+        ((origin, power),) = size.powers
+        if origin[0] >= 0 or power != 1 or origin in self.parameter_dims:
+            return
+        path, name, value = self.graph.attributes[-1 - origin[0]]
+        _, first = np.unique(dim, return_index=True)
+        distinct = dim if len(dim) == value else dim[np.sort(first)]
+        if len(distinct) == value:
+            held = ParameterDim(f"{path}:{name}", 0, self.count, value, "size")
+            self._hold(origin, held)
+            self.edges.append((np.arange(held.start, held.start + value), distinct))
+
+    def link(self, dims: Sequence[Dim], what: str) -> None:
+        """Dimensions of equal size stay equally large, though each loses its own channels."""
+        atoms = [dim for dim in dims if not isinstance(dim, str)]
+        if len(atoms) < len(dims):
+            for dim in atoms:
+                self.freeze(dim, f"its size must be that of another part in {what}")
+        elif len(atoms) > 1:
+            self.links.append((atoms, what))
+
+    def follows(self, size: object) -> int:
+        """How well a size in the model's code follows when channels leave.
+
+        Returns:
+            0 for a number; 1 if it was read from attributes of modules; 2 if also from a
+            tensor's dimension of channels; 3 for −1, which PyTorch computes.
+        """
+        if not isinstance(size, TrackedInt):
+            return 3 if size == -1 else 0
+        origins = [origin for origin, _ in size.powers]
+        if any(value >= 0 and self._origin_dim(value, dim) is not None for value, dim in origins):
+            return 2
+        return 1 if any(value < 0 for value, _ in origins) else 0
 
     def origin_dims(self, size: TrackedInt) -> Iterator[AtomArray]:
         """The tracked dimensions that a number was read from."""
-        for value, dim in size.origins:
-            atoms: Dim = ""
-            if value in self._dims:
-                atoms = self._dims[value][dim]
-            elif self._tracked(value) and self.shape(value)[dim] > 1:
-                atoms = self.parameter_dim(value, dim)
-            if not isinstance(atoms, str):
+        for (value, dim), _ in size.powers:
+            atoms = self._origin_dim(value, dim)
+            if atoms is not None:
                 yield atoms
+
+    def _origin_dim(self, value: int, dim: int) -> AtomArray | None:
+        if value < 0:
+            held = self.parameter_dims.get((value, dim))
+            return None if held is None else np.arange(held.start, held.start + held.size)
+        atoms: Dim = ""
+        if value in self._dims:
+            atoms = self._dims[value][dim]
+        elif self._tracked(value) and self.shape(value)[dim] > 1:
+            atoms = self.parameter_dim(value, dim)
+        return None if isinstance(atoms, str) else atoms
 
     def _tracked(self, value: int) -> bool:
         return value in self._dims or self.graph.tensors[value].name is not None
@@ -288,44 +362,21 @@ class ChannelTracker:
                 RULES["opaque"](self, op)
         for value in self.graph.outputs:
             self.freeze_value(value, "it is part of the model's output")
-        for value, dim in self.graph.escaped:
-            if self._tracked(value):
-                self.freeze(self.dims(value)[dim], "its size enters a computation in Python")
 
-    def components(self) -> tuple[AtomArray, dict[int, str]]:
-        """The sets of atoms that leave together.
+    def powers(self, size: Powers) -> list[tuple[AtomArray, int]]:
+        """The atoms behind each factor of a size, with its exponent.
 
-        Returns:
-            labels: for every atom the smallest atom of its set.
-            frozen: label → reason, for the sets that cannot leave.
+        The attribute number ``k`` stands as ``[-1 - k]`` where no dimension is as large;
+        factors that are no channels are left out.
         """
-        claimed = {(call, id(size)) for call, size, _, _ in self._claims}
-        for call in self.graph.calls:
-            for size in _tracked_ints((call.args, call.kwargs)):
-                if (call.index, id(size)) not in claimed:
-                    for atoms in self.origin_dims(size):
-                        self.freeze(atoms, f"its size shapes another tensor, in {where(call)}")
-        # The sizes of a tensor may be read though no rule met its dimensions: they get atoms now.
-        all_origins = [list(self.origin_dims(size)) for _, size, _, _ in self._claims]
-        labels = _connected(self.count, self._edges)
-        for (_, _, atoms, what), origins in zip(self._claims, all_origins, strict=True):
-            if len(origins) != 1 or not _shrink_alike(labels[origins[0]], labels[atoms]):
-                for dim in (*origins, atoms):
-                    self.freeze(dim, f"its size is computed from another size in {what}")
-        frozen: dict[int, str] = {}
-        for atoms, reason in self._frozen:
-            for label in np.unique(labels[atoms]).tolist():
-                frozen.setdefault(label, self.reasons[reason])
-        return labels, frozen
-
-
-def _shrink_alike(first: AtomArray, second: AtomArray) -> bool:
-    """Whether two dimensions always keep the same share: each label has an equal share."""
-    labels, counts = np.unique(first, return_counts=True)
-    others, other_counts = np.unique(second, return_counts=True)
-    return np.array_equal(labels, others) and np.array_equal(
-        counts * len(second), other_counts * len(first)
-    )
+        found: list[tuple[AtomArray, int]] = []
+        for (value, dim), power in size:
+            atoms = self._origin_dim(value, dim)
+            if atoms is None and value < 0:
+                atoms = np.asarray([value])
+            if atoms is not None and len(atoms):
+                found.append((atoms, power))
+        return found
 
 
 def where(source: Op | Call) -> str:
@@ -335,49 +386,35 @@ def where(source: Op | Call) -> str:
 
 
 def track(graph: Graph, model: nn.Module) -> ChannelTracker:
-    """Run all rules over the graph of a model."""
+    """Run all rules over the graph of a model.
+
+    Where channels are split into heads × channels per head, either could shrink. If the first
+    choice turns out to be impossible (its size meets one that cannot change), the pass is
+    repeated with the other.
+    """
     from slimkit.graph import rules, rules_join, rules_norm, rules_view  # noqa: F401 - they fill RULES
+    from slimkit.graph.components import components
 
     adjustable = frozenset(
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None
+        if isinstance(module, _ConvNd)
+        or (isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None)
     )
-    tracker = ChannelTracker(graph, adjustable)
-    tracker.run()
+    avoided: dict[int, frozenset[int]] = {}
+    for _ in range(_ROUNDS):
+        tracker = ChannelTracker(graph, adjustable, avoided)
+        tracker.run()
+        again = False
+        if tracker.choices:
+            found = components(tracker)
+            for index, choice in tracker.choices.items():
+                if choice.others and found.stuck(choice.atoms):
+                    avoided[index] = avoided.get(index, frozenset()) | {choice.axis}
+                    again = True
+        if not again:
+            break
     return tracker
-
-
-def _tracked_ints(argument: Any) -> Iterator[TrackedInt]:
-    if isinstance(argument, TrackedInt):
-        yield argument
-    elif isinstance(argument, tuple | list):
-        for item in argument:
-            yield from _tracked_ints(item)
-    elif isinstance(argument, dict):
-        yield from _tracked_ints(list(argument.values()))
-    elif isinstance(argument, slice):
-        yield from _tracked_ints((argument.start, argument.stop, argument.step))
-
-
-def _connected(count: int, edges: list[tuple[AtomArray, AtomArray]]) -> AtomArray:
-    """Smallest member of each connected component, by hooking and pointer jumping."""
-    parent = np.arange(count)
-    if not edges:
-        return parent
-    left = np.concatenate([first for first, _ in edges])
-    right = np.concatenate([second for _, second in edges])
-    while left.size:
-        low, high = np.minimum(parent[left], parent[right]), np.maximum(parent[left], parent[right])
-        open_ = low != high
-        left, right, low, high = left[open_], right[open_], low[open_], high[open_]
-        np.minimum.at(parent, high, low)
-        while True:
-            grand = parent[parent]
-            if np.array_equal(grand, parent):
-                break
-            parent = grand
-    return parent
 
 
 def refs(argument: Any) -> list[int]:

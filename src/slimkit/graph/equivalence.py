@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimkit.errors import CaptureError, PlanError, nearest
 from slimkit.graph.capturing import Graph, Op, capture, own_inputs, tensors_in, undisturbed
 from slimkit.graph.channels import ChannelTracker, Dim, rule_name, track
+from slimkit.graph.components import components
 from slimkit.graph.rules import MIXING
 from slimkit.inputs import ExampleInputs, as_inputs
 
@@ -176,10 +177,13 @@ def _doomed(tracker: ChannelTracker, plan: PruningPlan) -> np.ndarray[Any, np.dt
         gone = np.ones(owner.size, dtype=bool)
         gone[list(edit.keep)] = False
         doomed[owner.start : owner.start + owner.size] = gone
-    labels, frozen = tracker.components()
+    found = components(tracker)
+    labels, frozen = found.labels, found.frozen
     goes = np.zeros(tracker.count, dtype=bool)
     goes[labels[doomed]] = True
     for owner in held.values():
+        if owner.role == "size":
+            continue
         part = slice(owner.start, owner.start + owner.size)
         if not np.array_equal(goes[labels[part]], doomed[part]):
             raise PlanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -13,13 +14,15 @@ if TYPE_CHECKING:
 
     from slimkit.graph.capturing import Graph
     from slimkit.graph.channels import AtomArray, ChannelTracker, ParameterDim
+    from slimkit.graph.components import Components
 
 __all__ = ["Group", "Role", "Slot", "dependency_groups"]
 
-Role = Literal["producer", "consumer", "vector"]
+Role = Literal["producer", "consumer", "vector", "size"]
 """What a tensor's dimension does for a channel: ``"producer"`` makes it (output dimension of
 a convolution's weight), ``"consumer"`` reads it (input dimension), ``"vector"`` holds one
-number per channel (bias, batch-norm scale and statistics, layer scale)."""
+number per channel (bias, batch-norm scale and statistics, layer scale). ``"size"`` is no tensor
+but a whole number that a module keeps (``num_heads``); its name has a colon for the last dot."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +30,8 @@ class Slot:
     """The places that a group's channels occupy in one dimension of one tensor.
 
     Attributes:
-        tensor: name of the parameter or buffer (the first of tied names).
+        tensor: name of the parameter or buffer (the first of tied names), or of an attribute:
+            ``"blocks.0.attn:num_heads"``.
         dim: the dimension.
         role: see :data:`Role`.
         positions: integers of shape ``(size, width)``: row ``i`` holds the indices along
@@ -44,7 +48,8 @@ class Slot:
     @property
     def module(self) -> str:
         """Path of the module that owns the tensor."""
-        return self.tensor.rpartition(".")[0]
+        path, colon, _ = self.tensor.partition(":")
+        return path if colon else self.tensor.rpartition(".")[0]
 
     @property
     def width(self) -> int:
@@ -68,13 +73,14 @@ class Group:
             ``":2"``, ``":3"`` … where one module makes the channels of several groups;
             ``"conv1 input"`` where no module makes them.
         size: the number of channels that can be removed independently; at least one stays.
-        slots: all places, in order of execution.
+        slots: all places in tensors, in order of execution.
         frozen_reason: why none can be removed, in plain language; ``None`` if they can.
         link: groups with the same link must keep equal fractions of their channels, though
             each chooses its own: a transformer's width and its heads, whose product must stay
             equal. ``None`` for most groups.
-        attributes: plain numbers kept by modules that say how many there are:
-            ``("blocks.0.attn", "num_heads")``. They shrink by the same fraction.
+        sizes: places in whole-number attributes that count the channels (``num_heads``).
+        attributes: (module path, attribute, value) of numbers that shrink by the same fraction
+            without counting these very channels (``embed_dim``).
     """
 
     name: str
@@ -82,7 +88,8 @@ class Group:
     slots: tuple[Slot, ...]
     frozen_reason: str | None = None
     link: str | None = None
-    attributes: tuple[tuple[str, str], ...] = ()
+    sizes: tuple[Slot, ...] = ()
+    attributes: tuple[tuple[str, str, int], ...] = ()
 
     @property
     def width(self) -> int:
@@ -134,76 +141,122 @@ def dependency_groups(graph: Graph, model: nn.Module) -> list[Group]:
 
 def groups_of(tracker: ChannelTracker) -> list[Group]:
     """The groups that a finished pass of rules found."""
-    labels, frozen = tracker.components()
+    from slimkit.graph.components import components
+
+    found = components(tracker)
     owners = list(tracker.parameter_dims.values())
     if not owners:
         return []
     # One row per place: which parameter dimension, which position, which component.
     owner = np.repeat(np.arange(len(owners)), [o.size for o in owners])
     position = np.concatenate([np.arange(o.size) for o in owners])
-    label = np.concatenate([labels[o.start : o.start + o.size] for o in owners])
-    components, component = np.unique(label, return_inverse=True)
-    kinds = _kinds(owner, component, len(components), len(owners), components, frozen)
+    label = np.concatenate([found.labels[o.start : o.start + o.size] for o in owners])
+    sets, component = np.unique(label, return_inverse=True)
+    kinds = _kinds(owner, component, len(owners), sets, found)
 
     order = np.lexsort((position, component, owner, kinds[component]))
     kind_of_row = kinds[component][order]
     starts = np.flatnonzero(np.r_[True, kind_of_row[1:] != kind_of_row[:-1]])
-    groups = [
-        _group(owners, owner[rows], position[rows], component[rows], components, frozen)
-        for rows in np.split(order, starts[1:])
-    ]
-    groups.sort(key=lambda item: item[:2])
-    return _named([group for _, _, group in groups])
+    made = []
+    for rows in np.split(order, starts[1:]):
+        group = _group(owners, owner[rows], position[rows], component[rows])
+        if group is not None:
+            first = int(sets[component[rows[0]]])
+            made.append((group, first, found.frozen.get(first)))
+    made.sort(key=lambda item: item[0][:2])
+    named = _named([group for (_, _, group), _, _ in made])
+    return _linked(
+        [
+            replace(group, frozen_reason=reason or _lone(group))
+            for group, (_, _, reason) in zip(named, made, strict=True)
+        ],
+        [first for _, first, _ in made],
+        found,
+        tracker.graph.attributes,
+    )
 
 
 def _kinds(
-    owner: AtomArray,
-    component: AtomArray,
-    count: int,
-    owner_count: int,
-    components: AtomArray,
-    frozen: dict[int, str],
+    owner: AtomArray, component: AtomArray, owner_count: int, sets: AtomArray, found: Components
 ) -> AtomArray:
-    """A number per component, equal for those that have as many places in the same tensors."""
+    """A number per component, equal for those that are alike.
+
+    They have as many places in the same tensors, the same reason to stay, and the same part
+    in the dimensions whose sizes are linked.
+    """
     generator = np.random.default_rng(0)  # a hash of the multiset of owners
     hashes = generator.integers(0, 2**62, owner_count, dtype=np.uint64)
-    total = np.zeros(count, dtype=np.uint64)
+    total = np.zeros(len(sets), dtype=np.uint64)
     np.add.at(total, component, hashes[owner])
+    frozen = found.frozen
     reasons = {reason: i + 1 for i, reason in enumerate(dict.fromkeys(frozen.values()))}
-    reason_of = np.array([reasons.get(frozen.get(c, ""), 0) for c in components.tolist()])
+    reason_of = np.array([reasons.get(frozen.get(label, ""), 0) for label in sets.tolist()])
     spread = generator.integers(0, 2**62, len(reasons) + 1, dtype=np.uint64)
-    return np.unique(total + spread[reason_of], return_inverse=True)[1]
+    total += spread[reason_of]
+    for dim in found.measured:
+        inside = np.searchsorted(sets, dim)
+        inside = inside[(inside < len(sets)) & (sets[np.minimum(inside, len(sets) - 1)] == dim)]
+        np.add.at(total, inside, generator.integers(0, 2**62, 1, dtype=np.uint64))
+    return np.unique(total, return_inverse=True)[1]
 
 
 def _group(
-    owners: list[ParameterDim],
-    owner: AtomArray,
-    position: AtomArray,
-    component: AtomArray,
-    components: AtomArray,
-    frozen: dict[int, str],
-) -> tuple[int, int, Group]:
-    """One group from its places, which are sorted by owner, component and position."""
+    owners: list[ParameterDim], owner: AtomArray, position: AtomArray, component: AtomArray
+) -> tuple[int, int, Group] | None:
+    """One group from its places, which are sorted by owner, component and position.
+
+    Returns:
+        Where its first layer stands among the owners, its first position there, the group;
+        ``None`` if it has no place in a tensor.
+    """
     size = len(np.unique(component))
     slots: list[tuple[bool, int, Slot]] = []
+    sizes: list[Slot] = []
     starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
     for rows in np.split(np.arange(len(owner)), starts[1:]):
         index = int(owner[rows[0]])
         held = owners[index]
         role = held.role or "vector"
-        places = position[rows].reshape(size, -1)
-        slots.append((role != "producer", index, Slot(held.tensor, held.dim, role, places)))
+        slot = Slot(held.tensor, held.dim, role, position[rows].reshape(size, -1))
+        if role == "size":
+            sizes.append(slot)
+        else:
+            slots.append((role != "producer", index, slot))
+    if not slots:
+        return None
     slots.sort(key=lambda item: item[:2])
-    reason = frozen.get(int(components[component[0]]))
-    width = slots[0][2].width
-    if reason is None and size == 1:
-        reason = "there is only one" if width == 1 else "they can only leave all at once"
     name = slots[0][2].module
     if slots[0][2].role == "consumer":
         name = f"{name} input"
-    group = Group(name, size, tuple(slot for _, _, slot in slots), reason)
-    first = slots[0][2].positions
-    return slots[0][1], int(first.min()), group
+    group = Group(name, size, tuple(slot for _, _, slot in slots), sizes=tuple(sizes))
+    return slots[0][1], int(slots[0][2].positions.min()), group
+
+
+def _lone(group: Group) -> str | None:
+    """Why a group of one set of channels stays."""
+    if group.size > 1:
+        return None
+    return "there is only one" if group.width == 1 else "they can only leave all at once"
+
+
+def _linked(
+    groups: list[Group],
+    labels: list[int],
+    found: Components,
+    attributes: Sequence[tuple[str, str, int]],
+) -> list[Group]:
+    """The groups with their links, and with the attributes that follow the links."""
+    for members, numbers in found.links:
+        inside = set(members)
+        chosen = [i for i, label in enumerate(labels) if label in inside]
+        if not chosen:
+            continue
+        lead = groups[chosen[0]]
+        counted = tuple(attributes[number] for number in numbers)
+        for i in chosen:
+            link = lead.name if len(chosen) > 1 else None
+            groups[i] = replace(groups[i], link=link, attributes=counted if i == chosen[0] else ())
+    return groups
 
 
 def _named(groups: list[Group]) -> list[Group]:

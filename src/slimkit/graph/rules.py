@@ -129,7 +129,8 @@ def convolution(tracker: ChannelTracker, op: Op) -> None:
     channel = len(dims) - rank - 1
     out = _convolve(tracker, dims[channel], weight, groups, transposed=transposed)
     call = tracker.call(op)
-    if call is not None and tracker.shape(weight)[1] == 1:  # depthwise: ``groups=x.shape[1]``
+    if call is not None and tracker.shape(weight)[1] == 1 and op.module not in tracker.adjustable:
+        # depthwise by hand: ``groups=x.shape[1]``
         given = call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else -1)
         if isinstance(given, TrackedInt):
             tracker.claim(op, given, dims[channel], where(op))

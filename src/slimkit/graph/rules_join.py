@@ -83,33 +83,37 @@ def split(tracker: ChannelTracker, op: Op) -> None:
     atoms = dims[axis]
     parts: list[Dim] = [atoms] * len(sizes)
     if not isinstance(atoms, str):
-        equal = len(set(sizes)) == 1
-        if equal and _follows(tracker, op, atoms):
-            tracker.tie_columns(atoms.reshape(len(sizes), -1))
-        else:
+        parts = list(np.split(atoms, np.cumsum(sizes)[:-1]))
+        if not _follow(tracker, op, parts):
             tracker.freeze(
                 atoms, f"the sizes of the parts are fixed in {where(tracker.call(op) or op)}"
             )
-        parts = list(np.split(atoms, np.cumsum(sizes)[:-1]))
     for value, part in zip(op.outputs, parts, strict=True):
         tracker.set_dims(value, [*dims[:axis], part, *dims[axis + 1 :]])
 
 
-def _follows(tracker: ChannelTracker, op: Op, atoms: AtomArray) -> bool:
-    """Whether the parts shrink with the tensor: a chunk, or a size read from it."""
+def _follow(tracker: ChannelTracker, op: Op, parts: list[Dim]) -> bool:
+    """Whether the parts shrink with the tensor: a chunk, or sizes that can change."""
     call = tracker.call(op)
     if call is None:
         return False
+    what, equal = where(call), len({len(part) for part in parts}) == 1
+    given = call.args[1] if len(call.args) > 1 else None
     if call.function in ("chunk", "unsafe_chunk", "tensor_split"):
-        return not isinstance(call.args[1] if len(call.args) > 1 else None, TrackedInt)
-    sizes = call.kwargs.get("split_size_or_sections", call.kwargs.get("split_size"))
-    if sizes is None and len(call.args) > 1:
-        sizes = call.args[1]
-    listed = list(sizes) if isinstance(sizes, tuple | list) else [sizes]
-    if not listed or not all(isinstance(size, TrackedInt) for size in listed):
+        if not equal or isinstance(given, TrackedInt | tuple | list):
+            return False
+        tracker.link(parts, what)
+        return True
+    sizes = call.kwargs.get("split_size_or_sections", call.kwargs.get("split_size", given))
+    listed = list(sizes) if isinstance(sizes, tuple | list) else [sizes] * len(parts)
+    if len(listed) != len(parts) or not all(tracker.follows(size) in (1, 2) for size in listed):
         return False
-    for size in listed:
-        tracker.claim(op, size, atoms, where(call))
+    if not isinstance(sizes, tuple | list):
+        if not equal:
+            return False
+        tracker.link(parts, what)
+    for part, size in zip(parts, listed, strict=True):
+        tracker.claim(op, size, part, what)
     return True
 
 
@@ -170,7 +174,7 @@ def _halves(
         return False
     for bound in bounds:
         tracker.claim(op, bound, atoms, where(call))
-    tracker.tie_columns(atoms.reshape(-1, size))
+    tracker.link(list(atoms.reshape(-1, size)), where(call))
     return True
 
 

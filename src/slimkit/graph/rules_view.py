@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from slimkit.graph.capturing import Call, Op, Ref
-from slimkit.graph.channels import FREE, SPATIAL, AtomArray, ChannelTracker, Dim, rule, where
+from slimkit.graph.channels import (
+    FREE,
+    SPATIAL,
+    AtomArray,
+    ChannelTracker,
+    Choice,
+    Dim,
+    rule,
+    where,
+)
 from slimkit.graph.sizes import TrackedInt
 
 __all__: list[str] = []
@@ -53,7 +63,7 @@ def _written_sizes(tracker: ChannelTracker, op: Op, rank: int) -> Sequence[objec
     if call.function in ("view_as", "reshape_as"):
         other = call.args[1].id
         shape = tracker.shape(other)
-        return [TrackedInt(s, ((other, d),), set()) for d, s in enumerate(shape)]
+        return [TrackedInt(s, (((other, d), 1),), []) for d, s in enumerate(shape)]
     if call.function == "unflatten":
         return _unflattened(tracker, call, rank)
     given = [*call.args[1:], *call.kwargs.values()]
@@ -117,22 +127,33 @@ def _reshape(
     varying = [j for j in range(len(target)) if _varies(spread, j)]
     if len(parted) == 1 and tracker.follows(sizes[parted[0]]):
         varying = parted
-    if len(varying) <= 1:
-        for j in varying:
-            result[j] = atoms[np.moveaxis(spread, j, 0).reshape(target[j], -1)[:, 0]]
-            tracker.claim(op, sizes[j], result[j], place)
-        return result
-    free = [j for j in varying if tracker.follows(sizes[j])]
-    if len(free) != 1:
+    chosen = _chosen(tracker, op, varying, sizes)
+    if len(varying) > 1 and chosen is None:
         split_up = " × ".join(map(str, target))
         tracker.freeze(atoms, f"they are split into {split_up}, which does not follow, in {place}")
-        return fixed
-    j = free[0]
-    rows = atoms[np.moveaxis(spread, j, -1).reshape(-1, target[j])]
-    tracker.tie_columns(rows)
-    result[j] = rows[0]
-    tracker.claim(op, sizes[j], result[j], place)
+    elif varying:
+        j = varying[0] if chosen is None else chosen
+        rows = atoms[np.moveaxis(spread, j, -1).reshape(-1, target[j])]
+        if len(varying) > 1:
+            tracker.tie_columns(rows)
+        result[j] = rows[0]
+        if chosen is not None and op.index in tracker.choices:
+            tracker.choices[op.index] = replace(tracker.choices[op.index], atoms=rows[0])
+    for j, dim in enumerate(result):
+        tracker.claim(op, sizes[j], dim, place)
     return result
+
+
+def _chosen(tracker: ChannelTracker, op: Op, varying: list[int], sizes: list[object]) -> int | None:
+    """The one of several dimensions that shrinks when channels leave."""
+    able = [j for j in varying if tracker.follows(sizes[j])]
+    wanted = [j for j in able if j not in tracker.avoided.get(op.index, ())] or able
+    if len(varying) < 2 or not wanted:
+        return None
+    best = max(wanted, key=lambda j: (tracker.follows(sizes[j]), -j))
+    others = tuple(j for j in wanted if j != best)
+    tracker.choices[op.index] = Choice(best, others, np.zeros(0, dtype=np.int64))
+    return best
 
 
 def _varies(array: AtomArray, axis: int) -> bool:

@@ -79,7 +79,8 @@ class PruneSpace:
         reasons: name of every other group → why it stays whole.
         settings: how the plan is made; written into it.
         evaluate: how good a network is, or None if the caller gave nothing.
-        measuring: settings of a latency target (backend, threads, batch).
+        measuring: settings of a latency target (backend, threads).
+        progress: show on standard error how long work goes on.
     """
 
     model: nn.Module
@@ -93,6 +94,7 @@ class PruneSpace:
     settings: Mapping[str, Any] = field(default_factory=dict)
     evaluate: Evaluate | None = None
     measuring: Mapping[str, Any] = field(default_factory=dict)
+    progress: bool = False
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -167,6 +169,22 @@ class PruneSpace:
         )
         return None if lead is None else self._expanded(lead)
 
+    def whole(self) -> dict[str, int]:
+        """The counts of the unpruned network."""
+        return {group.name: group.size for group in self.groups}
+
+    def fewest(self) -> dict[str, int]:
+        """The smallest counts that are allowed."""
+        return self._expanded({unit.name: unit.counts[0] for unit in self.units})
+
+    def key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
+        """The counts in the order of :attr:`groups`, to look something up by."""
+        return tuple(kept[group.name] for group in self.groups)
+
+    def note(self, kept: Mapping[str, int], facts: Mapping[str, Any]) -> None:
+        """Remember what was measured with these counts: their plan's settings will say it."""
+        self._notes[self.key(kept)] = facts
+
     def channels(self, kept: Mapping[str, int]) -> dict[str, list[int]]:
         """Group name → the channels that stay: those with the highest scores."""
         return {g.name: _best(self.scores[g.name], kept[g.name]) for g in self.groups}
@@ -192,7 +210,7 @@ class PruneSpace:
             self.channels(kept),
             reasons,
             costs=(self.cost(), self.cost(kept)),
-            settings=self.settings,
+            settings={**self.settings, **self._notes.get(self.key(kept), {})},
         )
 
     def pruned(self, kept: Mapping[str, int]) -> nn.Module:
@@ -201,7 +219,7 @@ class PruneSpace:
 
     def out_of_reach(self, target: Target) -> PlanError:
         """The error that says how far one can go and which groups limit it."""
-        least = self._expanded({unit.name: unit.counts[0] for unit in self.units})
+        least = self.fewest()
         kind = "macs" if target.kind == "ratio" else target.kind
         whole, left = self._cost_of(kind, {}), self._cost_of(kind, least)
         # What the network would still lose if a group could go entirely: the limiting groups.
@@ -217,6 +235,10 @@ class PruneSpace:
 
     def _cost_of(self, kind: str, kept: Mapping[str, int]) -> float:
         return float(getattr(self.cost(kept), kind))
+
+    @cached_property
+    def _notes(self) -> dict[tuple[int, ...], Mapping[str, Any]]:
+        return {}
 
     @cached_property
     def _unit(self) -> dict[str, Unit]:
@@ -274,8 +296,11 @@ def units_of(groups: Sequence[Group], allowed: Mapping[str, Sequence[int]]) -> t
 def _unit_of(linked: Sequence[Group], allowed: Mapping[str, Sequence[int]]) -> Unit:
     lead = max(linked, key=lambda group: group.size)
     choices = [frozenset(allowed[group.name]) for group in linked]
+    numbers = [value for group in linked for _, _, value in group.attributes]
     levels = []
     for count in allowed[lead.name]:
+        if any(count * number % lead.size for number in numbers):
+            continue
         level = [divmod(count * group.size, lead.size) for group in linked]
         if all(not rest and n in ok for (n, rest), ok in zip(level, choices, strict=True)):
             levels.append(tuple(n for n, _ in level))

@@ -48,7 +48,7 @@ def write_plan(
         Edit(name, dim, _left(tensors[name].shape[dim], gone))
         for (name, dim), gone in sorted(removed.items())
     )
-    attributes = _attributes(model, edits)
+    attributes = _attributes(model, edits, _counted(groups, channels))
     return PrunePlan(
         model=type(model).__name__,
         shapes={edit.tensor: tuple(tensors[edit.tensor].shape) for edit in edits},
@@ -82,8 +82,32 @@ def _left(size: int, removed: Sequence[NDArray[np.int64]]) -> tuple[int, ...]:
     return tuple(np.flatnonzero(stays).tolist())
 
 
-def _attributes(model: nn.Module, edits: Sequence[Edit]) -> tuple[AttributeEdit, ...]:
-    """Attributes of every module that holds an edited tensor, under each of its names."""
+def _counted(
+    groups: Sequence[Group], channels: Mapping[str, Sequence[int]]
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """(module path, attribute) → before and after, of numbers that count channels."""
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    gone: dict[str, int] = {}
+    whole: dict[str, int] = {}
+    for group in groups:
+        kept = len(channels.get(group.name, range(group.size)))
+        for slot in group.sizes:
+            gone[slot.tensor] = gone.get(slot.tensor, 0) + (group.size - kept) * slot.width
+            whole[slot.tensor] = whole.get(slot.tensor, 0) + slot.positions.size
+        if kept < group.size:
+            for path, name, value in group.attributes:
+                found[path, name] = value, value * kept // group.size
+    for tensor, count in gone.items():
+        if count:
+            path, _, name = tensor.partition(":")
+            found[path, name] = whole[tensor], whole[tensor] - count
+    return found
+
+
+def _attributes(
+    model: nn.Module, edits: Sequence[Edit], counted: Mapping[tuple[str, str], tuple[int, int]]
+) -> tuple[AttributeEdit, ...]:
+    """Attributes of every module that holds an edited tensor, and those that count channels."""
     names: dict[int, list[str]] = {}
     for name, tensor in [
         *model.named_parameters(remove_duplicate=False),
@@ -99,11 +123,11 @@ def _attributes(model: nn.Module, edits: Sequence[Edit]) -> tuple[AttributeEdit,
         for name in names[id(tensors[edit.tensor])]:
             path, local = owner_of(name)
             kept.setdefault(path, {})[local, edit.dim] = edit.keep
-    return tuple(
-        AttributeEdit(path, attribute, before, after)
-        for path, stays in kept.items()
-        for attribute, (before, after) in new_attributes(model.get_submodule(path), stays).items()
-    )
+    changes: dict[tuple[str, str], tuple[Any, Any]] = {**counted}
+    for path, stays in kept.items():
+        for name, change in new_attributes(model.get_submodule(path), stays).items():
+            changes[path, name] = change
+    return tuple(AttributeEdit(*place, *change) for place, change in changes.items())
 
 
 def _layers(

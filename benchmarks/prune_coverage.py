@@ -1,0 +1,348 @@
+"""How many networks can be pruned: torchvision, timm and BERT, each proved by equivalence.
+
+Every torchvision network for classification, segmentation, detection, video and optical flow,
+the smallest network of every timm module, and a Hugging Face BERT, all with random weights and
+at most 150 M parameters, lose 30 % of the channels of every group. A network passes if the pruned
+one runs, has at least 20 % fewer parameters, computes what the masked original computes, and
+comes out identical when the saved plan is applied to a fresh copy::
+
+    python -m benchmarks.prune_coverage
+
+Finished networks are kept in ``runs/prune-coverage``; a second call goes on with the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import slimkit as sk
+from benchmarks.tables import ROOT, markdown, write_page
+from slimkit.graph.equivalence import check_equivalence
+
+LARGEST = 150e6
+TIME_LIMIT = 600
+RATIO = 0.3
+MUST_FALL = 0.2
+
+IMAGE = (1, 3, 224, 224)
+VIDEO_SIZES = {"mvit": 224, "swin3d": 112}
+
+
+# --- the networks ------------------------------------------------------------------------
+
+
+def torchvision_names() -> list[str]:
+    """All networks but the quantized ones, which are other's int8 copies of the same."""
+    from torchvision.models import list_models
+
+    return [f"torchvision:{n}" for n in list_models() if not n.startswith("quantized_")]
+
+
+def smallest_of_timm() -> list[str]:
+    """The smallest network of every timm module, by parameters."""
+    import timm
+
+    found = []
+    for module in timm.list_modules():
+        sizes = {}
+        for name in timm.list_models(module=module):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(name)
+            except Exception:
+                continue
+            sizes[name] = sum(p.numel() for p in model.parameters())
+        if sizes:
+            found.append("timm:" + min(sizes, key=lambda n: (sizes[n], n)))
+    return list(dict.fromkeys(found))
+
+
+def build(name: str) -> tuple[nn.Module, Any]:
+    """The network, with random weights, and an example input."""
+    library, _, rest = name.partition(":")
+    torch.manual_seed(0)
+    if library == "transformers":
+        from transformers import BertConfig, BertModel
+
+        model = BertModel(BertConfig(attn_implementation=rest.rpartition("-")[2]))
+        return model, {"input_ids": torch.arange(1, 33).reshape(2, 16) * 7}
+    if library == "timm":
+        import timm
+
+        model = timm.create_model(name.removeprefix("timm:"))
+        return model, torch.randn(1, *model.default_cfg.get("input_size", IMAGE[1:]))
+    from torchvision.models import get_model
+
+    extra: dict[str, Any] = {}
+    kind = get_module(rest)
+    if kind in ("detection", "segmentation"):
+        extra["weights_backbone"] = None
+    if rest in ("googlenet", "inception_v3"):
+        extra = {"init_weights": True, "aux_logits": False}
+    model = get_model(rest, weights=None, **extra)
+    return model, torchvision_input(rest, kind)
+
+
+def get_module(name: str) -> str:
+    """``"detection"``, ``"video"`` and so on, or ``""`` for classifiers."""
+    from torchvision.models import get_model_builder
+
+    parts = get_model_builder(name).__module__.split(".")
+    return parts[2] if len(parts) > 3 else ""
+
+
+def torchvision_input(name: str, kind: str) -> Any:
+    """Random input of a size that the network takes."""
+    if kind == "detection":
+        return ([torch.rand(3, 320, 320)],)
+    if kind == "optical_flow":
+        return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
+    if kind == "video":
+        side = next((s for start, s in VIDEO_SIZES.items() if name.startswith(start)), 112)
+        return torch.randn(1, 3, 16, side, side)
+    return torch.randn(1, 3, 299, 299) if name == "inception_v3" else torch.randn(IMAGE)
+
+
+def shake(model: nn.Module) -> None:
+    """Nothing constant: zero scales and equal statistics would hide a wrong channel."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        flat = parameter.data.flatten()
+        if parameter.is_floating_point() and len(flat) > 1 and bool((flat == flat[0]).all()):
+            noise = torch.empty(parameter.shape).uniform_(-0.1, 0.1, generator=generator)
+            parameter.data.add_(noise.to(parameter.dtype))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.data.normal_(0, 0.1, generator=generator)
+        elif name.endswith("running_var"):
+            buffer.data.uniform_(0.5, 1.5, generator=generator)
+
+
+# --- one network -------------------------------------------------------------------------
+
+
+def covered(plan: Any, space: Any) -> tuple[float, dict[str, float]]:
+    """Share of convolution and linear parameters that a prunable group touches; reasons else."""
+    weights = {
+        f"{path}.{local}"
+        for path, module in space.model.named_modules()
+        for local, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1 and not isinstance(module, nn.Embedding) and local.endswith("weight")
+    }
+    named = dict(space.model.named_parameters())
+    held = {slot.tensor for group in space.groups for slot in group.slots}
+    total = sum(named[n].numel() for n in weights if n in named) or 1
+    reasons: Counter[str] = Counter()
+    by_layer = {layer.name: layer.reason for layer in plan.layers}
+    for name in weights - held:
+        if name in named:
+            layer = name.removesuffix(".weight")
+            reason = by_layer.get(layer) or by_layer.get(name) or "not reached by a group"
+            reasons[reason] += named[name].numel()
+    share = 1 - sum(reasons.values()) / total
+    return share, {r: n / total for r, n in reasons.most_common(4)}
+
+
+def measure(name: str, *, ratio: float, proof: bool) -> dict[str, Any]:
+    """Prune one network and prove it."""
+    model, example = build(name)
+    model.eval()
+    params = sum(p.numel() for p in model.parameters())
+    record: dict[str, Any] = {"name": name, "params": params}
+    if params > LARGEST:
+        return {**record, "status": "larger than 150 M parameters"}
+    shake(model)
+    start = time.perf_counter()
+    space = sk.prune.space(model, example)
+    record["groups"] = len(space.groups)
+    plan = sk.prune.plan(model, example, ratio=ratio)
+    record["seconds"] = time.perf_counter() - start
+    record["fell"] = 1 - plan.after.params / plan.before.params
+    record["share"], record["reasons"] = covered(plan, space)
+    pruned = sk.apply(copy.deepcopy(model), plan)
+    outputs = run(pruned, example)
+    record["really_fell"] = 1 - sum(p.numel() for p in pruned.parameters()) / params
+    with tempfile.TemporaryDirectory() as folder:
+        again = sk.Plan.load(plan.save(Path(folder) / "plan.json"))
+    record["replay"] = same(outputs, run(sk.apply(copy.deepcopy(model), again), example))
+    del pruned
+    if proof:
+        found = check_equivalence(model, plan, example)
+        record["difference"], record["largest"] = found.max_abs_diff, found.max_abs_output
+        record["equal"], record["masked"] = found.equal, len(found.masked_norms)
+        record["proof"] = str(found)
+    passes = record["replay"] and record["really_fell"] >= MUST_FALL and record.get("equal", True)
+    return {**record, "status": "passes" if passes else failure(record)}
+
+
+def failure(record: dict[str, Any]) -> str:
+    """Why a network does not pass."""
+    if not record.get("equal", True):
+        return f"not equal: {record['proof']}"
+    if not record["replay"]:
+        return "the replayed plan gives other outputs"
+    worst = "; ".join(f"{100 * share:.0f} %: {why}" for why, share in record["reasons"].items())
+    return f"only {100 * record['really_fell']:.1f} % of the parameters go ({worst})"
+
+
+def run(model: nn.Module, example: Any) -> list[torch.Tensor]:
+    """All tensors of the output, on the same random numbers."""
+    from slimkit.graph.capturing import own_inputs, tensors_in
+
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return [t.clone() for t in tensors_in(own_inputs(model, example).call(model))]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    """Whether all tensors are identical, NaN included."""
+    return all(
+        a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+class TookTooLongError(Exception):
+    """The time limit of one network."""
+
+
+def guarded(name: str, *, ratio: float, proof: bool) -> dict[str, Any]:
+    """:func:`measure` with a time limit and every exception as a record."""
+
+    def late(*_: object) -> None:
+        raise TookTooLongError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(TIME_LIMIT)
+    try:
+        return measure(name, ratio=ratio, proof=proof)
+    except TookTooLongError:
+        return {"name": name, "status": f"took longer than {TIME_LIMIT} s"}
+    except Exception as error:
+        return {"name": name, "status": f"{type(error).__name__}: {error}"[:400]}
+    finally:
+        signal.alarm(0)
+
+
+# --- all networks ------------------------------------------------------------------------
+
+
+def names_of(folder: Path) -> list[str]:
+    """All names; timm's are looked up once."""
+    cache = folder / "names.json"
+    if not cache.exists():
+        bert = ["transformers:bert-eager", "transformers:bert-sdpa"]
+        cache.write_text(json.dumps([*torchvision_names(), *smallest_of_timm(), *bert]))
+    return list(json.loads(cache.read_text()))
+
+
+def work(names: list[str], folder: Path, options: argparse.Namespace) -> None:
+    """Measure, in this process, what has no record yet."""
+    for name in names:
+        path = folder / f"{name.replace(':', '_')}.json"
+        if path.exists():
+            continue
+        path.write_text(json.dumps({"name": name, "status": "the process died"}))
+        record = guarded(name, ratio=options.ratio, proof=not options.no_proof)
+        path.write_text(json.dumps(record))
+        print(f"{name}: {record['status']}", flush=True)
+
+
+def supervise(folder: Path, options: argparse.Namespace) -> None:
+    """Run workers until every name has a record, also if one is killed."""
+    command = [sys.executable, "-m", "benchmarks.prune_coverage", "--worker", *sys.argv[1:]]
+    while subprocess.run(command, cwd=ROOT, env=os.environ, check=False).returncode != 0:
+        print("a worker died; going on with the next network", flush=True)
+    records = [json.loads(p.read_text()) for p in sorted(folder.glob("*_*.json"))]
+    print(f"wrote {page(records, options)}")
+
+
+def page(records: list[dict[str, Any]], options: argparse.Namespace) -> Path:
+    """The table of all networks."""
+    counted = [r for r in records if not r["status"].startswith("larger")]
+    passed = [r for r in counted if r["status"] == "passes"]
+    shares = [r["share"] for r in passed]
+    rows = [row(r) for r in sorted(counted, key=lambda r: (r["status"] == "passes", r["name"]))]
+    header = [
+        *("network", "parameters", "fell by", "prunable", "proof: difference / largest output"),
+        *("seconds", "result"),
+    ]
+    larger = [r["name"] for r in records if r["status"].startswith("larger")]
+    summary = (
+        f"**{len(passed)} of {len(counted)} networks pass "
+        f"({100 * len(passed) / max(len(counted), 1):.1f} %).** "
+        f"Of those, {sum(s >= 0.9 for s in shares)} have at least 90 % and "
+        f"{sum(s >= 0.98 for s in shares)} at least 98 % of their convolution and linear "
+        "parameters in groups that can be pruned."
+    )
+    flags = f" --ratio {options.ratio:g}" if options.ratio != RATIO else ""
+    return write_page(
+        "prune_coverage",
+        "Which networks can be pruned",
+        f"python -m benchmarks.prune_coverage{flags}",
+        [
+            summary,
+            (__doc__ or "").split("::")[0].partition("\n\n")[2],
+            markdown(header, rows),
+            "*Fell by*: parameters of the pruned network, counted. *Prunable*: share of "
+            "convolution and linear parameters that a group touches which can lose channels. "
+            "*Seconds*: capture, groups and scores twice, and one plan.",
+            f"Left out for their size: {', '.join(larger) or 'none'}.",
+        ],
+    )
+
+
+def row(record: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+
+    def shown(key: str, form: Callable[[Any], str]) -> str:
+        return form(record[key]) if key in record else "–"
+
+    proof = "–"
+    if "difference" in record:
+        proof = f"{record['difference']:.1e} / {record['largest']:.2g}"
+    return [
+        record["name"],
+        shown("params", lambda n: f"{n / 1e6:.1f} M"),
+        shown("really_fell", lambda f: f"{100 * f:.0f} %"),
+        shown("share", lambda s: f"{100 * s:.0f} %"),
+        proof,
+        shown("seconds", lambda s: f"{s:.1f}"),
+        record["status"].replace("|", "/").replace("\n", " ")[:200],
+    ]
+
+
+def main() -> None:
+    """Measure all networks and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ratio", type=float, default=RATIO)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "prune-coverage")
+    parser.add_argument("--only", default="", help="names that contain this text")
+    parser.add_argument("--no-proof", action="store_true", help="leave out the proof (faster)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.worker:
+        names = [name for name in names_of(options.out) if options.only in name]
+        work(names, options.out, options)
+    else:
+        supervise(options.out, options)
+
+
+if __name__ == "__main__":
+    main()
