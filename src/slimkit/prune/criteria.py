@@ -392,4 +392,6 @@ def reduced(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
         return stacked[0]
     if reduction == "max":
         return stacked.amax(dim=0)
-    return {"sum": stacked.sum, "prod": stacked.prod, "mean": stacked.mean}[reduction](dim=0)
+    if reduction == "prod":
+        return stacked.prod(dim=0)
+    return stacked.sum(dim=0) if reduction == "sum" else stacked.mean(dim=0)
