@@ -416,4 +416,4 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
     run(bowl, BOX, trials=2, progress=True, label="hunt")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "hunt trial 2/2" in captured.err
+    assert "hunt 2/2" in captured.err

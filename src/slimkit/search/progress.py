@@ -1,4 +1,4 @@
-"""What a person sees of a search: a live bar in a terminal, one line per trial elsewhere."""
+"""What a person sees of a search: a live bar in a terminal, one line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from slimkit.search.values import Trial
-
 __all__ = ["Display"]
 
 
@@ -18,8 +16,8 @@ class Display:
     """Progress on standard error.
 
     Args:
-        total: trials of the search.
-        done: trials recorded before it was resumed.
+        total: steps in all.
+        done: steps done before it was resumed.
         label: what is being searched.
         enabled: False shows nothing.
     """
@@ -34,7 +32,7 @@ class Display:
         self._bar: Progress | None = None
         if enabled and self._console.is_terminal:
             self._bar = _bar(self._console)
-            self._task = self._bar.add_task(label, total=total, completed=done, best="", last="")
+            self._task = self._bar.add_task(label, total=total, completed=done, news="")
 
     def __enter__(self) -> Display:
         if self._bar is not None:
@@ -50,16 +48,13 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
 
-    def trial(self, trial: Trial, best: Trial | None) -> None:
-        """Show a recorded trial and the best one so far."""
-        last = trial.error if trial.value is None else f"{trial.value:.5g}"
-        top = "" if best is None else f"best {best.value:.5g} (trial {best.number})"
+    def step(self, done: int, news: str) -> None:
+        """Show that so many steps are done, and what the last one gave."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=trial.number + 1, best=top, last=f"last {last}")
+            self._bar.update(self._task, completed=done, news=news)
         elif self._enabled:
             self._console.print(
-                f"{self._label} trial {trial.number + 1}/{self._total} {last} {top} "
-                f"{trial.seconds:.1f} s",
+                f"{self._label} {done}/{self._total} {news}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -71,5 +66,5 @@ def _bar(console: Console) -> Progress:
     from rich.progress import TimeRemainingColumn as Remaining
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    fields = [TextColumn("{task.fields[" + name + "]}", markup=False) for name in ("best", "last")]
-    return Progress(*columns, *fields, Remaining(), console=console)
+    news = TextColumn("{task.fields[news]}", markup=False)
+    return Progress(*columns, news, Remaining(), console=console)

@@ -164,7 +164,8 @@ def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a defaul
             candidates = loop.proposed(batch, trials)
             outcomes = iter(executor(run, [candidate for candidate, _ in candidates]))
             for candidate, rejected in candidates:
-                show.trial(loop.recorded(candidate, rejected, outcomes), loop.best)
+                trial = loop.recorded(candidate, rejected, outcomes)
+                show.step(trial.number + 1, loop.news)
                 loop.check_failures()
         return loop.result
 
@@ -185,8 +186,13 @@ class _Loop:
         return SearchResult(tuple(self.record.trials), self.direction, self.settings)
 
     @property
-    def best(self) -> Trial | None:
-        return self.result.best if self.result.finished else None
+    def news(self) -> str:
+        last = self.record.trials[-1]
+        told = str(last.error) if last.value is None else f"{last.value:.5g}"
+        if self.result.finished:
+            best = self.result.best
+            told += f", best {best.value:.5g} (trial {best.number}), {last.seconds:.1f} s"
+        return told
 
     def proposed(self, batch: int, trials: int) -> list[tuple[Candidate, int]]:
         """The rest of the current batch, each with the number of proposals turned down."""
@@ -383,7 +389,7 @@ def _sampler(choice: str | object) -> Sampler:
     return cast("Sampler", found)
 
 
-def _described(sampler: Sampler) -> dict[str, Any]:
+def _described(sampler: Any) -> dict[str, Any]:
     """A sampler's type and those of its settings that can be written down."""
     settings: dict[str, Any] = {}
     if dataclasses.is_dataclass(sampler):
