@@ -9,7 +9,7 @@ therefore always *weights + plans*: :func:`save` writes both, :func:`load` repla
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -74,6 +74,25 @@ class Plan(ABC):
             PlanError: the plan was made for another model; says where they differ.
         """
 
+    def follow(self, model: nn.Module, optimizer: Any) -> Callable[[nn.Module], None]:
+        """Check that ``optimizer`` can go on after this plan; return what makes it so.
+
+        Args:
+            model: not changed yet.
+            optimizer: trains it.
+
+        Returns:
+            To be called with the changed model.
+
+        Raises:
+            PlanError: plans of this kind do not know how.
+        """
+        raise PlanError(
+            f"an optimizer cannot follow a {self.kind} plan",
+            where="optimizer",
+            hint="apply the plan without it, and make a new optimizer",
+        )
+
     def save(self, path: PathLike) -> Path:
         """Write ``path`` (JSON) and, if the plan has tensors, ``path`` with ``.safetensors``."""
         target = Path(path)
@@ -132,19 +151,31 @@ def _unpacked(data: Any, tensors: Mapping[str, Tensor], *, where: str) -> Plan:
         raise ArtifactError(f"the {kind} plan is damaged: {error!r}", where=where) from error
 
 
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
+def apply(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> nn.Module:
     """Apply ``plan`` to ``model`` in place and return the model.
 
     The plan is remembered on the model, so that :func:`save` can write it. A quantization
     plan returns a wrapper around the (changed) model; use what is returned.
 
+    Args:
+        model: any module.
+        plan: made for such a model.
+        optimizer: in the middle of training, the optimizer of ``model``: what it remembers
+            of each weight (momentum, second moments) is sliced along with the weight, so
+            that training goes on as if the rest had never been there. For pruning plans.
+
     Raises:
-        PlanError: the plan does not fit this model; nothing was changed.
+        PlanError: the plan does not fit this model, or the optimizer cannot follow it;
+            nothing was changed.
+        InputError: the optimizer is not one of this model.
     """
     if not isinstance(plan, Plan):
         raise PlanError(f"expected a slimkit.Plan, got {type(plan).__name__}", where="plan")
     earlier = applied_plans(model)
+    follow = None if optimizer is None else plan.follow(model, optimizer)
     changed = plan.apply_to(model)
+    if follow is not None:
+        follow(changed)
     setattr(changed, _ATTRIBUTE, [*earlier, plan])
     return changed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -134,7 +134,7 @@ class PrunePlan(Plan):
         """Slice the tensors of ``model`` in place; see :func:`slimkit.apply`.
 
         Parameters are replaced by new ones (``requires_grad`` stays, gradients go), tied
-        ones together; an optimizer must be made afterwards.
+        ones together; an optimizer must be made afterwards, or follow (:meth:`follow`).
 
         Raises:
             PlanError: a tensor or attribute differs from what the plan expects; nothing
@@ -150,6 +150,16 @@ class PrunePlan(Plan):
         for edit in self.attributes:
             setattr(model.get_submodule(edit.module), edit.attribute, edit.after)
         return model
+
+    def follow(self, model: nn.Module, optimizer: Any) -> Callable[[nn.Module], None]:
+        """See the base class, and :func:`slimkit.prune.optimizer_state.following`."""
+        from slimkit.prune.optimizer_state import following
+
+        return following(self, model, optimizer)
+
+    def slice_state(self, name: str, tensor: Tensor) -> Tensor:
+        """What stays of a tensor that is as large as the parameter ``name``: its momentum."""
+        return _sliced(tensor, [edit for edit in self.edits if edit.tensor == name])
 
     def _check(self, model: nn.Module) -> None:
         named = {
