@@ -71,14 +71,32 @@ def explanation(
             f"{100 * removed / layer.channels:.0f} %" if removed else "",
             _note(layer, members),
         )
-    how = ", ".join(f"{key}={value}" for key, value in settings.items() if value not in (None, []))
+    told = {"measured_ms", "backend", "threads", "warnings"} if "measured_ms" in settings else set()
+    how = ", ".join(
+        f"{key}={value}"
+        for key, value in settings.items()
+        if value not in (None, []) and key not in told
+    )
     lines = [
         f"{model}: {how}" if how else model,
         rendered(table, width=200),
         f"MACs {_change(before.macs, after.macs)}; "
         f"parameters {_change(before.params, after.params)}",
     ]
+    if told:
+        lines.append(_latency(settings))
+    lines += [f"warning: {text}" for text in settings.get("warnings", ())]
     return "\n".join(lines)
+
+
+def _latency(settings: Mapping[str, Any]) -> str:
+    """``latency 7.1 → 4.2 ms (−41 %), measured in onnxruntime, 1 thread``."""
+    before, after = settings["measured_ms"]
+    threads = f"{settings['threads']} thread" + ("" if settings["threads"] == 1 else "s")
+    return (
+        f"latency {before:.3g} → {after:.3g} ms (−{100 * (1 - after / before):.0f} %), "
+        f"measured in {settings['backend']}, {threads}"
+    )
 
 
 def _note(layer: LayerChange, members: Mapping[str, Sequence[str]]) -> str:

@@ -48,6 +48,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     evaluate: Evaluate | None = None,
     backend: str = "onnxruntime",
     threads: int = 1,
+    progress: bool = True,
 ) -> PrunePlan:
     """Decide which channels of ``model`` to remove. The model is not changed.
 
@@ -78,6 +79,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             training or validation data, never test data.
         backend: where latency is measured.
         threads: that it may use.
+        progress: show on standard error how measuring and trying goes on.
 
     Returns:
         A plan for :func:`slimkit.apply`; print its ``explain()``.
@@ -110,6 +112,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             "allocation": _name(allocation),
         },
         measuring={"backend": backend, "threads": threads},
+        progress=progress,
     )
     kept = choices.fit(allocate(choices, target), target)
     if all(kept[group.name] == group.size for group in choices.groups):

@@ -21,7 +21,15 @@ from slimkit.runtime.sessions import open_session
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-__all__ = ["INTEGER_CONVS", "INTEGER_LINEARS", "FloatNode", "Fusion", "fusion_report", "load_onnx"]
+__all__ = [
+    "INTEGER_CONVS",
+    "INTEGER_LINEARS",
+    "FloatNode",
+    "Fusion",
+    "fusion_report",
+    "load_onnx",
+    "origin",
+]
 
 _CONVS = {"Conv", "FusedConv", "ConvTranspose"}
 INTEGER_CONVS = {"QLinearConv", "ConvInteger", "QLinearConvTranspose"}
@@ -195,13 +203,13 @@ def _float_nodes(source: GraphProto, running: GraphProto) -> tuple[FloatNode, ..
         if node.op_type in _QUANTIZERS or node.op_type in _MOVES:
             continue
         if any(name in floats for name in node.input) and any(n in floats for n in node.output):
-            name = node.name if node.name in known else _origin(node, producers)
+            name = node.name if node.name in known else origin(node, producers)
             found.append(FloatNode(name, node.op_type))
     return tuple(found)
 
 
-def _origin(node: NodeProto, producers: Mapping[str, NodeProto]) -> str:
-    """The name in the file of what ``node`` was fused from.
+def origin(node: NodeProto, producers: Mapping[str, NodeProto]) -> str:
+    """The name in the file of what a node of the running graph was fused from.
 
     A fused node keeps the last of its members' output names; from there it is a step or two
     back (over the activation, the sum) to the operator that gave it its type.

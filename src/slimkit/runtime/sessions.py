@@ -30,6 +30,7 @@ __all__ = [
     "Session",
     "TensorSpec",
     "available_backends",
+    "onnxruntime_options",
     "open_session",
 ]
 
@@ -201,18 +202,26 @@ def _ordered(
 _ORT_TYPES = {"float": "float32", "double": "float64"}  # the others have numpy's names
 
 
+def onnxruntime_options(threads: int) -> Any:
+    """ONNX Runtime's ``SessionOptions`` under which everything here runs and is timed."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4
+    return options
+
+
 class _OnnxRuntimeSession:
     """Sequential execution, one pool of ``threads``, all graph optimizations."""
 
     def __init__(self, path: Path, threads: int, optimized_path: Path | None) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 4
+        options = onnxruntime_options(threads)
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
         self._session = onnxruntime.InferenceSession(
