@@ -135,6 +135,7 @@ def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a defaul
         for number, point in enumerate(start)
     ]
     settings = {
+        "identity": _plain(identity or {}),
         "space": {name: parameter.to_json() for name, parameter in known.items()},
         "sampler": _described(ask),
         "objective": objective,
@@ -142,7 +143,6 @@ def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a defaul
         "start": first,
         "seed": seed,
         "batch": batch,
-        "identity": _plain(identity or {}),
     }
     proposing = _Proposing(
         known,
