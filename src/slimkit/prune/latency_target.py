@@ -303,10 +303,10 @@ class Bench:
             export(model, path, self.space.inputs, dynamic_batch=False)
         except ExportError as error:
             layer = _failing_layer(error, model)
-            inside = f" in {layer}" if layer and layer not in error.message else ""
+            inside = f"in {layer}, " if layer else ""
             raise ExportError(
                 f"latency is measured in {self.backend}, and the network cannot be exported: "
-                f"{error.message}{inside}",
+                f"{inside}{error.message}",
                 where="latency",
                 hint=error.hint or 'macs=… needs no export, nor does backend="torch"',
             ) from error
