@@ -64,7 +64,7 @@ def test_global_never_takes_more_than_its_bound_from_a_group():
     ],
 )
 def test_counts_are_multiples_of_the_step_or_everything(size, width, round_to, least, counts):
-    assert allowed_counts(size, width, round_to=round_to, min_channels=least) == counts
+    assert allowed_counts(size, [width], round_to=round_to, min_channels=least) == counts
 
 
 def test_rounding_goes_to_the_nearest_and_up_on_a_tie():
@@ -81,7 +81,8 @@ def test_rounding_goes_to_the_nearest_and_up_on_a_tie():
 )
 def test_a_fit_meets_its_limit_and_no_group_could_have_kept_more(sizes, removed, weights):
     allowed = {
-        f"g{i}": allowed_counts(size, 1, round_to=8, min_channels=8) for i, size in enumerate(sizes)
+        f"g{i}": allowed_counts(size, [1], round_to=8, min_channels=8)
+        for i, size in enumerate(sizes)
     }
     groups = [Group(f"g{i}", size, ()) for i, size in enumerate(sizes)]
     price = dict(zip(allowed, weights, strict=False))
@@ -112,7 +113,7 @@ def test_a_fit_meets_its_limit_and_no_group_could_have_kept_more(sizes, removed,
 def test_a_bounded_allocation_still_reaches_what_rounding_allows():
     """Global ranking leaves at least 10 % of a group; the target asks for all that is possible."""
     groups = groups_of(a=100, b=100)
-    allowed = {name: allowed_counts(100, 1, round_to=1, min_channels=1) for name in "ab"}
+    allowed = {name: allowed_counts(100, [1], round_to=1, min_channels=1) for name in "ab"}
     scores = {"a": torch.rand(100), "b": torch.rand(100)}
     kept = fit_counts(
         lambda f: proposed(GlobalRanking(), groups, scores, f),

@@ -10,6 +10,7 @@ happened, in order, connected by value numbers. No tensor data is kept.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -253,8 +254,13 @@ def own_inputs(model: nn.Module, example_inputs: ExampleInputs) -> Inputs:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no fused attention inside; flags, buffers, random state restored."""
+    """Evaluation mode and no fused attention inside; the model and the random state restored.
+
+    What the forward keeps in attributes (a cache of attention biases, say) is forgotten:
+    channels that leave afterwards would not leave the cache.
+    """
     training = [(module, module.training) for module in model.modules()]
+    attributes = [_Attributes(vars(module)) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -270,6 +276,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.set_rng_state(random_state)
+        for held in attributes:
+            held.restore()
         for module, flag in training:
             module.training = flag
         with torch.no_grad():
@@ -277,6 +285,33 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 if not torch.equal(buffer, saved):
                     buffer.copy_(saved)
                 module._buffers[name] = buffer
+
+
+class _Attributes:
+    """The plain attributes of a module, with a copy of those that are lists or dictionaries."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        self._found = found
+        self._values = {name: item for name, item in found.items() if name not in _TORCH_OWN}
+        self._copies = {
+            name: item.copy()
+            for name, item in self._values.items()
+            if type(item) in (dict, list, OrderedDict)
+        }
+
+    def restore(self) -> None:
+        """Put everything back; what is new goes."""
+        for name in [n for n in self._found if n not in _TORCH_OWN and n not in self._values]:
+            del self._found[name]
+        self._found.update(self._values)
+        for name, copy in self._copies.items():
+            held = self._values[name]
+            if len(held) != len(copy) or any(a is not b for a, b in zip(held, copy, strict=True)):
+                held.clear()
+                if isinstance(held, list):
+                    held.extend(copy)
+                else:
+                    held.update(copy)
 
 
 class _Recorder:
@@ -352,6 +387,7 @@ class _Recorder:
         return TrackedInt(tensor.numel(), powers, self.graph.fixed)
 
 
+_TORCH_OWN = frozenset(vars(nn.Module()))
 _SHAPE: Any = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _NUMEL = (torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
 
@@ -359,23 +395,33 @@ _NUMEL = (torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
 @contextmanager
 def _tracked_attributes(model: nn.Module, graph: Graph) -> Iterator[None]:
     """Inside, whole-number attributes of modules remember that they are attributes."""
-    plain: list[tuple[dict[str, Any], str, int]] = []
+
+    def tracked(path: str, name: str, value: Any) -> Any:
+        if type(value) is int and value > 1:
+            graph.attributes.append((path, name, value))
+            origin = attribute_origin(len(graph.attributes) - 1)
+            return TrackedInt(value, ((origin, 1),), graph.fixed)
+        if type(value) in (list, tuple) and all(type(item) is int for item in value):
+            items = (tracked(path, f"{name}[{i}]", item) for i, item in enumerate(value))
+            return type(value)(items)
+        return value
+
+    plain: list[tuple[dict[str, Any], str, Any, Any]] = []
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         attributes = vars(module)
         for name, value in attributes.items():
-            if type(value) is int and value > 1:
-                plain.append((attributes, name, value))
-                graph.attributes.append((path, name, value))
+            new = tracked(path, name, value) if name not in _TORCH_OWN else value
+            if new is not value:
+                plain.append((attributes, name, value, new))
     try:
-        for number, (attributes, name, value) in enumerate(plain):
-            origin = attribute_origin(number)
-            attributes[name] = TrackedInt(value, ((origin, 1),), graph.fixed)
+        for attributes, name, _, new in plain:
+            attributes[name] = new
         yield
     finally:
-        for attributes, name, value in plain:
-            if isinstance(attributes.get(name), TrackedInt):  # the forward may have set another
+        for attributes, name, value, new in plain:
+            if attributes.get(name) is new:  # the forward may have set another
                 attributes[name] = value
 
 

@@ -2,9 +2,10 @@
 
 The original runs with its doomed channels set to zero in front of every operator that adds
 up over channels (convolutions, matrix products, sums, norms), and with the statistics of
-layer and group norms over the channels that stay. Whatever the weights are, that is what
+norms, means and the like over the channels that stay. Whatever the weights are, that is what
 the pruned network computes, so outputs agree to rounding or the plan is wrong. No
-training, no data, any network.
+training, no data, any network. Where the network decides something on the way (which boxes
+survive), both numbers are compared and the original's decision is taken over.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from slimkit.errors import CaptureError, PlanError, nearest
 from slimkit.graph.capturing import Graph, Op, capture, own_inputs, tensors_in, undisturbed
 from slimkit.graph.channels import ChannelTracker, Dim, rule_name, track
 from slimkit.graph.components import components
-from slimkit.graph.rules import MIXING
+from slimkit.graph.decisions import Addresses, Decisions, largest_difference, ops_by_address
+from slimkit.graph.rules import MIXING, STATISTICS
 from slimkit.inputs import ExampleInputs, as_inputs
 
 __all__ = ["Equivalence", "check_equivalence", "masked_outputs"]
@@ -57,24 +59,37 @@ class Equivalence:
         max_abs_diff: largest difference of any output element.
         max_abs_output: largest output element, to judge the difference by.
         tolerance: the difference allowed, as a fraction of ``max_abs_output``.
-        masked_norms: paths of the norms whose statistics leave out channels that go, so
-            that the pruned network is *not* the original with zeroed channels.
+        masked_norms: paths of the modules whose statistics (norms, means, attention scales)
+            leave out channels that go, so that the pruned network is *not* the original with
+            zeroed channels.
+        decisions: comparisons, sorts, non-maximum suppressions and the like whose outcome was
+            taken over from the original, so that rounding cannot flip one.
+        max_decision_diff: largest difference of a number that was decided on, as a fraction
+            of the largest one beside it.
     """
 
     max_abs_diff: float
     max_abs_output: float
     tolerance: float
     masked_norms: tuple[str, ...]
+    decisions: int = 0
+    max_decision_diff: float = 0.0
 
     @property
     def equal(self) -> bool:
-        """Whether the outputs agree; false if they are not finite."""
-        return self.max_abs_diff <= self.tolerance * self.max_abs_output
+        """Whether outputs and decisions agree; false if they are not finite."""
+        return (
+            self.max_abs_diff <= self.tolerance * self.max_abs_output
+            and self.max_decision_diff <= self.tolerance
+        )
 
     def __str__(self) -> str:
         verdict = "equal" if self.equal else "DIFFERENT"
         text = f"{verdict}: outputs up to {self.max_abs_output:.3g} differ by "
         text += f"{self.max_abs_diff:.3g} at most"
+        if self.decisions:
+            text += f", the numbers behind {self.decisions} decisions by "
+            text += f"{self.max_decision_diff:.1e} of their size"
         if self.masked_norms:
             text += "; statistics over the channels that stay in " + ", ".join(self.masked_norms)
         return text
@@ -107,36 +122,45 @@ def check_equivalence(
     if double:
         original = original.double()
         inputs = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
-    masked, norms = masked_outputs(original, inputs, capture(original, inputs), plan)
+    decisions = Decisions()
+    graph = capture(original, inputs)
+    masked, norms = masked_outputs(original, inputs, graph, plan, decisions)
     pruned = plan.apply_to(original)
+    replay = decisions.replay(pruned)
     with undisturbed(pruned), torch.no_grad():
+        torch.manual_seed(0)
         try:
-            found = list(tensors_in(own_inputs(pruned, inputs).call(pruned)))
+            with replay:
+                found = list(tensors_in(own_inputs(pruned, inputs).call(pruned)))
         except Exception as error:
             raise CaptureError(
                 f"the pruned network fails with {type(error).__name__}: {error}",
                 where=type(model).__name__,
             ) from error
     expected = list(tensors_in(masked))
+    pairs = zip(found, expected, strict=False)
+    worst = max((largest_difference(*pair) for pair in pairs), default=0.0)
     return Equivalence(
-        max_abs_diff=max(_difference(*pair) for pair in zip(found, expected, strict=True)),
-        max_abs_output=max((float(t.abs().max()) for t in expected if t.numel()), default=0.0),
+        max_abs_diff=worst if len(found) == len(expected) else float("inf"),
+        max_abs_output=max((_largest(t) for t in expected), default=0.0),
         tolerance=tolerance,
         masked_norms=norms,
+        decisions=replay.count,
+        max_decision_diff=replay.worst,
     )
 
 
-def _difference(first: Tensor, second: Tensor) -> float:
-    if first.shape != second.shape:
-        return float("inf")
-    if not first.numel():
-        return 0.0
-    difference = float((first.double() - second.double()).abs().max())
-    return difference if difference == difference else float("inf")  # noqa: PLR0124 - NaN
+def _largest(tensor: Tensor) -> float:
+    finite = tensor[torch.isfinite(tensor)] if tensor.is_floating_point() else tensor
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def masked_outputs(
-    model: nn.Module, example_inputs: ExampleInputs, graph: Graph, plan: PruningPlan
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    graph: Graph,
+    plan: PruningPlan,
+    decisions: Decisions | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """The original's outputs without what the doomed channels contribute.
 
@@ -145,19 +169,23 @@ def masked_outputs(
         example_inputs: of the same shapes as at capture.
         graph: its capture.
         plan: what goes.
+        decisions: gets what was decided on the way.
 
     Returns:
-        What the model returned, and the paths of the norms whose statistics were masked.
+        What the model returned, and the paths of the modules whose statistics were masked.
 
     Raises:
         PlanError: the plan edits what is no channel, or splits channels that belong together.
         CaptureError: the forward does not take the captured path.
     """
     tracker = track(graph, model)
-    mode = _MaskMode(tracker, _doomed(tracker, plan))
+    addresses = Addresses(model)
+    mode = _MaskMode(tracker, _doomed(tracker, plan), addresses, decisions or Decisions())
     inputs = own_inputs(model, example_inputs)
-    with undisturbed(model), torch.no_grad(), mode:
-        result = inputs.call(model)
+    with undisturbed(model), torch.no_grad():
+        torch.manual_seed(0)
+        with addresses, mode:
+            result = inputs.call(model)
     return result, tuple(dict.fromkeys(mode.masked_norms))
 
 
@@ -200,12 +228,18 @@ class _MaskMode(TorchDispatchMode):
     """Runs the captured operators again, with masks in front of those that mix channels."""
 
     def __init__(
-        self, tracker: ChannelTracker, doomed: np.ndarray[Any, np.dtype[np.bool_]]
+        self,
+        tracker: ChannelTracker,
+        doomed: np.ndarray[Any, np.dtype[np.bool_]],
+        addresses: Addresses,
+        decisions: Decisions,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tracker = tracker
         self._doomed = doomed
-        self._ops = iter(tracker.graph.ops)
+        self._addresses = addresses
+        self._decisions = decisions
+        self._ops = ops_by_address(tracker.graph)
         self.masked_norms: list[str] = []
 
     def __torch_dispatch__(
@@ -216,21 +250,95 @@ class _MaskMode(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        op = next(self._ops, None)
-        if op is None or op.name != str(func):
-            raise CaptureError(
-                f"ran {func} where capture saw {op.name if op else 'the end'}",
-                hint="the model takes another path than it did at capture",
-            )
+        key = self._addresses.next_operator()
+        op = self._ops.get(key)
+        if op is not None and op.name == str(func):
+            result = self._masked_call(op, func, args, kwargs)
+        else:
+            self._check_unknown(func, args)
+            result = func(*args, **kwargs)
+        self._decisions.note(key, func, (args, kwargs), result)
+        return result
+
+    def _check_unknown(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Behind a decision another path may be taken, but not with weights that shrink."""
+        names = {id(p): name for name, p in self._addresses.parameters.items()}
+        for tensor in tensors_in(args):
+            name = names.get(id(tensor))
+            if name is not None and any(
+                self._gone(self._tracker.graph.parameters[name], dim) is not None
+                for dim in range(tensor.ndim)
+            ):
+                raise CaptureError(
+                    f"{func} ran where capture saw another operator",
+                    where=name,
+                    hint="the model takes another path than it did at capture",
+                )
+
+    def _masked_call(self, op: Op, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         name = rule_name(op)
         if name in MIXING or "scaled_dot_product" in name:
+            if "scaled_dot_product" in name:
+                kwargs = self._attention_scale(op, args, kwargs)
             values = iter(op.inputs)
             args = tuple(self._masked(arg, values) for arg in args)
         elif name == "aten.native_layer_norm":
             return self._layer_norm(op, func, args)
         elif name == "aten.native_group_norm":
             return self._group_norm(op, func, args)
+        elif "batch_norm" in name:
+            return self._batch_norm(op, func, args, kwargs)
+        elif name in STATISTICS:
+            return self._statistics(op, func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _attention_scale(self, op: Op, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The scale that the pruned network takes: one over the root of the channels left."""
+        gone = self._gone(op.inputs[0], args[0].ndim - 1)
+        if gone is None or self._tracker.arguments(op).get("scale") is not None:
+            return kwargs
+        self.masked_norms.append(op.module)
+        return {**kwargs, "scale": float((~gone).sum()) ** -0.5}
+
+    def _kept(self, op: Op, x: Tensor, dims: Sequence[int]) -> dict[int, Tensor]:
+        """Of each dimension that loses channels the places that stay."""
+        kept = {}
+        for dim in dims:
+            gone = self._gone(op.inputs[0], dim)
+            if gone is not None:
+                kept[dim] = torch.from_numpy(np.flatnonzero(~gone)).to(x.device)
+        return kept
+
+    def _statistics(self, op: Op, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """A mean, a maximum, a softmax … over the channels that stay."""
+        x = args[0]
+        given = self._tracker.arguments(op).get("dim")
+        chosen = [given] if isinstance(given, int) else list(given or range(x.ndim))
+        kept = self._kept(op, x, [dim % x.ndim for dim in chosen] if x.ndim else [])
+        if not kept:
+            return func(*args, **kwargs)
+        self.masked_norms.append(op.module)
+        small = x
+        for dim, places in kept.items():
+            small = small.index_select(dim, places)
+        result = func(small, *args[1:], **kwargs)
+        if isinstance(result, Tensor) and result.ndim == x.ndim and result.shape == small.shape:
+            return _scattered(result, x, kept)
+        return result
+
+    def _batch_norm(self, op: Op, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """With the statistics of the batch: over the places that stay."""
+        x = args[0]
+        kept = self._kept(op, x, [dim for dim in range(x.ndim) if dim != 1])
+        a = self._tracker.arguments(op)
+        if not kept or not (a.get("training") or a.get("use_input_stats")):
+            return func(*args, **kwargs)
+        self.masked_norms.append(op.module)
+        small = x
+        for dim, places in kept.items():
+            small = small.index_select(dim, places)
+        result, *rest = func(small, *args[1:], **kwargs)
+        return (_scattered(result, x, kept), *rest)
 
     def _gone(self, value: int, dim: int) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Which positions of a dimension go; ``None`` if none do."""

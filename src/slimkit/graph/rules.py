@@ -14,7 +14,7 @@ from slimkit.graph.capturing import Op
 from slimkit.graph.channels import FREE, SPATIAL, ChannelTracker, Dim, rule, where
 from slimkit.graph.sizes import TrackedInt
 
-__all__ = ["MIXING", "broadcast", "in_blocks", "pointwise", "same", "spatial_dims"]
+__all__ = ["MIXING", "STATISTICS", "broadcast", "in_blocks", "pointwise", "same", "spatial_dims"]
 
 MIXING: set[str] = {
     "aten.addmm",
@@ -31,6 +31,14 @@ MIXING: set[str] = {
     "torchvision.deform_conv2d",
 }
 """Operators that add up over channels: a channel that is zero in front of them is gone."""
+
+
+STATISTICS: set[str] = {
+    *(f"aten.{name}" for name in ("mean", "amax", "amin", "max", "min", "prod", "logsumexp")),
+    *(f"aten.{name}" for name in ("var", "std", "var_mean", "std_mean", "all", "any")),
+    *("aten._softmax", "aten._log_softmax", "aten._safe_softmax"),
+}
+"""Operators that treat a dimension as a whole: the pruned network takes the channels that stay."""
 
 
 def in_blocks(groups: int, in_per_group: int, out_per_group: int) -> bool:
@@ -206,6 +214,11 @@ def contract(
 def matrix_product(tracker: ChannelTracker, op: Op) -> None:
     """``(…, n, k) @ (…, k, m)``, or with one or two vectors."""
     first, second = (tracker.dims(value) for value in op.inputs[:2])
+    call = tracker.call(op)
+    attends = call is not None and call.function == "scaled_dot_product_attention"
+    if call is not None and attends and call.kwargs.get("scale") is None:
+        # Taken apart by PyTorch: the scale, from the number of channels, is a plain number.
+        tracker.freeze(first[-1], f"the scale depends on their number in {where(call)}")
     _product(tracker, op, first, second)
 
 
@@ -282,8 +295,6 @@ def attention(tracker: ChannelTracker, op: Op) -> None:
     for other in (key, value):
         tracker.tie(query[1], other[1])
     tracker.tie(query[-1], key[-1])
-    if tracker.arguments(op).get("scale") is None:
-        tracker.freeze(query[-1], f"the scale depends on their number in {where(op)}")
     for extra in op.inputs[3:]:
         tracker.freeze_value(extra, f"it is the mask of {where(op)}")
     heads = next((d[1] for d in (query, key, value) if not isinstance(d[1], str)), query[1])

@@ -6,7 +6,7 @@ from typing import Any
 
 from slimkit.graph.capturing import Op, Ref
 from slimkit.graph.channels import SPATIAL, ChannelTracker, refs, rule, rule_name, where
-from slimkit.graph.rules import MIXING, pointwise, spatial_dims
+from slimkit.graph.rules import MIXING, STATISTICS, pointwise, spatial_dims
 
 __all__: list[str] = []
 
@@ -25,10 +25,6 @@ __all__: list[str] = []
 def batch_norm(tracker: ChannelTracker, op: Op) -> None:
     """One scale, shift, mean and variance per channel."""
     dims = tracker.dims(op.inputs[0])
-    a = tracker.arguments(op)
-    if a.get("training") or a.get("use_input_stats"):
-        for dim in (*dims[:1], *dims[2:]):
-            tracker.freeze(dim, f"all of them enter the statistics of {where(op)}")
     for value in op.inputs[1:]:
         tracker.tie(dims[1], tracker.parameter_dim(value, 0, "vector"))
     tracker.set_dims(op.outputs[0], dims)
@@ -90,7 +86,13 @@ def group_norm(tracker: ChannelTracker, op: Op) -> None:
         tracker.set_dims(rest, [dims[0], SPATIAL])
 
 
-@rule("aten._softmax", "aten._log_softmax", "aten.cumsum", "aten.cumprod", "aten.sort", "aten.flip")
+@rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax")
+def softmax(tracker: ChannelTracker, op: Op) -> None:
+    """Exponentials over their sum: over those that stay, when channels leave."""
+    tracker.set_dims(op.outputs[0], tracker.dims(op.inputs[0]))
+
+
+@rule("aten.cumsum", "aten.cumprod", "aten.sort", "aten.flip", "aten.topk")
 def along_a_dimension(tracker: ChannelTracker, op: Op) -> None:
     """One dimension is treated as a whole, the others position by position."""
     a = tracker.arguments(op)
@@ -118,7 +120,7 @@ def roll(tracker: ChannelTracker, op: Op) -> None:
     *("aten.max", "aten.min", "aten.logsumexp", "aten.linalg_vector_norm", "aten.norm"),
 )
 def reduce(tracker: ChannelTracker, op: Op) -> None:
-    """Sums and norms may lose zeros; a mean, maximum or product of channels would change."""
+    """Taken over the channels that stay; positions among channels (``argmax``) would change."""
     a = tracker.arguments(op)
     dims = tracker.dims(op.inputs[0])
     if len(refs([a.get("other")])):  # the element-wise maximum of two tensors
@@ -127,7 +129,12 @@ def reduce(tracker: ChannelTracker, op: Op) -> None:
     given = a.get("dim")
     chosen = [given] if isinstance(given, int) else list(given or range(len(dims)))
     reduced = {dim % len(dims) for dim in chosen} if dims else set()
-    if rule_name(op) not in MIXING:
+    name = rule_name(op)
+    places = name in ("aten.argmax", "aten.argmin") or any(
+        tracker.graph.consumers(value) or value in tracker.graph.outputs
+        for value in (op.outputs[1:] if name in ("aten.max", "aten.min") else ())
+    )
+    if places or (name not in MIXING and name not in STATISTICS):
         for dim in reduced:
             tracker.freeze(dims[dim], f"all of them enter {where(op)}")
     for output in op.outputs:

@@ -9,18 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 __all__ = ["allowed_counts", "fit_counts", "rounded"]
 
 
-def allowed_counts(size: int, multiplicity: int, *, round_to: int, min_channels: int) -> list[int]:
+def allowed_counts(
+    size: int, widths: Sequence[int], *, round_to: int, min_channels: int
+) -> list[int]:
     """The numbers of channels that a group may keep, ascending; the last is ``size``.
 
     Args:
         size: channels of the group that can go one by one.
-        multiplicity: channels of the layers per channel of the group (a grouped convolution
+        widths: channels of each layer per channel of the group (a grouped convolution
             loses one in every group at once).
-        round_to: what stays is a multiple of this many layer channels, or everything.
-        min_channels: at least so many layer channels stay.
+        round_to: what stays is a multiple of this many channels in each layer, or everything.
+        min_channels: at least so many channels stay in each layer.
     """
-    step = round_to // math.gcd(round_to, multiplicity)
-    counts = [n for n in range(step, size, step) if n * multiplicity >= min_channels]
+    step = math.lcm(*(round_to // math.gcd(round_to, width) for width in widths))
+    counts = [n for n in range(step, size, step) if n * min(widths) >= min_channels]
     return [*counts, size]
 
 

@@ -159,7 +159,7 @@ def space(
     allowed: dict[str, list[int]] = {}
     for group in groups:
         counts = allowed_counts(
-            group.size, _multiplicity(group), round_to=round_to, min_channels=smallest
+            group.size, _widths(group, round_to), round_to=round_to, min_channels=smallest
         )
         counts = _within(group, counts, bounds)
         reason = _reason_to_stay(group, ignored, chosen) or _reason_of_size(group, counts, round_to)
@@ -241,9 +241,14 @@ def _can_shrink(linked: Sequence[Group], allowed: Mapping[str, Sequence[int]]) -
     return bool(unit.levels) and unit.counts[0] < unit.size
 
 
-def _multiplicity(group: Group) -> int:
-    """Channels of a producing layer per channel of the group (more than 1 if grouped)."""
-    return min((slot.width for slot in group.slots if slot.role == "producer"), default=1)
+def _widths(group: Group, round_to: int) -> list[int]:
+    """Channels that each producing layer loses with one channel of the group.
+
+    More than 1 in grouped layers and attention heads. Layers that have fewer channels than
+    ``round_to`` (one that mixes heads, say) do not count beside larger ones.
+    """
+    widths = {slot.width for slot in group.slots if slot.role == "producer"} or {1}
+    return sorted({w for w in widths if w * group.size >= round_to} or {max(widths)})
 
 
 def _bounds(
@@ -266,7 +271,7 @@ def _within(
     group: Group, counts: list[int], bounds: Sequence[tuple[set[str], int, float]]
 ) -> list[int]:
     """The counts that every limit on a layer of the group allows."""
-    width = _multiplicity(group)
+    width = _widths(group, 1)[0]
     for layers, fewest, most in bounds:
         if not layers & set(group.producers):
             continue
@@ -300,7 +305,7 @@ def _reason_to_stay(group: Group, ignored: set[str], chosen: set[str] | None) ->
 def _reason_of_size(group: Group, counts: Sequence[int], round_to: int) -> str | None:
     if counts[0] < group.size:
         return None
-    size = group.size * _multiplicity(group)
+    size = group.size * _widths(group, round_to)[0]
     return f"{size} channels cannot be rounded to fewer (round_to={round_to})"
 
 
