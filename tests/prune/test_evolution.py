@@ -14,8 +14,8 @@ from slimkit.prune.targets import Target
 IMAGE = torch.zeros(1, 3, 8, 8)
 HALF = Target("macs", 0.5)
 BOTH = [
-    pytest.param(Annealing(trials=12, progress=False), id="annealing"),
-    pytest.param(Genetic(trials=12, population=4, progress=False), id="genetic"),
+    pytest.param(Annealing(trials=12), id="annealing"),
+    pytest.param(Genetic(trials=12, population=4), id="genetic"),
 ]
 
 
@@ -71,7 +71,13 @@ def test_the_plan_is_the_best_network_that_was_evaluated(allocation):
         return score(model)
 
     plan = sk.prune.plan(
-        network(), IMAGE, macs=0.5, round_to=1, allocation=allocation, evaluate=evaluate
+        network(),
+        IMAGE,
+        macs=0.5,
+        round_to=1,
+        allocation=allocation,
+        evaluate=evaluate,
+        progress=False,
     )
     uniform = sk.prune.plan(network(), IMAGE, macs=0.5, round_to=1)
     first = tuple(widths(sk.apply(network(), uniform)))
@@ -93,6 +99,7 @@ def test_where_nothing_is_better_uniform_stays(allocation):
         round_to=1,
         allocation=allocation,
         evaluate=lambda model: 1.0 if widths(model) == goal else 0.0,
+        progress=False,
     )
     assert widths(sk.apply(network(), plan)) == goal
 
@@ -115,7 +122,7 @@ def test_allocations_to_start_from_come_after_uniform():
         }
 
     start = ["global", mine]
-    evolution = searched(space, Target("macs", 0.2), start=start, around=6)
+    evolution = searched(space, Target("macs", 0.2), start=start)
     kept = space.fit(mine(space, None), Target("macs", 0.2))
     assert kept["0"] == 16
     third = evolution.result.trials[2].parameters
@@ -137,7 +144,7 @@ def test_a_search_that_was_interrupted_goes_on_with_the_same_networks(tmp_path, 
             raise KeyboardInterrupt
         return score(model)
 
-    options = {"sampler": sampler, "storage": tmp_path / "trials.log", "around": 3, "seed": 7}
+    options = {"sampler": sampler, "storage": tmp_path / "trials.log", "seed": 7}
     with pytest.raises(KeyboardInterrupt):
         searched(space_of(interrupted), **options)
     resumed = searched(space_of(), **options)

@@ -327,8 +327,9 @@ def test_layers_that_matter_less_lose_more_and_the_target_is_met(tmp_path):
         IMAGE,
         macs=0.4,
         round_to=1,
-        allocation=Sensitivity(file=tmp_path / "curves.json", progress=False),
+        allocation=Sensitivity(file=tmp_path / "curves.json"),
         evaluate=score,
+        progress=False,
     )
     before = sk.profile(model, IMAGE).macs
     pruned = sk.apply(model, plan)

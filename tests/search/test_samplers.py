@@ -124,6 +124,20 @@ def test_a_child_takes_every_parameter_from_one_of_the_best() -> None:
         assert all(child[n] in {points[i][n] for i in (6, 7, 8, 9)} for n in space)
 
 
+def test_children_come_after_as_many_random_points_as_asked_for() -> None:
+    space = {name: FloatRange(0.0, 1.0) for name in "ab"}
+    past = history([0.0, 1.0], [{"a": 0.9, "b": 0.9}, {"a": 0.3, "b": 0.4}])
+    known = {("a", 0.9), ("b", 0.9), ("a", 0.3), ("b", 0.4)}
+    for sampler, bred in (
+        (GeneticSampler(population=3, mutation=0.0), False),
+        (GeneticSampler(population=3, mutation=0.0, random=2), True),
+        (GeneticSampler(population=3, mutation=0.0, random=0), True),
+    ):
+        child = sampler.ask(space, past, np.random.default_rng(0))
+        assert (set(child.items()) <= known) == bred
+    assert set(GeneticSampler(random=0).ask(space, [], np.random.default_rng(0))) == {"a", "b"}
+
+
 def test_the_winner_of_a_tournament_among_all_is_the_best() -> None:
     past = history([0.0, 5.0, 5.0, 1.0])
     sampler = GeneticSampler(population=4, tournament=4, crossover=0.0, mutation=0.0)

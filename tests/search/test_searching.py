@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,18 @@ def test_a_batch_that_was_interrupted_goes_on_as_it_began(tmp_path: Path) -> Non
     for trials in (4, 5, 8):
         pieces = run(trials=trials, storage=tmp_path / "trials.log", **options)
     assert found(pieces) == found(run(**options))
+
+
+def test_work_can_be_sent_to_other_processes() -> None:
+    def elsewhere(run: Any, candidates: Any) -> Any:
+        run, candidates = pickle.loads(pickle.dumps((run, candidates)))
+        return pickle.loads(pickle.dumps(list(map(run, candidates))))
+
+    evaluate = partial(pow, mod=None)  # of a module: pow(parameters, candidate) fails
+    options: dict[str, Any] = {"trials": 4, "batch": 2}
+    sent = run(evaluate, BOX, executor=elsewhere, **options)
+    assert found(sent) == found(run(evaluate, BOX, **options))
+    assert "TypeError" in str(sent.trials[0].error)
 
 
 def test_an_executor_that_loses_trials_is_named() -> None:

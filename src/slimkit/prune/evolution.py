@@ -59,7 +59,6 @@ class Annealing:
         decay: factor on the temperature per trial.
         width: how far a ratio moves at most, as part of what a unit can lose.
         max_failures: evaluations that may fail before the search gives up.
-        progress: show progress on standard error.
     """
 
     trials: int = 100
@@ -71,7 +70,6 @@ class Annealing:
     decay: float = 0.85
     width: float = 1.0
     max_failures: int = 10
-    progress: bool = True
 
     def __call__(self, space: PruneSpace, target: Target) -> Proposal:
         """Search, and propose the best candidate."""
@@ -85,7 +83,7 @@ class Annealing:
             start=self.start,
             recover=self.recover,
             max_failures=self.max_failures,
-            progress=self.progress,
+            progress=space.progress,
         ).proposal
 
 
@@ -93,8 +91,8 @@ class Annealing:
 class Genetic:
     """A genetic search over one removal ratio per unit.
 
-    Like :class:`Annealing`, with a population that begins around the allocations it starts
-    from; see :class:`~slimkit.search.samplers.GeneticSampler`.
+    Like :class:`Annealing`; the population grows from the allocations it starts from, see
+    :class:`~slimkit.search.samplers.GeneticSampler`.
 
     Attributes:
         trials: networks that are evaluated, those of an earlier run in ``storage`` included.
@@ -103,13 +101,11 @@ class Genetic:
         start: allocations (or their names) that are tried first, after uniform.
         recover: called with every pruned network before it is evaluated.
         population: the best networks, from which new ones descend.
-        spread: how far the ratios of the first population lie from those it starts from.
         tournament: members drawn per parent, of which the best wins.
         crossover: probability of two parents.
         mutation: probability that a ratio changes; None for one per network on average.
         width: how far a ratio moves at most, as part of what a unit can lose.
         max_failures: evaluations that may fail before the search gives up.
-        progress: show progress on standard error.
     """
 
     trials: int = 100
@@ -118,13 +114,11 @@ class Genetic:
     start: Sequence[str | Allocation] = ()
     recover: Recover | None = None
     population: int = 20
-    spread: float = 0.2
     tournament: int = 3
     crossover: float = 0.9
     mutation: float | None = None
-    width: float = 0.3
+    width: float = 1.0
     max_failures: int = 10
-    progress: bool = True
 
     def __call__(self, space: PruneSpace, target: Target) -> Proposal:
         """Search, and propose the best candidate."""
@@ -132,17 +126,20 @@ class Genetic:
             space,
             target,
             GeneticSampler(
-                self.population, self.tournament, self.crossover, self.mutation, self.width
+                self.population,
+                self.tournament,
+                self.crossover,
+                self.mutation,
+                self.width,
+                random=0,
             ),
             trials=self.trials,
             seed=self.seed,
             storage=self.storage,
             start=self.start,
-            around=min(self.population, self.trials),
-            spread=self.spread,
             recover=self.recover,
             max_failures=self.max_failures,
-            progress=self.progress,
+            progress=space.progress,
         ).proposal
 
 
@@ -170,8 +167,6 @@ def evolve(
     seed: int = 0,
     storage: PathLike | None = None,
     start: Sequence[str | Allocation] = (),
-    around: int = 0,
-    spread: float = 0.2,
     recover: Recover | None = None,
     max_failures: int = 10,
     progress: bool = True,
@@ -186,8 +181,6 @@ def evolve(
         seed: of everything random.
         storage: journal to record in and to resume from.
         start: allocations or their names, tried after uniform.
-        around: begin with so many candidates; those beyond ``start`` are drawn around it.
-        spread: how far from it, as a part of what a unit can lose.
         recover: see :class:`Annealing`.
         max_failures: evaluations that may fail.
         progress: show progress on standard error.
@@ -209,7 +202,6 @@ def evolve(
     allocations = [ALLOCATIONS.get(a, where="start") if isinstance(a, str) else a for a in start]
     points = [candidates.remembered(allocate) for allocate in (uniform, *allocations)]
     points = list({tuple(point.values()): point for point in points}.values())
-    points += _drawn(points, candidates.ranges, around - len(points), spread, seed)
     known: dict[tuple[int, ...], float] = {}
 
     def value(parameters: Parameters, _candidate: object) -> float:
@@ -307,22 +299,6 @@ class _Candidates:
 def _deterministic(target: Target) -> Target:
     """What candidates are scaled to: not to a measured time, which is another each time."""
     return Target("macs", target.fraction) if target.kind == "latency" else target
-
-
-def _drawn(
-    points: Sequence[Mapping[str, float]],
-    ranges: Mapping[str, FloatRange],
-    count: int,
-    spread: float,
-    seed: int,
-) -> list[dict[str, float]]:
-    """Points around ``points``, in turn."""
-    rng = np.random.default_rng((seed, len(points)))
-    found = []
-    for number in range(count):
-        centre = points[number % len(points)]
-        found.append({n: r.neighbour(centre[n], rng, spread) for n, r in ranges.items()})
-    return found
 
 
 def _identity(space: PruneSpace, target: Target, recover: Recover | None) -> dict[str, Any]:

@@ -50,13 +50,11 @@ class Sensitivity:
         file: JSON that every point is added to as soon as it is measured; what it holds is
             not measured again. None keeps nothing.
         workers: processes that measure side by side.
-        progress: show progress on standard error.
     """
 
     ratios: Sequence[float] = RATIOS
     file: PathLike | None = None
     workers: int = 1
-    progress: bool = True
 
     def __call__(self, space: PruneSpace, _target: Target) -> Proposal:
         """Measure what is missing, and propose."""
@@ -65,7 +63,7 @@ class Sensitivity:
             ratios=self.ratios,
             file=self.file,
             workers=self.workers,
-            progress=self.progress,
+            progress=space.progress,
         ).proposal(space)
 
 

@@ -123,11 +123,14 @@ class GeneticSampler:
     each is then changed with probability ``mutation``.
 
     Attributes:
-        population: members; so many random trials come first.
+        population: members.
         tournament: members drawn per parent, of which the best wins.
         crossover: probability that a child has two parents rather than one.
         mutation: probability that a parameter changes; None for one per child on average.
         width: how far a change goes at most, as part of the parameter's range.
+        random: trials before the first child, random where the search is given no points to
+            start from; None for a whole population. A search that starts from good points
+            needs hardly any.
     """
 
     population: int = 20
@@ -135,6 +138,7 @@ class GeneticSampler:
     crossover: float = 0.9
     mutation: float | None = None
     width: float = 1.0
+    random: int | None = None
 
     def __post_init__(self) -> None:
         _check_at_least("population", self.population, 2)
@@ -143,13 +147,15 @@ class GeneticSampler:
         _check_part("width", self.width)
         if self.mutation is not None:
             _check_part("mutation", self.mutation)
+        if self.random is not None:
+            _check_at_least("random", self.random, 0)
 
     def ask(
         self, space: SearchSpace, history: Sequence[Trial], rng: np.random.Generator
     ) -> dict[str, Value]:
         """A random point at first, then a child of the best."""
         finished = [trial for trial in history if trial.score is not None]
-        if len(finished) < self.population:
+        if len(finished) < max(1, self.population if self.random is None else self.random):
             return random_parameters(space, rng)
         finished.sort(key=lambda trial: (-(trial.score or 0.0), trial.number))
         members = finished[: self.population]

@@ -52,7 +52,8 @@ Constraint = Callable[[Parameters], str | None]
 Executor = Callable[[Callable[[Candidate], Outcome], Sequence[Candidate]], Iterable[Outcome]]
 """What runs evaluations: has the shape of the built-in ``map``, and keeps the order.
 
-``concurrent.futures.ThreadPoolExecutor(4).map`` is one, as is the ``map`` of a Ray actor pool.
+``concurrent.futures.ThreadPoolExecutor(4).map`` is one, and ``ray.util.multiprocessing.Pool().map``
+another. Both arguments can be pickled if the evaluation can.
 """
 
 
