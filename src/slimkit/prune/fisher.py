@@ -142,6 +142,10 @@ class ChannelMasks(AddressMode):
         first = self._first[group.name]
         return slice(first, first + group.size)
 
+    def hide(self, group: str, channel: int) -> None:
+        """The mask of a channel is 0 from now on: the network computes what it would without."""
+        self.alive[self._first[group] + channel] = 0.0
+
     def slopes(self, batch: Batch, loss: Loss) -> Tensor:
         """∂(loss of a sample)/∂(mask of a channel), shape ``(samples, channels)``."""
         count = sample_count(batch)
@@ -151,6 +155,26 @@ class ChannelMasks(AddressMode):
                 return found * count  # of each sample's own loss, not of the mean
             self._together = False
         return torch.cat([self._slopes(part, loss, 1) for part in samples_of(batch)])
+
+    def trained(self, batch: Batch, loss: Loss, optimizer: Any) -> Tensor:
+        """Like :meth:`slopes`, and a step of ``optimizer`` on the same gradients.
+
+        Raises:
+            InputError: a layer mixes samples into another dimension.
+        """
+        optimizer.zero_grad()
+        count = sample_count(batch)
+        value = self._value(batch, loss, count)
+        if self._mixed:
+            raise InputError(
+                "the samples of a batch cannot be told apart inside of this network",
+                where="optimizer",
+                hint="leave it out: each sample is then run alone, and the weights stay",
+            )
+        torch.autograd.backward([value])
+        optimizer.step()
+        assert self._masks.grad is not None
+        return self._masks.grad[:, 1:] * count
 
     def saved(self, group: Group, saving: Saving) -> float:
         """What one channel of ``group`` costs, in 10⁹ MACs or 10⁶ elements per sample."""
@@ -163,13 +187,18 @@ class ChannelMasks(AddressMode):
         gone = sum(costs.get(name, 0.0) * (1.0 - part) for name, part in left.items())
         return gone / _UNIT[saving]
 
-    def _slopes(self, batch: Batch, loss: Loss, count: int) -> Tensor:
+    def _value(self, batch: Batch, loss: Loss, count: int) -> Tensor:
+        """The loss, seen through one mask per sample."""
         start = torch.cat([self.alive.new_ones(1), self.alive])
         self._masks = start.expand(count, -1).clone().requires_grad_(True)
         self._mixed = False
         with self:
             value = loss_of(self._model, batch, loss)
         self._counting = False
+        return value
+
+    def _slopes(self, batch: Batch, loss: Loss, count: int) -> Tensor:
+        value = self._value(batch, loss, count)
         if self._mixed:
             return self._masks.detach()
         found: Tensor | None
