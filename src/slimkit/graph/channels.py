@@ -40,7 +40,8 @@ AtomArray = npt.NDArray[np.int64]
 Dim = AtomArray | str
 """The atoms along a dimension, or why its size is fixed ("it is part of the model's input")."""
 
-_ROUNDS = 3
+_ROUNDS = 8
+"""How often other choices are tried."""
 SPATIAL = "it is a batch, spatial or sequence dimension"
 FREE = "it is as large as what it meets"
 """A dimension of equal values that PyTorch itself expanded: it fixes and ties nothing."""
@@ -57,16 +58,21 @@ class ParameterDim:
     role: Role | None = None
 
 
+Kind = tuple[str, str, int]
+
+
 @dataclass(frozen=True)
 class Choice:
     """Channels were split into several dimensions of which any one could shrink.
 
     Attributes:
+        kind: class of the module, function and ordinal: choices of one kind are made alike.
         axis: the dimension of the result that was chosen.
         others: the dimensions that could have been.
         atoms: the atoms along the chosen one.
     """
 
+    kind: Kind
     axis: int
     others: tuple[int, ...]
     atoms: AtomArray
@@ -119,7 +125,9 @@ class ChannelTracker:
         graph: a captured graph.
         adjustable: paths of the layers whose groups or shape are attributes that follow.
 
-        avoided: operator index → axes that a split should not let shrink; see :class:`Choice`.
+        kernels: names of convolution weights, whose last dimensions are no channels.
+        classes: module path → class name.
+        avoided: kind of split → axes that should not shrink there; see :class:`Choice`.
 
     Attributes:
         failed: operators whose rule could not read their arguments; treated as unknown.
@@ -134,9 +142,13 @@ class ChannelTracker:
         self,
         graph: Graph,
         adjustable: frozenset[str] = frozenset(),
-        avoided: Mapping[int, frozenset[int]] | None = None,
+        kernels: frozenset[str] = frozenset(),
+        classes: Mapping[str, str] | None = None,
+        avoided: Mapping[Kind, frozenset[int]] | None = None,
     ) -> None:
         self.graph = graph
+        self.kernels = kernels
+        self.classes = classes or {}
         self.avoided = avoided or {}
         self.adjustable = adjustable
         self.count = 0
@@ -171,8 +183,11 @@ class ChannelTracker:
                 else "it meets a tensor of fixed size"
             )
             return [reason] * len(info.shape)
+        channels = 2 if info.name in self.kernels else len(info.shape)
         return [
-            self.parameter_dim(value, dim) if size > 1 else "a parameter has size 1 there"
+            self.parameter_dim(value, dim)
+            if size > 1 and dim < channels
+            else ("a parameter has size 1 there" if size == 1 else SPATIAL)
             for dim, size in enumerate(info.shape)
         ]
 
@@ -221,6 +236,12 @@ class ChannelTracker:
             else:
                 bound[argument.name] = op.kwargs.get(argument.name, argument.default_value)
         return bound
+
+    def kind(self, op: Op) -> Kind:
+        """What choices are made alike: see :class:`Choice`."""
+        call = self.call(op)
+        place = (op.name, op.index) if call is None else (call.function, call.ordinal)
+        return (self.classes.get(op.module, ""), *place)
 
     def call(self, op: Op) -> Call | None:
         """The Python-level call that issued an operator."""
@@ -390,7 +411,7 @@ def track(graph: Graph, model: nn.Module) -> ChannelTracker:
 
     Where channels are split into heads × channels per head, either could shrink. If the first
     choice turns out to be impossible (its size meets one that cannot change), the pass is
-    repeated with the other.
+    repeated with the other, for all modules of that class at once.
     """
     from slimkit.graph import rules, rules_join, rules_norm, rules_view  # noqa: F401 - they fill RULES
     from slimkit.graph.components import components
@@ -401,19 +422,33 @@ def track(graph: Graph, model: nn.Module) -> ChannelTracker:
         if isinstance(module, _ConvNd)
         or (isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None)
     )
-    avoided: dict[int, frozenset[int]] = {}
-    for _ in range(_ROUNDS):
-        tracker = ChannelTracker(graph, adjustable, avoided)
+    kernels = frozenset(
+        f"{path}.weight" for path, module in model.named_modules() if isinstance(module, _ConvNd)
+    )
+    classes = {path: type(module).__name__ for path, module in model.named_modules()}
+
+    def run(avoided: Mapping[Kind, frozenset[int]]) -> tuple[ChannelTracker, list[Choice]]:
+        tracker = ChannelTracker(graph, adjustable, kernels, classes, avoided)
         tracker.run()
-        again = False
-        if tracker.choices:
-            found = components(tracker)
-            for index, choice in tracker.choices.items():
-                if choice.others and found.stuck(choice.atoms):
-                    avoided[index] = avoided.get(index, frozenset()) | {choice.axis}
-                    again = True
-        if not again:
+        if not tracker.choices:
+            return tracker, []
+        found = components(tracker)
+        return tracker, [c for c in tracker.choices.values() if found.stuck(c.atoms)]
+
+    avoided: dict[Kind, frozenset[int]] = {}
+    tracker, stuck = run(avoided)
+    tried: set[tuple[Kind, int]] = set()
+    for _ in range(_ROUNDS):
+        open_ = [c for c in stuck if c.others and (c.kind, c.axis) not in tried]
+        if not open_:
             break
+        flipped = open_[0]
+        tried.add((flipped.kind, flipped.axis))
+        held = avoided.get(flipped.kind, frozenset())
+        other = {**avoided, flipped.kind: held | {flipped.axis}}
+        second, second_stuck = run(other)
+        if len(second_stuck) < len(stuck):
+            avoided, tracker, stuck = other, second, second_stuck
     return tracker
 
 

@@ -26,7 +26,7 @@ from slimkit.graph.channels import ChannelTracker, Dim, rule_name, track
 from slimkit.graph.components import components
 from slimkit.graph.decisions import Addresses, Decisions, largest_difference, ops_by_address
 from slimkit.graph.rules import MIXING, STATISTICS
-from slimkit.inputs import ExampleInputs, as_inputs
+from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 
 __all__ = ["Equivalence", "check_equivalence", "masked_outputs"]
 
@@ -111,19 +111,16 @@ def check_equivalence(
         example_inputs: what both are run on.
         tolerance: allowed difference as a fraction of the largest output element.
         double: run copies in float64, where rounding cannot hide or feign a mistake. With
-            ``False`` in the model's own precision; then allow about 1e-4.
+            ``False``, and for a model whose code insists on another type, in its own precision
+            and with a tolerance of at least 1e-4.
 
     Raises:
         PlanError: the plan does not fit the model, or splits channels that belong together.
         CaptureError: a forward failed.
     """
-    inputs = as_inputs(example_inputs)
-    original = copy.deepcopy(model)
-    if double:
-        original = original.double()
-        inputs = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
     decisions = Decisions()
-    graph = capture(original, inputs)
+    original, inputs, graph, double = _captured_copy(model, as_inputs(example_inputs), double)
+    tolerance = tolerance if double else max(tolerance, 1e-4)
     masked, norms = masked_outputs(original, inputs, graph, plan, decisions)
     pruned = plan.apply_to(original)
     replay = decisions.replay(pruned)
@@ -148,6 +145,21 @@ def check_equivalence(
         decisions=replay.count,
         max_decision_diff=replay.worst,
     )
+
+
+def _captured_copy(
+    model: nn.Module, inputs: Inputs, double: bool
+) -> tuple[nn.Module, Inputs, Graph, bool]:
+    """A copy of the model, its inputs and its capture, in float64 where that runs."""
+    if double:
+        original = copy.deepcopy(model).double()
+        precise = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
+        try:
+            return original, precise, capture(original, precise), True
+        except CaptureError:  # raised again below unless its own precision is what it needs
+            pass
+    original = copy.deepcopy(model)
+    return original, inputs, capture(original, inputs), False
 
 
 def _largest(tensor: Tensor) -> float:

@@ -164,8 +164,7 @@ def _convolve(
         _tie_blocks(tracker, x, out, groups)
         return out
     inner = tracker.parameter_dim(weight, 1, "consumer")
-    if not isinstance(inner, str):
-        tracker.tie(np.tile(inner, groups), x)
+    tracker.tie(inner if isinstance(inner, str) else np.tile(inner, groups), x)
     if not isinstance(out, str):
         tracker.tie_columns(out.reshape(groups, out_per_group))
     return out
@@ -282,6 +281,17 @@ def deformable_convolution(tracker: ChannelTracker, op: Op) -> None:
     tracker.set_dims(op.outputs[0], [dims[0], out, SPATIAL, SPATIAL])
 
 
+def _mask(tracker: ChannelTracker, op: Op, query: list[Dim], mask: int) -> None:
+    """A mask or bias per head leaves with its head; else it stays."""
+    dims, shape = tracker.dims(mask), tracker.shape(mask)
+    heads = tracker.shape(op.inputs[0])[1]
+    for back, dim in enumerate(reversed(dims), start=1):
+        if back == 3 and shape[-3] == heads > 1:  # noqa: PLR2004 - (…, heads, queries, keys)
+            tracker.tie(query[1], dim)
+        else:
+            tracker.freeze(dim, f"it is the mask of {where(op)}")
+
+
 @rule(
     "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_flash_attention",
@@ -295,8 +305,8 @@ def attention(tracker: ChannelTracker, op: Op) -> None:
     for other in (key, value):
         tracker.tie(query[1], other[1])
     tracker.tie(query[-1], key[-1])
-    for extra in op.inputs[3:]:
-        tracker.freeze_value(extra, f"it is the mask of {where(op)}")
+    for mask in op.inputs[3:]:
+        _mask(tracker, op, query, mask)
     heads = next((d[1] for d in (query, key, value) if not isinstance(d[1], str)), query[1])
     tracker.set_dims(op.outputs[0], [query[0], heads, query[2], value[-1]])
     for rest in op.outputs[1:]:

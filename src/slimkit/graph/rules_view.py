@@ -147,12 +147,13 @@ def _reshape(
 def _chosen(tracker: ChannelTracker, op: Op, varying: list[int], sizes: list[object]) -> int | None:
     """The one of several dimensions that shrinks when channels leave."""
     able = [j for j in varying if tracker.follows(sizes[j])]
-    wanted = [j for j in able if j not in tracker.avoided.get(op.index, ())] or able
+    kind = tracker.kind(op)
+    wanted = [j for j in able if j not in tracker.avoided.get(kind, ())] or able
     if len(varying) < 2 or not wanted:
         return None
     best = max(wanted, key=lambda j: (tracker.follows(sizes[j]), -j))
     others = tuple(j for j in wanted if j != best)
-    tracker.choices[op.index] = Choice(best, others, np.zeros(0, dtype=np.int64))
+    tracker.choices[op.index] = Choice(kind, best, others, np.zeros(0, dtype=np.int64))
     return best
 
 

@@ -305,10 +305,10 @@ def _blamed(
     if before is None or after is None:
         return []
     try:
-        times = [
+        old, new = (
             layer_times(path, threads=threads, batch=batch, inputs=inputs)
             for path in (before, after)
-        ]
+        )
     except SlimkitError:  # the warning is true without the names, too
         return []
-    return least_gained(*times)
+    return least_gained(old, new)

@@ -132,7 +132,7 @@ _LEADS_THROUGH = frozenset(
 
 
 def _parameter(graph: Graph, value: int) -> str | None:
-    """The parameter that ``value`` is, or is a view or a fake-quantized copy of."""
+    """The parameter that ``value`` is, or is a view, a standardised or a quantized copy of."""
     while True:
         name = graph.tensors[value].name
         if name is not None:
@@ -149,8 +149,12 @@ def _parameter(graph: Graph, value: int) -> str | None:
             value = alike[0]
         elif base in _LEADS_THROUGH or "fake_quant" in base:
             value = op.inputs[0]
-        else:
-            return None
+        else:  # a kernel computed from one of the same size, as in weight standardisation
+            elements = math.prod(graph.tensors[value].shape)
+            alike = [r for r in op.inputs if math.prod(graph.tensors[r].shape) == elements]
+            if len(alike) != 1 or base in MAC_RULES:
+                return None
+            value = alike[0]
 
 
 def owner_of(name: str) -> tuple[str, str]:
