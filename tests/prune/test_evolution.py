@@ -131,7 +131,7 @@ def test_allocations_to_start_from_come_after_uniform():
     }
     assert evolution.result.best.value >= max(t.value for t in evolution.result.trials[:3])
     with pytest.raises(UnknownNameError, match="start: unknown allocation"):
-        searched(space, start=["gobal"])
+        searched(space, start="gobal")
 
 
 @pytest.mark.parametrize("sampler", ["genetic", "annealing"])

@@ -64,7 +64,7 @@ class Annealing:
     trials: int = 100
     seed: int = 0
     storage: PathLike | None = None
-    start: Sequence[str | Allocation] = ()
+    start: str | Allocation | Sequence[str | Allocation] = ()
     recover: Recover | None = None
     temperature: float = 0.1
     decay: float = 0.85
@@ -111,7 +111,7 @@ class Genetic:
     trials: int = 100
     seed: int = 0
     storage: PathLike | None = None
-    start: Sequence[str | Allocation] = ()
+    start: str | Allocation | Sequence[str | Allocation] = ()
     recover: Recover | None = None
     population: int = 20
     tournament: int = 3
@@ -166,7 +166,7 @@ def evolve(
     trials: int = 100,
     seed: int = 0,
     storage: PathLike | None = None,
-    start: Sequence[str | Allocation] = (),
+    start: str | Allocation | Sequence[str | Allocation] = (),
     recover: Recover | None = None,
     max_failures: int = 10,
     progress: bool = True,
@@ -199,7 +199,8 @@ def evolve(
             hint="evaluate=fn, model → accuracy on training or validation data",
         )
     candidates = _Candidates(space, _deterministic(target))
-    allocations = [ALLOCATIONS.get(a, where="start") if isinstance(a, str) else a for a in start]
+    first = [start] if isinstance(start, str) or callable(start) else start
+    allocations = [ALLOCATIONS.get(a, where="start") if isinstance(a, str) else a for a in first]
     points = [candidates.remembered(allocate) for allocate in (uniform, *allocations)]
     points = list({tuple(point.values()): point for point in points}.values())
     known: dict[tuple[int, ...], float] = {}
