@@ -148,7 +148,7 @@ class _Channels:
     """Where the trained weights of each channel lie, as flat indices: no loop over channels.
 
     The sums over all but one dimension of every tensor are laid end to end; ``positions`` are
-    places in that vector, and ``owners`` the channels that they belong to.
+    those of the first channel in that vector, then those of the second, and so on.
     """
 
     def __init__(self, model: nn.Module, members: Sequence[tuple[Group, Sequence[Slot]]]) -> None:
@@ -173,13 +173,13 @@ class _Channels:
             total += group.size
         if not positions:
             raise PlanError("none of the weights that could go are trained", where="model")
-        counts = np.bincount(np.concatenate(owners), np.concatenate(elements), minlength=total)
+        owner, position = np.concatenate(owners), np.concatenate(positions)
+        counts = np.bincount(owner, np.concatenate(elements), minlength=total)
         held = counts > 0  # groups of frozen layers have no trained weights
-        renumbered = np.cumsum(held) - 1
-        self._size = int(held.sum())
+        places = np.bincount(owner, minlength=total)[held]
         self._tensors = {
-            "positions": torch.from_numpy(np.concatenate(positions)),
-            "owners": torch.from_numpy(renumbered[np.concatenate(owners)]),
+            "positions": torch.from_numpy(position[np.argsort(owner, kind="stable")]),
+            "places": torch.from_numpy(places),
             "counts": torch.from_numpy(counts[held]).float(),
             "group": torch.from_numpy(np.concatenate(group_of)[held]),
         }
@@ -195,7 +195,9 @@ class _Channels:
                 parts.append((dims[dim], value.sum(dim=others) if others else value))
         flat = torch.cat([part for _, part in sorted(parts, key=lambda item: item[0])])
         chosen = flat[self._on(flat.device, "positions")]
-        return flat.new_zeros(self._size).index_add(0, self._on(flat.device, "owners"), chosen)
+        # In segments, because adding by index has no fixed order on a GPU: runs must repeat.
+        places = self._on(flat.device, "places")
+        return torch.segment_reduce(chosen, "sum", lengths=places, unsafe=True)
 
     def counts(self, device: torch.device) -> Tensor:
         """How many weights each channel has."""
