@@ -140,6 +140,24 @@ def test_a_disturbed_measurement_is_said_once(quick: dict[str, Any]) -> None:
     assert text.count("the CPU was busy") == 1
 
 
+def test_warnings_and_measured_latency_are_told_once(quick: dict[str, Any]) -> None:
+    quick["variants"][-1]["warnings"] = ["MACs fell and milliseconds did not"]
+    for variant in quick["variants"]:
+        for stage in variant["stages"]:
+            if stage["name"] == "prune":
+                stage["warnings"] = ["the stage has its own"]
+                stage["measured"] = {
+                    "backend": "onnxruntime",
+                    "threads": 1,
+                    "measured_ms": [7.1, 4.2],
+                }
+    text = Page(build_html(quick)).text
+    assert "final: MACs fell and milliseconds did not" in text
+    assert text.count("the stage has its own") == 1
+    told = text.replace("\u202f", " ")
+    assert "Chosen by measuring: 7.10 ms → 4.20 ms (−40.8 %) in onnxruntime, 1 thread." in told
+
+
 def test_what_stays_in_float_is_named(quick: dict[str, Any]) -> None:
     nodes = [{"name": "fc", "type": "Gemm"}, {"name": "", "type": "Softmax"}]
     for variant in quick["variants"]:

@@ -52,6 +52,10 @@ def data_line(event: Mapping[str, Any]) -> str:
     return f"data     {event['source']}: {counts}, {shape}{bad}"
 
 
+def _owner(event: Mapping[str, Any]) -> str:
+    return str(event.get("variant") or event.get("stage"))
+
+
 def _proof(event: Mapping[str, Any]) -> str:
     size = event["bytes"] / 1000
     return f"proof    {event['variant']}: accuracy {event['accuracy']:.2f} %, {size:,.1f} kB"
@@ -67,6 +71,7 @@ _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "restart": lambda event: f"restart  {event['stage']}: its checkpoint was of another version",
     "damaged": lambda event: f"damaged  {event['stage']} in the cache; it is run again",
     "proof": _proof,
+    "warning": lambda event: f"warning  {_owner(event)}: {event['message']}",
     "latency": lambda event: f"latency  measured in {event['seconds']:.1f} s",
 }
 _STYLES = {
@@ -75,4 +80,5 @@ _STYLES = {
     "waiting": "yellow",
     "restart": "yellow",
     "damaged": "yellow",
+    "warning": "yellow",
 }

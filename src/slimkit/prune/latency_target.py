@@ -97,7 +97,8 @@ class _Search:
 
     def run(self) -> _Point | None:
         """The slowest sure point that meets the goal; None if it is out of reach."""
-        kept = self._counts(self.aim - 0.1 * (1 - self.goal))  # MACs fall a little faster
+        wanted = self.aim - 0.1 * (1 - self.goal)  # MACs fall a little faster
+        kept: dict[str, int] | None = self._counts(wanted)
         while kept is not None and len(self.points) < _EXPORTS:
             self._measured(kept, sure=False)
             while (fit := self._fitting()) is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from slimkit.errors import RecipeError
 from slimkit.recipe.schema import Recipe
-from slimkit.recipe.stages import Stage
+from slimkit.recipe.stages import UNPRUNED, Stage
 
 __all__ = ["Chain", "Step", "check_teachers", "resolve_steps", "teacher_chain"]
 
@@ -56,7 +56,7 @@ def resolve_steps(recipe: Recipe) -> dict[Chain, Step]:
         elif name in recipe.teachers:
             steps[chain] = Step(chain, settings, teacher_model=name)
         else:
-            teacher = teacher_chain(recipe, name, where=f"stages.{chain[-1]}.teacher")
+            teacher = teacher_chain(recipe, name, chain)
             visit(teacher)
             steps[chain] = Step(chain, settings, teacher_chain=teacher)
 
@@ -65,26 +65,43 @@ def resolve_steps(recipe: Recipe) -> dict[Chain, Step]:
     return steps
 
 
-def teacher_chain(recipe: Recipe, stage: str, *, where: str) -> Chain:
-    """The chain that ends in ``stage``; on the recipe's model when no variant has the stage.
+def teacher_chain(recipe: Recipe, teacher: str, chain: Chain) -> Chain:
+    """The chain whose result teaches the last stage of ``chain``.
+
+    Args:
+        recipe: of both.
+        teacher: name of a stage, which runs on the recipe's model when no variant has it; or
+            ``unpruned`` for what the first pruning stage of ``chain`` began with.
+        chain: of the student.
 
     Raises:
-        RecipeError: several variants run the stage on different things.
+        RecipeError: several variants run the stage on different things, or nothing in
+            ``chain`` prunes.
     """
+    where = f"stages.{chain[-1]}.teacher"
+    if teacher == UNPRUNED and teacher not in recipe.stages:
+        for position, stage in enumerate(chain[:-1]):
+            if recipe.stages[stage].type == "prune":
+                return chain[:position]
+        raise RecipeError(
+            f"no stage of {' → '.join(chain)} prunes before {chain[-1]}",
+            where=where,
+            hint="name a teacher, or a stage",
+        )
     found: list[Chain] = []
-    for chain in recipe.variants.values():
-        if stage in chain:
-            prefix = chain[: chain.index(stage) + 1]
+    for other in recipe.variants.values():
+        if teacher in other:
+            prefix = other[: other.index(teacher) + 1]
             if prefix not in found:
                 found.append(prefix)
     if len(found) > 1:
-        shown = " and ".join(" → ".join(chain) for chain in found[:3])
+        shown = " and ".join(" → ".join(prefix) for prefix in found[:3])
         raise RecipeError(
-            f"{stage!r} has several results: {shown}",
+            f"{teacher!r} has several results: {shown}",
             where=where,
             hint="give the stage that shall teach a name of its own",
         )
-    return found[0] if found else (stage,)
+    return found[0] if found else (teacher,)
 
 
 def check_teachers(recipe: Recipe) -> None:
@@ -109,7 +126,7 @@ def check_teachers(recipe: Recipe) -> None:
         visit(chain[:-1], path)
         name = recipe.stages[chain[-1]].teacher_name()
         if name is not None and name not in recipe.teachers:
-            visit(teacher_chain(recipe, name, where=f"stages.{chain[-1]}.teacher"), path)
+            visit(teacher_chain(recipe, name, chain), path)
         done.add(chain)
 
     for variant in recipe.variants.values():

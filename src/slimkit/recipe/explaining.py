@@ -157,11 +157,7 @@ def _settings_class(annotation: Any, data: Any) -> type[BaseModel] | None:
         for mark in marks:
             if isinstance(mark, TypedBy):
                 name = data.get("type") if isinstance(data, Mapping) else None
-                try:
-                    found = mark.registry.get(str(name))
-                except SlimkitError:
-                    return None
-                return found if isinstance(found, type) else None
+                return mark.settings_class(str(name))
         return _settings_class(inner, data)
     if origin in (Union, types.UnionType):
         classes = (_settings_class(choice, data) for choice in get_args(annotation))

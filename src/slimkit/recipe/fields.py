@@ -82,10 +82,12 @@ class TypedBy:
 
     Args:
         reference: where the registry is, ``"package.module:REGISTRY"``.
+        optional: None is a value, too.
     """
 
-    def __init__(self, reference: str) -> None:
+    def __init__(self, reference: str, *, optional: bool = False) -> None:
         self.reference = reference
+        self.optional = optional
 
     @property
     def registry(self) -> Registry[Any]:
@@ -94,8 +96,16 @@ class TypedBy:
         assert isinstance(registry, Registry)
         return registry
 
+    def settings_class(self, name: str) -> type[BaseModel] | None:
+        """The class that reads a mapping whose ``type`` is ``name``, if there is one."""
+        try:
+            found = self.registry.get(name)
+        except SlimkitError:
+            return None
+        return found if isinstance(found, type) and issubclass(found, BaseModel) else None
+
     def _read(self, value: Any) -> Any:
-        if isinstance(value, BaseModel):
+        if isinstance(value, BaseModel) or (self.optional and value is None):
             return value
         if not isinstance(value, Mapping):
             raise wrong(f"expected a mapping with a type, got {value!r}", "write {type: …}")
@@ -104,7 +114,9 @@ class TypedBy:
         literal = settings.model_fields["type"].default
         return settings.model_validate({**value, "type": literal})
 
-    def _write(self, value: BaseModel) -> dict[str, Any]:
+    def _write(self, value: BaseModel | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
         written = value.model_dump(mode="json")
         return {"type": type_reference(self.registry, value), **_without_type(written)}
 
@@ -132,7 +144,7 @@ class TypedBy:
             "required": ["type"],
             "description": "a class of one's own, as package.module:Class",
         }
-        return {"anyOf": [*choices, own]}
+        return {"anyOf": [*choices, own, *([{"type": "null"}] if self.optional else [])]}
 
 
 def _without_type(values: dict[str, Any]) -> dict[str, Any]:

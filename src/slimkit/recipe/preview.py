@@ -138,8 +138,7 @@ def _estimate(bench: Workbench, step: Step, model: nn.Module, clock: _StepClock)
         return 5.0 if step.settings.type in {"prune", "ptq"} else None
     images = epochs * bench.splits.train.samples
     per_image = clock.training(model)
-    teacher = step.teacher_chain or step.teacher_model
-    if teacher is not None:
+    if step.teacher_chain is not None or step.teacher_model is not None:
         network = (
             bench.preview(step.teacher_chain)
             if step.teacher_chain is not None

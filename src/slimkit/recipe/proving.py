@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from slimkit.recipe.workbench import Workbench
 
-__all__ = ["Proof", "measure_latency", "prove"]
+__all__ = ["Proof", "measure_latency", "prove", "speed_warnings"]
 
 PROOF_VERSION = 1
 
@@ -101,6 +101,40 @@ def measure_latency(bench: Workbench, paths: dict[str, Path]) -> dict[str, list[
         )
         for name, timing in timings.items():
             found[name].append(timing.to_json())
+    return found
+
+
+def speed_warnings(
+    bench: Workbench,
+    proofs: Mapping[str, Proof],
+    latency: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, list[str]]:
+    """Where a variant has lost MACs against the first one, and hardly any milliseconds.
+
+    Args:
+        bench: of the run; a smoke run measures nothing that means anything.
+        proofs: variant name → proof.
+        latency: of :func:`measure_latency`.
+
+    Returns:
+        Variant name → warnings that name the layers; a list for every variant.
+    """
+    from slimkit.measure.layer_latency import unrewarded
+
+    found: dict[str, list[str]] = {name: [] for name in proofs}
+    first, *others = proofs
+    for name in [] if bench.smoke else others:
+        for before, after in zip(latency[first], latency[name], strict=True):
+            text = unrewarded(
+                (proofs[first].path, proofs[name].path),
+                macs=(proofs[first].cost["macs"], proofs[name].cost["macs"]),
+                ms=(before["median_ms"], after["median_ms"]),
+                backend=after["backend"],
+                threads=after["threads"],
+                batch=after["batch"],
+            )
+            if text is not None:
+                found[name].append(text)
     return found
 
 

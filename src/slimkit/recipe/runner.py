@@ -18,7 +18,7 @@ from slimkit.recipe.chains import Chain
 from slimkit.recipe.gates import check_gates, missed_text
 from slimkit.recipe.loading import dump_recipe
 from slimkit.recipe.preview import Preview, preview_recipe
-from slimkit.recipe.proving import Proof, measure_latency, prove
+from slimkit.recipe.proving import Proof, measure_latency, prove, speed_warnings
 from slimkit.recipe.schema import Recipe
 from slimkit.recipe.stages import ignore_event
 from slimkit.recipe.workbench import Workbench
@@ -125,6 +125,10 @@ def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
     started = time.perf_counter()
     latency = measure_latency(bench, {name: proof.path for name, proof in proofs.items()})
     log({"event": "latency", "seconds": time.perf_counter() - started})
+    warnings = speed_warnings(bench, proofs, latency)
+    for name, texts in warnings.items():
+        for text in texts:
+            log({"event": "warning", "variant": name, "message": text})
     variants = [
         {
             "name": name,
@@ -132,6 +136,7 @@ def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
             "torch_metrics": proof.torch_metrics,
             "cost": proof.cost,
             "latency": latency[name],
+            "warnings": warnings[name],
             "parity": proof.parity,
             "fusion": proof.fusion,
             "files": {

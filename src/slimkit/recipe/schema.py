@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from slimkit.errors import nearest
 from slimkit.recipe.fields import OneOf, TypedBy, wrong
-from slimkit.recipe.stages import Stage
+from slimkit.recipe.stages import UNPRUNED, Stage
 from slimkit.tasks.data.settings import DataSettings
 
 __all__ = [
@@ -151,10 +151,10 @@ class Recipe(Settings):
                 raise wrong("a stage has the same name", "rename one", path=f"teachers.{name}")
         for name, stage_settings in self.stages.items():
             teacher = stage_settings.teacher_name()
-            if teacher is not None and teacher not in {*self.teachers, *self.stages}:
+            if teacher not in {None, UNPRUNED, *self.teachers, *self.stages}:
                 raise wrong(
                     f"there is no teacher and no stage called {teacher!r}",
-                    nearest(teacher, [*self.teachers, *self.stages]),
+                    nearest(str(teacher), [*self.teachers, *self.stages, UNPRUNED]),
                     path=f"stages.{name}.teacher",
                 )
         return self

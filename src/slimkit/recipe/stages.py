@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from slimkit.tasks.classification import ClassificationTask
     from slimkit.tasks.data import Splits
 
-__all__ = ["STAGES", "Stage", "StageContext", "StageResult", "ignore_event"]
+__all__ = ["STAGES", "UNPRUNED", "Stage", "StageContext", "StageResult", "ignore_event"]
+
+UNPRUNED = "unpruned"
+"""The teacher that a chain has by itself: what its first ``prune`` stage begins with."""
 
 
 def ignore_event(event: Mapping[str, Any]) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slimkit.artifact import read_json, write_json
 from slimkit.distill.settings import DistillLoss
 from slimkit.errors import InputError
 from slimkit.recipe.fields import TypedBy, wrong
 from slimkit.recipe.places import at
-from slimkit.recipe.stages import Stage, StageContext, StageResult
+from slimkit.recipe.stages import UNPRUNED, Stage, StageContext, StageResult
+from slimkit.registry import Registry
 from slimkit.train.callbacks import Callback, EpochContext, StepContext
 from slimkit.train.settings import TrainSettings
 
@@ -24,16 +26,85 @@ if TYPE_CHECKING:
     from slimkit.distill import Distiller
     from slimkit.train.training import History
 
-__all__ = ["DistillOptions", "TrainStage", "distilling", "train_model", "training_facts"]
+__all__ = [
+    "SPARSITY",
+    "BatchNormL1Term",
+    "DistillOptions",
+    "GroupLassoTerm",
+    "SparsityTerm",
+    "TrainStage",
+    "distilling",
+    "train_model",
+    "training_facts",
+]
+
+Term = Callable[[StepContext], "Tensor"]
+
+SPARSITY: Registry[type[SparsityTerm]] = Registry("sparsity term")
+"""Name in a recipe → settings of a term of the loss that makes channels fall before pruning."""
+
+
+class SparsityTerm(BaseModel):
+    """Base of all terms: which, and how much it counts.
+
+    Attributes:
+        weight: of the term beside the loss.
+        ignore: patterns of layers whose channels are left alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: str
+    weight: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    ignore: tuple[str, ...] = ()
+
+    @abstractmethod
+    def term(self, model: nn.Module, example_inputs: Tensor) -> Any:
+        """A callable from a training step to a scalar, with ``sparsity()`` to report."""
+
+
+@SPARSITY.register("group_lasso")
+class GroupLassoTerm(SparsityTerm):
+    """The norms of all weights of each channel; see :class:`slimkit.prune.sparse_training`.
+
+    Attributes:
+        growth: push channels that are small already up to ``2**growth`` times harder.
+    """
+
+    type: Literal["group_lasso"] = "group_lasso"
+    growth: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    def term(self, model: nn.Module, example_inputs: Tensor) -> Any:
+        """See the base class."""
+        from slimkit.prune.sparse_training import GroupLasso
+
+        return GroupLasso(
+            model, example_inputs, self.weight, growth=self.growth, ignore=self.ignore
+        )
+
+
+@SPARSITY.register("batch_norm_l1")
+class BatchNormL1Term(SparsityTerm):
+    """The magnitudes of the batch-norm scales (Liu et al. 2017, "Network Slimming")."""
+
+    type: Literal["batch_norm_l1"] = "batch_norm_l1"
+
+    def term(self, model: nn.Module, example_inputs: Tensor) -> Any:
+        """See the base class."""
+        from slimkit.prune.sparse_training import BatchNormL1
+
+        return BatchNormL1(model, example_inputs, self.weight, ignore=self.ignore)
 
 
 class DistillOptions(BaseModel):
     """What a stage that trains may say about a teacher.
 
     Attributes:
-        teacher: a name under ``teachers:``, or of a stage, whose result then teaches.
+        teacher: a name under ``teachers:``, or of a stage, whose result then teaches; or
+            ``unpruned``: the network that the first ``prune`` stage of the chain began with.
         distill: losses between student and teacher, added to the task's own loss (on the
-            labels), which ``loss_weight`` scales.
+            labels), which ``loss_weight`` scales. For ``unpruned`` the default is
+            ``[{type: kd}]``.
         teacher_precision: how the teacher runs; ``"auto"`` takes bf16 where it is fast and agrees.
     """
 
@@ -42,6 +113,13 @@ class DistillOptions(BaseModel):
     teacher: str | None = None
     distill: tuple[Annotated[DistillLoss, TypedBy("slimkit.distill:DISTILL_LOSSES")], ...] = ()
     teacher_precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unpruned_teaches_by_its_outputs(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("teacher") == UNPRUNED and "distill" not in data:
+            return {**data, "distill": [{"type": "kd"}]}
+        return data
 
     @model_validator(mode="after")
     def _teacher_and_losses_go_together(self) -> Self:
@@ -58,19 +136,33 @@ class TrainStage(DistillOptions, TrainSettings, Stage):
     """Train the model; with ``teacher`` and ``distill``, learn from another network too.
 
     All settings of :class:`slimkit.train.TrainSettings` are fields of the stage.
+
+    Attributes:
+        sparsity: a term of the loss that makes channels fall, for a ``prune`` stage behind.
     """
 
     version: ClassVar[int] = 1
     sees_eval_batches: ClassVar[bool] = False
     type: Literal["train"] = "train"
+    sparsity: Annotated[
+        SparsityTerm | None, TypedBy("slimkit.recipe.training_stage:SPARSITY", optional=True)
+    ] = None
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
-        history = train_model(model, self, self, context)
-        return StageResult(model, training_facts(history))
+        if self.sparsity is None:
+            history = train_model(model, self, self, context)
+            return StageResult(model, training_facts(history))
+        with at("sparsity"):
+            term = self.sparsity.term(model, context.example_inputs)
+        history = train_model(model, self, self, context, terms=[term])
+        return StageResult(model, {**training_facts(history), "sparsity": term.sparsity()})
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
         """See the base class. Checks that teacher and student fit."""
+        if self.sparsity is not None:
+            with at("sparsity"):
+                self.sparsity.term(model, context.example_inputs)
         if context.teacher is not None:
             with distilling(model, self, context):
                 pass
@@ -92,6 +184,7 @@ def train_model(
     context: StageContext,
     *,
     student: nn.Module | None = None,
+    terms: Sequence[Term] = (),
 ) -> History:
     """Train ``model`` in place on the training split, with the stage's teacher if it has one.
 
@@ -103,6 +196,7 @@ def train_model(
         options: teacher and distillation losses.
         context: of the stage.
         student: the part of ``model`` whose layers the losses name; by default all of it.
+        terms: of the loss, beside the task's and the distiller's.
     """
     from slimkit.train import fit
 
@@ -114,7 +208,7 @@ def train_model(
         return task.evaluate(candidate, validation) if validation is not None else {}
 
     with contextlib.ExitStack() as stack:
-        losses: list[Callable[[StepContext], Tensor]] = []
+        losses: list[Term] = [*terms]
         if context.teacher is not None:
             losses.append(stack.enter_context(distilling(student or model, options, context)))
         return fit(

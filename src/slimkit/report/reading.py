@@ -57,6 +57,8 @@ class StageRun:
     settings: Mapping[str, Any]
     history: tuple[Mapping[str, Any], ...]
     channels: tuple[Mapping[str, Any], ...]
+    measured: Mapping[str, Any]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Variant:
     fusion: Mapping[str, Any]
     files: tuple[tuple[str, str], ...]
     stages: tuple[StageRun, ...]
+    warnings: tuple[str, ...]
 
     def median_ms(self, setting: tuple[str, int, int] | None) -> float | None:
         """The median latency under ``setting``, if it was measured."""
@@ -171,6 +174,10 @@ def _rows(value: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(row for row in value or () if isinstance(row, Mapping))
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(str(text) for text in value or ())
+
+
 def _files(value: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(value, Mapping):
         return tuple((str(kind), str(path)) for kind, path in value.items())
@@ -198,6 +205,8 @@ def _stage(entry: Mapping[str, Any]) -> StageRun:
         settings=entry.get("settings") or {},
         history=_rows(entry.get("history")),
         channels=_rows(entry.get("channels")),
+        measured=entry.get("measured") or {},
+        warnings=_texts(entry.get("warnings")),
     )
 
 
@@ -212,6 +221,7 @@ def _variant(entry: Mapping[str, Any]) -> Variant:
         fusion=entry.get("fusion") or {},
         files=_files(entry.get("files")),
         stages=tuple(_stage(item) for item in entry.get("stages") or ()),
+        warnings=_texts(entry.get("warnings")),
     )
 
 

@@ -300,9 +300,23 @@ def _channels(report: Report) -> list[dict[str, Any]]:
                     "layers": layers,
                     "kept": kept,
                     "total": total,
+                    "measured": _measured(stage.measured),
                 }
             )
     return result
+
+
+def _measured(facts: Mapping[str, Any]) -> str:
+    """What a latency target was measured to be, in one sentence; empty if there was none."""
+    if len(facts.get("measured_ms") or ()) != 2:
+        return ""
+    before, after = facts["measured_ms"]
+    threads = facts.get("threads", 1)
+    return (
+        f"Chosen by measuring: {words.milliseconds(before)} → {words.milliseconds(after)} "
+        f"({words.change(after, before)}) in {facts.get('backend')}, "
+        f"{threads} thread{'' if threads == 1 else 's'}."
+    )
 
 
 def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,6 +339,11 @@ def _warnings(report: Report) -> list[str]:
         for item in variant.latency:
             if item.busy:
                 found.setdefault(item.busy, {})[variant.name] = None
+        for text in variant.warnings:
+            found.setdefault(text, {})[variant.name] = None
+    for variants, stage in _runs(report):
+        for text in stage.warnings:
+            found.setdefault(text, {})[f"{stage.name} ({variants})"] = None
     return [f"{', '.join(names)}: {message}" for message, names in found.items()]
 
 
