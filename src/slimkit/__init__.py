@@ -30,7 +30,7 @@ _VERBS = {
     "profile": "slimkit.measure.profiling",
     "save": "slimkit.plan",
 }
-_ROOMS = ("distill", "errors", "prune", "quantize", "reparam", "train")
+_ROOMS = ("distill", "errors", "prune", "quantize", "reparam", "search", "train")
 
 __all__ = [
     "Inputs",
@@ -49,6 +49,7 @@ __all__ = [
     "quantize",
     "reparam",
     "save",
+    "search",
     "train",
 ]
 
@@ -72,7 +73,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from slimkit import distill, errors, prune, quantize, reparam, train
+    from slimkit import distill, errors, prune, quantize, reparam, search, train
     from slimkit.errors import SlimkitError
     from slimkit.inputs import Inputs
     from slimkit.measure.latency import benchmark

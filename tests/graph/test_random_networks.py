@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from attention_layers import STYLES, Attention, Split, Standardised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,6 +28,12 @@ STEPS = [
         "tokens",
         "glu",
         "instance",
+        "attention",
+        "encoder",
+        "standardised",
+        "parts",
+        "mean",
+        "softmax",
     ),
 ]
 
@@ -66,6 +73,10 @@ class RandomNet(nn.Module):
             "scale": lambda: nn.ParameterList([torch.randn(c, 1, 1)]),
             "tokens": lambda: nn.Linear(c, c),
             "instance": lambda: nn.InstanceNorm2d(c, affine=bool(draw % 2)),
+            "attention": lambda: Attention(c, 2, STYLES[draw % len(STYLES)]),
+            "encoder": lambda: nn.TransformerEncoderLayer(c, 2, 2 * c, batch_first=True),
+            "standardised": lambda: Standardised(c, even, 3, padding=1, groups=1 + draw % 2),
+            "parts": lambda: Split([2, c - 2]),
         }
         return makers.get(name, nn.Identity)() if c % 2 == 0 or name == "conv" else nn.Identity()
 
@@ -82,6 +93,7 @@ class RandomNet(nn.Module):
             return [c] if c == other else []
         halves = [c // 2] if c % 4 == 0 else []
         special = {"cat": [c + other], "chunk": halves * 2, "halves": halves, "glu": halves}
+        special["parts"] = [2, c - 2] if c > 2 else []
         return special.get(name, [c + 2] if name == "pad" else [c])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +102,7 @@ class RandomNet(nn.Module):
             maps += self.step(name, maps[i], maps[j], layer)
         return self.head(torch.cat([m.flatten(1) for m in maps[1:]], dim=1))
 
-    def step(  # noqa: C901, PLR0911 - a table
+    def step(  # noqa: C901, PLR0911, PLR0912 - a table
         self, name: str, x: Tensor, other: Tensor, layer: nn.Module
     ) -> list[Tensor]:
         b, c, h, w = x.shape
@@ -117,7 +129,13 @@ class RandomNet(nn.Module):
                 return [F.pad(x, (0, 0, 0, 0, 1, 1))]
             case "layer_norm":
                 return [layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
-            case "tokens":
+            case "parts":
+                return list(layer(x))
+            case "mean":
+                return [x * x.mean(1, keepdim=True) + x.amax(1, keepdim=True)]
+            case "softmax":
+                return [x.softmax(1)]
+            case "tokens" | "attention" | "encoder":
                 tokens = layer(x.flatten(2).transpose(1, 2))
                 return [tokens.transpose(1, 2).unflatten(2, (h, w))]
         return [layer(x)]
@@ -127,7 +145,7 @@ step = st.tuples(st.sampled_from(STEPS), st.integers(0, 9), st.integers(0, 9))
 
 
 @settings(
-    max_examples=40,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -12,7 +12,7 @@ from torch import nn
 import slimkit as sk
 from slimkit.errors import InputError, PlanError
 from slimkit.prune.fisher import GroupFisher
-from slimkit.prune.one_by_one import one_by_one
+from slimkit.prune.fisher_pruning import one_by_one
 from slimkit.prune.planning import space
 
 X = torch.zeros(1, 2, 6, 6, dtype=torch.float64)

@@ -437,19 +437,29 @@ def track(graph: Graph, model: nn.Module) -> ChannelTracker:
 
     avoided: dict[Kind, frozenset[int]] = {}
     tracker, stuck = run(avoided)
-    tried: set[tuple[Kind, int]] = set()
+    tried: set[frozenset[tuple[Kind, int]]] = set()
     for _ in range(_ROUNDS):
-        open_ = [c for c in stuck if c.others and (c.kind, c.axis) not in tried]
-        if not open_:
+        flips = next((f for f in _flips(stuck) if f not in tried), None)
+        if flips is None:
             break
-        flipped = open_[0]
-        tried.add((flipped.kind, flipped.axis))
-        held = avoided.get(flipped.kind, frozenset())
-        other = {**avoided, flipped.kind: held | {flipped.axis}}
+        tried.add(flips)
+        other = dict(avoided)
+        for kind, axis in flips:
+            other[kind] = other.get(kind, frozenset()) | {axis}
         second, second_stuck = run(other)
         if len(second_stuck) < len(stuck):
             avoided, tracker, stuck = other, second, second_stuck
     return tracker
+
+
+def _flips(stuck: Sequence[Choice]) -> list[frozenset[tuple[Kind, int]]]:
+    """Choices to make otherwise: all that are stuck, those of each class of module, each alone."""
+    able = [(choice.kind, choice.axis) for choice in stuck if choice.others]
+    classes = dict.fromkeys(kind[0] for kind, _ in able)
+    sets = [frozenset(able)]
+    sets += [frozenset(flip for flip in able if flip[0][0] == name) for name in classes]
+    sets += [frozenset([flip]) for flip in dict.fromkeys(able)]
+    return [flips for flips in dict.fromkeys(sets) if flips]
 
 
 def refs(argument: Any) -> list[int]:

@@ -41,6 +41,7 @@ class Addresses(AddressMode):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
+        """Remember the address while the function runs."""
         self._address = address
         try:
             return func(*args, **kwargs)

@@ -203,6 +203,7 @@ def masked_outputs(
 
 def _doomed(tracker: ChannelTracker, plan: PruningPlan) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """For every atom whether it goes; checks that sets of atoms go as a whole."""
+    found = components(tracker)
     doomed = np.zeros(tracker.count, dtype=bool)
     held = {(dim.tensor, dim.dim): dim for dim in tracker.parameter_dims.values()}
     for edit in plan.edits:
@@ -217,7 +218,6 @@ def _doomed(tracker: ChannelTracker, plan: PruningPlan) -> np.ndarray[Any, np.dt
         gone = np.ones(owner.size, dtype=bool)
         gone[list(edit.keep)] = False
         doomed[owner.start : owner.start + owner.size] = gone
-    found = components(tracker)
     labels, frozen = found.labels, found.frozen
     goes = np.zeros(tracker.count, dtype=bool)
     goes[labels[doomed]] = True

@@ -286,7 +286,7 @@ def _mask(tracker: ChannelTracker, op: Op, query: list[Dim], mask: int) -> None:
     dims, shape = tracker.dims(mask), tracker.shape(mask)
     heads = tracker.shape(op.inputs[0])[1]
     for back, dim in enumerate(reversed(dims), start=1):
-        if back == 3 and shape[-3] == heads > 1:  # noqa: PLR2004 - (…, heads, queries, keys)
+        if back == 3 and shape[-3] == heads > 1:
             tracker.tie(query[1], dim)
         else:
             tracker.freeze(dim, f"it is the mask of {where(op)}")

@@ -148,7 +148,7 @@ class PrunePlan(Plan):
             for module, local in holders[id(old)]:
                 _replace(module, local, new)
         for edit in self.attributes:
-            setattr(model.get_submodule(edit.module), edit.attribute, edit.after)
+            _set_attribute(model.get_submodule(edit.module), edit.attribute, edit.after)
         return model
 
     def follow(self, model: nn.Module, optimizer: Any) -> Callable[[nn.Module], None]:
@@ -185,12 +185,32 @@ class PrunePlan(Plan):
                     "other pruning",
                 )
         for edit in self.attributes:
-            found = getattr(model.get_submodule(edit.module), edit.attribute, None)
+            found = _get_attribute(model.get_submodule(edit.module), edit.attribute)
             if found != edit.before:
                 raise PlanError(
                     f"the plan expects {edit.attribute} = {edit.before}, the model has {found}",
                     where=edit.module,
                 )
+
+
+def _get_attribute(module: nn.Module, attribute: str) -> Any:
+    """An attribute, or an element of one: ``"splits[2]"``."""
+    name, bracket, index = attribute.partition("[")
+    found = getattr(module, name, None)
+    if not bracket:
+        return tuple(found) if isinstance(found, list) else found
+    place = int(index.rstrip("]"))
+    return found[place] if isinstance(found, list | tuple) and place < len(found) else None
+
+
+def _set_attribute(module: nn.Module, attribute: str, value: Any) -> None:
+    name, bracket, index = attribute.partition("[")
+    if bracket:
+        held = getattr(module, name)
+        items = list(held)
+        items[int(index.rstrip("]"))] = value
+        value = type(held)(items)
+    setattr(module, name, value)
 
 
 def pack_indices(indices: Sequence[int]) -> list[int] | list[list[int]]:
