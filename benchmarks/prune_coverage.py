@@ -300,7 +300,7 @@ def page(records: list[dict[str, Any]], options: argparse.Namespace) -> Path:
         f"python -m benchmarks.prune_coverage{flags}",
         [
             summary,
-            (__doc__ or "").split("::")[0].partition("\n\n")[2],
+            (__doc__ or "").split("::")[0].partition("\n\n")[2] + ".",
             markdown(header, rows),
             "*Fell by*: parameters of the pruned network, counted. *Prunable*: share of "
             "convolution and linear parameters that a group touches which can lose channels. "
