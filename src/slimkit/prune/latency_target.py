@@ -31,8 +31,9 @@ __all__ = ["Bench", "fit_latency"]
 _EXPORTS = 10
 _QUICK = (3, 0.25)  # repeats, and seconds per network and repeat, of a first look
 _SURE = (5, 0.6)  # of a measurement that decides
+_MARGIN = 0.01  # faster than asked for, so that the next measurement says the same
 _BEYOND = 0.05  # the result is at most so much faster than asked for, in parts of the goal
-_NARROW = 0.03  # what a first look must promise, while there are few points
+_NARROW = 0.035  # what a first look must promise, while there are few points
 _PATIENT = 3  # points
 
 
@@ -91,7 +92,7 @@ class _Search:
         self.proposal = proposal
         self.bench = bench
         self.goal = goal
-        self.aim = goal * (1 - _NARROW / 2)
+        self.aim = goal * (1 - (_MARGIN + _NARROW) / 2)
         self.points: list[_Point] = []
         self.whole = space.cost().macs
 
@@ -107,11 +108,12 @@ class _Search:
                 self._measured(fit.kept, sure=True)
             kept = self._next()
         # No point fits: the next best is the least that is fast enough, and certainly so.
-        for point in sorted(self.points, key=lambda point: -point.ratio):
-            if point.ratio <= self.goal:
-                certain = point if point.sure else self._measured(point.kept, sure=True)
-                if certain.ratio <= self.goal:
-                    return certain
+        for limit in (self.goal * (1 - _MARGIN), self.goal):
+            for point in sorted(self.points, key=lambda point: -point.ratio):
+                if point.ratio <= limit:
+                    certain = point if point.sure else self._measured(point.kept, sure=True)
+                    if certain.ratio <= limit:
+                        return certain
         return None
 
     def _fitting(self) -> _Point | None:
@@ -120,7 +122,9 @@ class _Search:
         fitting = [
             point
             for point in self.points
-            if 1 - (_NARROW if few and not point.sure else _BEYOND) <= point.ratio / self.goal <= 1
+            if 1 - (_NARROW if few and not point.sure else _BEYOND)
+            <= point.ratio / self.goal
+            <= 1 - _MARGIN
         ]
         return max(fitting, key=lambda point: point.ratio, default=None)
 
