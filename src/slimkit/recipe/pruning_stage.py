@@ -38,15 +38,7 @@ CRITERION = Method(
     },
     given=("batches", "loss", "max_batches"),
 )
-ALLOCATION = Method(
-    "slimkit.prune:ALLOCATIONS",
-    {
-        "sensitivity": "slimkit.prune.sensitivity:Sensitivity",
-        "annealing": "slimkit.prune.evolution:Annealing",
-        "genetic": "slimkit.prune.evolution:Genetic",
-    },
-    given=("file", "storage", "seed", "recover"),
-)
+ALLOCATION = Method("slimkit.prune:ALLOCATIONS", given=("file", "storage", "seed", "recover"))
 _QUICK: dict[str, Any] = {"trials": 2, "ratios": (0.5,)}  # of a smoke run
 
 
