@@ -23,7 +23,13 @@ from slimkit.recipe.schema import (
 from slimkit.tasks.data.settings import AugmentSettings, DataSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/pruning.md", "docs/quantization.md", "docs/distillation.md"]
+PAGES = [
+    "README.md",
+    "docs/pruning.md",
+    "docs/quantization.md",
+    "docs/distillation.md",
+    "docs/search.md",
+]
 
 
 def _blocks(page: str, language: str) -> list[str]:

@@ -88,7 +88,7 @@ def broadcast(tracker: ChannelTracker, values: list[int], shape: tuple[int, ...]
             if atoms and dim is not atoms[0]:
                 tracker.tie(atoms[0], dim)
         fixed = [dim for dim in met if isinstance(dim, str) and dim != FREE]
-        result.append((*atoms, *fixed, *met, SPATIAL)[0])
+        result.append((*fixed, *atoms, *met, SPATIAL)[0])
     return result
 
 

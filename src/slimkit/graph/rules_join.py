@@ -264,3 +264,22 @@ def index_select(tracker: ChannelTracker, op: Op) -> None:
     tracker.freeze(dims[axis], f"they are picked by index in {where(op)}")
     dims[axis] = SPATIAL
     tracker.set_dims(op.outputs[0], dims)
+
+
+@rule("aten.gather")
+def gather(tracker: ChannelTracker, op: Op) -> None:
+    """Positions chosen along one dimension, for each position of the others."""
+    a = tracker.arguments(op)
+    x, chosen = a["input"] if "input" in a else a["self"], a["index"]
+    dims, picks = tracker.dims(x.id), tracker.dims(chosen.id)
+    axis = a["dim"] % len(dims)
+    tracker.freeze(dims[axis], f"they are picked by index in {where(op)}")
+    result: list[Dim] = []
+    for i, (dim, pick) in enumerate(zip(dims, picks, strict=True)):
+        if i != axis and tracker.shape(x.id)[i] == tracker.shape(chosen.id)[i]:
+            tracker.tie(dim, pick)
+            result.append(dim)
+        else:
+            tracker.freeze(dim, f"a fixed range is picked in {where(op)}")
+            result.append(pick)
+    tracker.set_dims(op.outputs[0], result)
