@@ -224,7 +224,7 @@ def test_exactly_one_target_must_be_given(model, targets):
 def test_wrong_arguments_name_the_choices(model):
     with pytest.raises(UnknownNameError, match=r"criterion.*'l2'"):
         sk.prune.plan(model, X, ratio=0.5, criterion="l22")
-    with pytest.raises(UnknownNameError, match="allocation.*magic"):
+    with pytest.raises(UnknownNameError, match=r"allocation.*magic"):
         sk.prune.plan(model, X, ratio=0.5, allocation="magic")
     with pytest.raises(PatternError, match=r"block1\.conv1"):
         sk.prune.plan(model, X, ratio=0.5, ignore=["blok1.conv1"])

@@ -53,9 +53,9 @@ def components(tracker: ChannelTracker) -> Components:
         return [(count - 1 - n if n[0] < 0 else labels[n], power) for n, power in powers]
 
     frozen: dict[int, str] = {}
-    for atoms, reason in tracker.frozen:
+    for atoms, number in tracker.frozen:
         for label in np.unique(labels[atoms]).tolist():
-            frozen.setdefault(label, tracker.reasons[reason])
+            frozen.setdefault(label, tracker.reasons[number])
     equal = [Claim(labels[dim], labelled(powers), reason) for powers, dim, reason in claims]
     for parts, what in tracker.links:
         first, reason = labels[parts[0]], f"its size must be that of another part in {what}"
@@ -65,13 +65,13 @@ def components(tracker: ChannelTracker) -> Components:
     proportions.solve(equal, fixed)
     links = []
     for root, members in proportions.sets().items():
-        reason = proportions.frozen.get(root)
+        why = proportions.frozen.get(root)
         within = [node for node in members if node < count]
-        if reason is None:
+        if why is None:
             links.append((within, [node - count for node in members if node >= count]))
             continue
         for label in within:
-            frozen.setdefault(label, reason)
+            frozen.setdefault(label, why)
     linked = {label for within, _ in links for label in within}
     dims = [claim.dim for claim in equal]
     dims += [nodes for claim in equal for nodes, _ in claim.powers if nodes[0] < count]

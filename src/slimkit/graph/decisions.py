@@ -91,7 +91,7 @@ class Decisions:
 
 def _may_decide(func: torch._ops.OpOverload) -> bool:
     """Not the operators that only make a tensor like another, or return hidden indices."""
-    name = func.name().partition(".")[0].partition("::")[2]
+    name = str(func).split(".")[1]
     return not name.endswith(("_like", "_with_indices")) and name not in ("empty", "embedding")
 
 
@@ -112,11 +112,11 @@ class Replay(TorchDispatchMode):
 
     def __enter__(self) -> Replay:
         self._addresses.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._addresses.__exit__(*error)
 
     def __torch_dispatch__(

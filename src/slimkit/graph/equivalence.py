@@ -277,7 +277,7 @@ class _MaskMode(TorchDispatchMode):
 
     def _check_unknown(self, func: Any, args: tuple[Any, ...]) -> None:
         """Behind a decision another path may be taken, but not with weights that shrink."""
-        if not {f"aten.{func.name().partition('::')[2].split('.')[0]}"} & (MIXING | NORMS):
+        if str(func).rpartition(".")[0] not in MIXING | NORMS:
             return
         names = {id(p): name for name, p in self._addresses.parameters.items()}
         for tensor in tensors_in(args):

@@ -102,10 +102,11 @@ class Proportions:
             self._link([claim.dim, *(nodes for nodes, _ in live)])
         else:
             # One of the sizes shrinks with the dimension, the others must stay.
-            related = [n for n, power in live if power == 1 and np.isin(n, claim.dim).any()]
-            chosen = (related or [n for n, power in live if power == 1] or [None])[0]
+            able = [nodes for nodes, power in live if power == 1]
+            related = [nodes for nodes in able if np.isin(nodes, claim.dim).any()]
+            chosen = (related or able)[:1]
             for nodes, _ in live:
-                if nodes is not chosen:
+                if not any(nodes is one for one in chosen):
                     self._freeze(nodes, claim.reason)
 
     def _live(self, powers: Iterable[tuple[Nodes, int]], reason: str) -> list[tuple[Nodes, int]]:

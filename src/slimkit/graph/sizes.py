@@ -109,10 +109,10 @@ class TrackedInt(int):
         return self._relied_on(other, value)
 
     def __eq__(self, other: object) -> bool:
-        return self._compared(other, int.__eq__(self, other))  # type: ignore[arg-type]
+        return self._compared(other, int.__eq__(self, other))
 
     def __ne__(self, other: object) -> bool:
-        equal = self._compared(other, int.__eq__(self, other))  # type: ignore[arg-type]
+        equal = self._compared(other, int.__eq__(self, other))
         return equal if equal is NotImplemented else not equal
 
     def _compared(self, other: object, equal: bool) -> bool:
