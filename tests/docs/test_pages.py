@@ -20,6 +20,7 @@ from slimkit.recipe.schema import (
     Recipe,
     RequireSettings,
 )
+from slimkit.search import SAMPLERS
 from slimkit.tasks.data.settings import AugmentSettings, DataSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,8 @@ def test_the_python_on_a_page_runs_from_top_to_bottom(
     assert blocks
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks).replace("224, 224", "64, 64")  # the same, faster
-    exec(compile(code, page, "exec"), {"__name__": "page"})
+    with SAMPLERS.scratch():
+        exec(compile(code, page, "exec"), {"__name__": "page"})
 
 
 def test_the_readme_example_is_short() -> None:

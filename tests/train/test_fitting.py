@@ -242,6 +242,7 @@ def test_the_users_own_accelerator_is_not_disturbed(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's trainer made one
     train(network, data, max_steps=1)
     try:
         own = Accelerator(mixed_precision="bf16", cpu=True)  # after fit, in another way
