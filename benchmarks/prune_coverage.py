@@ -33,6 +33,8 @@ from torch import nn
 import slimkit as sk
 from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.graph.equivalence import check_equivalence
+from slimkit.inputs import as_inputs
+from slimkit.models import example_input
 from slimkit.prune.allocation import uniform
 from slimkit.prune.targets import Target
 
@@ -40,9 +42,6 @@ LARGEST = 150e6
 TIME_LIMIT = 600
 RATIO = 0.3
 MUST_FALL = 0.2
-
-IMAGE = (1, 3, 224, 224)
-VIDEO_SIZES = {"mvit": 224, "s3d": 224}
 
 
 # --- the networks ------------------------------------------------------------------------
@@ -83,41 +82,11 @@ def build(name: str) -> tuple[nn.Module, Any]:
 
         model = BertModel(BertConfig(attn_implementation=rest.rpartition("-")[2]))
         return model, {"input_ids": torch.arange(1, 33).reshape(2, 16) * 7}
-    if library == "timm":
-        import timm
-
-        model = timm.create_model(name.removeprefix("timm:"))
-        return model, torch.randn(1, *model.default_cfg.get("input_size", IMAGE[1:]))
-    from torchvision.models import get_model
-
     extra: dict[str, Any] = {}
-    kind = get_module(rest)
-    if kind in ("detection", "segmentation"):
-        extra["weights_backbone"] = None
     if rest in ("googlenet", "inception_v3"):
         extra = {"init_weights": True, "aux_logits": False}
-    model = get_model(rest, weights=None, **extra)
-    return model, torchvision_input(rest, kind)
-
-
-def get_module(name: str) -> str:
-    """``"detection"``, ``"video"`` and so on, or ``""`` for classifiers."""
-    from torchvision.models import get_model_builder
-
-    parts = get_model_builder(name).__module__.split(".")
-    return parts[2] if len(parts) > 3 else ""
-
-
-def torchvision_input(name: str, kind: str) -> Any:
-    """Random input of a size that the network takes."""
-    if kind == "detection":
-        return ([torch.rand(3, 320, 320)],)
-    if kind == "optical_flow":
-        return (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
-    if kind == "video":
-        side = next((s for start, s in VIDEO_SIZES.items() if name.startswith(start)), 112)
-        return torch.randn(1, 3, 16, side, side)
-    return torch.randn(1, 3, 299, 299) if name == "inception_v3" else torch.randn(IMAGE)
+    model = sk.build_model(name, **extra)
+    return model, as_inputs(example_input(name, model)).map(torch.rand_like)
 
 
 def shake(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from slimkit.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 __all__ = ["model_and_input", "parse_arguments", "parse_shape"]
 
@@ -55,29 +55,25 @@ def parse_arguments(given: list[str] | None) -> dict[str, Any]:
 
 def model_and_input(
     name: str, input_shape: str | None, arguments: list[str] | None, checkpoint: str | None = None
-) -> tuple[nn.Module, Tensor]:
+) -> tuple[nn.Module, Any]:
     """Build a model in evaluation mode, and an example input for it.
 
     Args:
         name: such as ``torchvision:resnet18``.
-        input_shape: ``N,C,H,W``; by default an image that fits the source of the model.
+        input_shape: ``N,C,H,W``; by default what a model of that name takes.
         arguments: of the factory.
         checkpoint: a safetensors file with its weights.
     """
     import torch
 
-    from slimkit.models import build_model, load_checkpoint
+    from slimkit.models import build_model, example_input, load_checkpoint
 
     keywords = parse_arguments(arguments)
-    shape = parse_shape(input_shape) if input_shape else _default_shape(name, keywords)
+    shape = parse_shape(input_shape) if input_shape else None
     model = build_model(name, **keywords).eval()
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
-    return model, torch.zeros(shape)
-
-
-def _default_shape(name: str, keywords: dict[str, Any]) -> tuple[int, ...]:
+    if shape is not None:
+        return model, torch.zeros(shape)
     channels = keywords.get("in_channels", keywords.get("in_chans", 3))
-    small = name.startswith("slimkit:") and keywords.get("stem") != "imagenet"
-    size = 32 if small else 224
-    return (1, channels, size, size)
+    return model, example_input(name, model, in_channels=channels)

@@ -256,6 +256,26 @@ def index(tracker: ChannelTracker, op: Op) -> None:
     tracker.set_dims(op.outputs[0], [*dims[: chosen[0]], *middle, *dims[chosen[-1] + 1 :]])
 
 
+@rule("aten.index_put")
+def index_put(tracker: ChannelTracker, op: Op) -> None:
+    """Rows of a tensor are overwritten: the dimensions behind them are those of the new rows."""
+    a = tracker.arguments(op)
+    x, rows, chosen = a["self"].id, a["values"].id, list(a["indices"])
+    dims, new = tracker.dims(x), tracker.dims(rows)
+    first = len(chosen)
+    if any(item is None for item in chosen):
+        raise ValueError("indices that leave out a dimension")
+    for dim in dims[:first]:
+        tracker.freeze(dim, f"they are picked by index in {where(op)}")
+    for back in range(1, min(len(dims) - first, len(new)) + 1):
+        if tracker.shape(x)[-back] == tracker.shape(rows)[-back]:
+            tracker.tie(dims[-back], new[-back])
+            dims[-back] = new[-back] if isinstance(dims[-back], str) else dims[-back]
+        else:
+            tracker.freeze(dims[-back], f"it is overwritten as a whole in {where(op)}")
+    tracker.set_dims(op.outputs[0], dims)
+
+
 @rule("aten.index_select")
 def index_select(tracker: ChannelTracker, op: Op) -> None:
     """Like :func:`index` for one dimension."""

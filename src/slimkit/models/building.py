@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +93,10 @@ def _factory(name: str) -> Callable[..., nn.Module]:
     if source == "torchvision":
         models = _library("torchvision.models")
         _check_known(short, models.list_models(), name)
-        return lambda **kwargs: models.get_model(short, **{"weights": None, **kwargs})
+        untrained: dict[str, Any] = {"weights": None}
+        if "weights_backbone" in inspect.signature(models.get_model_builder(short)).parameters:
+            untrained["weights_backbone"] = None
+        return lambda **kwargs: models.get_model(short, **{**untrained, **kwargs})
     if source == "timm":
         timm = _library("timm")
         if not timm.is_model(short.split(".")[0]):

@@ -122,7 +122,13 @@ class PrunePlan(Plan):
                 for e in data["attributes"]
             ),
             layers=tuple(
-                LayerChange(**{**layer, "groups": tuple(layer["groups"])})
+                LayerChange(
+                    **{
+                        **layer,
+                        "groups": tuple(layer["groups"]),
+                        "sets": _tupled(layer.get("sets")),
+                    }
+                )
                 for layer in data["layers"]
             ),
             before=Cost(**data["before"]),

@@ -25,6 +25,9 @@ class LayerChange:
         inputs_kept: input channels that stay.
         groups: names of the groups that its output channels belong to.
         reason: why all stay; None if some go.
+        sets: (sets before, channels of this layer in each) where channels leave in sets, as
+            those of attention heads and grouped convolutions do.
+        linked: a layer of another group that keeps the same fraction.
     """
 
     name: str
@@ -35,6 +38,8 @@ class LayerChange:
     inputs_kept: int
     groups: tuple[str, ...]
     reason: str | None
+    sets: tuple[int, int] | None = None
+    linked: str | None = None
 
 
 def _arrow(before: int, after: int) -> str:
@@ -105,10 +110,12 @@ def _note(layer: LayerChange, members: Mapping[str, Sequence[str]]) -> str:
     )
     shown = list(tied)[:2]
     more = f" and {len(tied) - len(shown)} more" if len(tied) > len(shown) else ""
-    together = f"with {', '.join(shown)}{more}" if shown else "its own"
-    if layer.reason is None:
-        return together
-    return f"all stay: {layer.reason}"
+    if layer.reason is not None:
+        return f"all stay: {layer.reason}"
+    text = f"with {', '.join(shown)}{more}" if shown else "its own"
+    if layer.sets is not None:
+        text += f", in {layer.sets[0]} sets of {layer.sets[1]}"
+    return f"{text}; same fraction as {layer.linked}" if layer.linked else text
 
 
 def _change(before: int, after: int) -> str:

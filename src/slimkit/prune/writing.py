@@ -144,9 +144,13 @@ def _layers(
     left = {(edit.tensor, edit.dim): len(edit.keep) for edit in edits}
     sizes = {(edit.module, edit.attribute): edit.after for edit in attributes}
     owners: dict[tuple[str, int], list[str]] = {}
+    sets: dict[tuple[str, int], tuple[int, int]] = {}
     for group in groups:
         for slot in group.slots:
             owners.setdefault((slot.tensor, slot.dim), []).append(group.name)
+            if slot.width > 1:
+                sets[slot.tensor, slot.dim] = group.size, slot.width
+    linked = {group.name: group.link for group in groups if group.link not in (None, group.name)}
     for name, weight in model.named_parameters():
         path, local = owner_of(name)
         module = modules[path]
@@ -170,6 +174,8 @@ def _layers(
             inputs_kept=inputs_kept,
             groups=names,
             reason=_why(names, reasons, ran=name in ran) if kept == channels else None,
+            sets=sets.get((name, out_dim)) if len(names) == 1 else None,
+            linked=next((linked[n] for n in names if n in linked), None),
         )
 
 
