@@ -23,6 +23,7 @@ MIXING: set[str] = {
     "aten.convolution",
     "aten.dot",
     "aten.linear",
+    "aten.mkldnn_rnn_layer",
     "aten.linalg_vector_norm",
     "aten.mm",
     "aten.mv",
@@ -255,6 +256,19 @@ def linear(tracker: ChannelTracker, op: Op) -> None:
     if len(op.inputs) > 2:
         tracker.tie(out, tracker.parameter_dim(op.inputs[2], 0, "vector"))
     tracker.set_dims(op.outputs[0], [*dims[:-1], out])
+
+
+@rule("aten.mkldnn_rnn_layer")
+def recurrent(tracker: ChannelTracker, op: Op) -> None:
+    """One direction of a recurrent layer: input channels can go, its own state stays."""
+    x, to_gates, *rest = op.inputs
+    tracker.tie(tracker.parameter_dim(to_gates, 1, "consumer"), tracker.dims(x)[-1])
+    reason = f"they hold the state of {where(op)}"
+    tracker.freeze(tracker.parameter_dim(to_gates, 0), reason)
+    for value in rest:
+        tracker.freeze_value(value, reason)
+    for value in op.outputs:
+        tracker.set_dims(value, [reason] * len(tracker.shape(value)))
 
 
 @rule("aten.embedding")

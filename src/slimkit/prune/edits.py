@@ -282,5 +282,7 @@ def _sliced(old: Tensor, edits: Iterable[Edit]) -> Tensor:
 def _replace(module: nn.Module, local: str, new: Tensor) -> None:
     if isinstance(new, nn.Parameter):
         module._parameters[local] = new
+        if isinstance(module, nn.RNNBase):  # keeps its weights in a list, too
+            setattr(module, local, new)
     else:
         module._buffers[local] = new
