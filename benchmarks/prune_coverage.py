@@ -174,7 +174,8 @@ def failure(record: dict[str, Any]) -> str:
 
 def run(model: nn.Module, example: Any) -> list[torch.Tensor]:
     """All tensors of the output, on the same random numbers."""
-    from slimkit.graph.capturing import own_inputs, tensors_in
+    from slimkit.graph.capturing import tensors_in
+    from slimkit.graph.isolation import own_inputs
 
     torch.manual_seed(3)
     with torch.no_grad():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from slimkit.graph.addressing import AddressMode, function_name
 from slimkit.graph.capturing import Call, Graph, Op, Ref, TensorInfo, capture
-from slimkit.graph.channels import rule, track
-from slimkit.graph.equivalence import Equivalence, check_equivalence, masked_outputs
+from slimkit.graph.channels import rule
+from slimkit.graph.equivalence import Equivalence, check_equivalence
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.groups import Group, Slot, dependency_groups
+from slimkit.graph.masking import masked_outputs
 from slimkit.graph.patterns import match_modules
+from slimkit.graph.tracking import track
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 
 __all__ = [

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from slimkit.graph.capturing import Call, Graph, Op, Ref
 from slimkit.graph.groups import Role
@@ -33,15 +31,12 @@ __all__ = [
     "ParameterDim",
     "Rule",
     "rule",
-    "track",
 ]
 
 AtomArray = npt.NDArray[np.int64]
 Dim = AtomArray | str
 """The atoms along a dimension, or why its size is fixed ("it is part of the model's input")."""
 
-_ROUNDS = 8
-"""How often other choices are tried."""
 SPATIAL = "it is a batch, spatial or sequence dimension"
 FREE = "it is as large as what it meets"
 """A dimension of equal values that PyTorch itself expanded: it fixes and ties nothing."""
@@ -404,62 +399,6 @@ def where(source: Op | Call) -> str:
     """A place for people: ``"view of layer1.0"``."""
     name = source.function if isinstance(source, Call) else rule_name(source)
     return f"{name} of {source.module}" if source.module else f"{name} of the model itself"
-
-
-def track(graph: Graph, model: nn.Module) -> ChannelTracker:
-    """Run all rules over the graph of a model.
-
-    Where channels are split into heads × channels per head, either could shrink. If the first
-    choice turns out to be impossible (its size meets one that cannot change), the pass is
-    repeated with the other, for all modules of that class at once.
-    """
-    from slimkit.graph import rules, rules_join, rules_norm, rules_view  # noqa: F401 - they fill RULES
-    from slimkit.graph.components import components
-
-    adjustable = frozenset(
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, _ConvNd)
-        or (isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None)
-    )
-    kernels = frozenset(
-        f"{path}.weight" for path, module in model.named_modules() if isinstance(module, _ConvNd)
-    )
-    classes = {path: type(module).__name__ for path, module in model.named_modules()}
-
-    def run(avoided: Mapping[Kind, frozenset[int]]) -> tuple[ChannelTracker, list[Choice]]:
-        tracker = ChannelTracker(graph, adjustable, kernels, classes, avoided)
-        tracker.run()
-        if not tracker.choices:
-            return tracker, []
-        found = components(tracker)
-        return tracker, [c for c in tracker.choices.values() if found.stuck(c.atoms)]
-
-    avoided: dict[Kind, frozenset[int]] = {}
-    tracker, stuck = run(avoided)
-    tried: set[frozenset[tuple[Kind, int]]] = set()
-    for _ in range(_ROUNDS):
-        flips = next((f for f in _flips(stuck) if f not in tried), None)
-        if flips is None:
-            break
-        tried.add(flips)
-        other = dict(avoided)
-        for kind, axis in flips:
-            other[kind] = other.get(kind, frozenset()) | {axis}
-        second, second_stuck = run(other)
-        if len(second_stuck) < len(stuck):
-            avoided, tracker, stuck = other, second, second_stuck
-    return tracker
-
-
-def _flips(stuck: Sequence[Choice]) -> list[frozenset[tuple[Kind, int]]]:
-    """Choices to make otherwise: all that are stuck, those of each class of module, each alone."""
-    able = [(choice.kind, choice.axis) for choice in stuck if choice.others]
-    classes = dict.fromkeys(kind[0] for kind, _ in able)
-    sets = [frozenset(able)]
-    sets += [frozenset(flip for flip in able if flip[0][0] == name) for name in classes]
-    sets += [frozenset([flip]) for flip in dict.fromkeys(able)]
-    return [flips for flips in dict.fromkeys(sets) if flips]
 
 
 def refs(argument: Any) -> list[int]:

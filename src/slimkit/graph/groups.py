@@ -134,7 +134,7 @@ def dependency_groups(graph: Graph, model: nn.Module) -> list[Group]:
     Returns:
         Groups in the order in which their first layers run.
     """
-    from slimkit.graph.channels import track
+    from slimkit.graph.tracking import track
 
     return groups_of(track(graph, model))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from slimkit.errors import DataError, InputError, SlimkitError
-from slimkit.graph.capturing import undisturbed
+from slimkit.graph.isolation import undisturbed
 from slimkit.inputs import Inputs
 
 __all__ = [
