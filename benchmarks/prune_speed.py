@@ -183,7 +183,7 @@ def comparison(run: Runner, names: list[str], repeats: int) -> str:
     rest = [str(row[0]) for _, row in rows[SLOWEST:]]
     notes = [f"The {SLOWEST} of {len(rows)} networks on which Torch-Pruning is slowest."]
     if rest:
-        notes.append(f"It is faster on {', '.join(rest)}.")
+        notes.append(f"It takes less time for {', '.join(rest)}.")
     if failed:
         notes.append(f"Not compared: {'; '.join(failed)}.")
     return f"## Beside Torch-Pruning\n\n{table}\n\n{' '.join(notes)}"
