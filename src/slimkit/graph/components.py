@@ -118,20 +118,16 @@ def _tracked_ints(argument: Any) -> Iterator[TrackedInt]:
 
 
 def _connected(count: int, edges: list[tuple[AtomArray, AtomArray]]) -> AtomArray:
-    """Smallest member of each connected component, by hooking and pointer jumping."""
-    parent = np.arange(count)
+    """Smallest member of each connected component."""
     if not edges:
-        return parent
+        return np.arange(count)
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     left = np.concatenate([first for first, _ in edges])
     right = np.concatenate([second for _, second in edges])
-    while left.size:
-        low, high = np.minimum(parent[left], parent[right]), np.maximum(parent[left], parent[right])
-        open_ = low != high
-        left, right, low, high = left[open_], right[open_], low[open_], high[open_]
-        np.minimum.at(parent, high, low)
-        while True:
-            grand = parent[parent]
-            if np.array_equal(grand, parent):
-                break
-            parent = grand
-    return parent
+    ties = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
+    number, component = connected_components(ties, directed=False)
+    smallest = np.zeros(number, dtype=np.int64)
+    smallest[component[::-1]] = np.arange(count)[::-1]  # the last assignment holds
+    return np.asarray(smallest[component])

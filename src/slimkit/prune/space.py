@@ -297,6 +297,8 @@ def _unit_of(linked: Sequence[Group], allowed: Mapping[str, Sequence[int]]) -> U
     lead = max(linked, key=lambda group: group.size)
     choices = [frozenset(allowed[group.name]) for group in linked]
     numbers = [value for group in linked for _, _, value in group.attributes]
+    if len(linked) == 1 and not numbers:
+        return Unit(lead.name, lead.size, (lead.name,), tuple((n,) for n in allowed[lead.name]))
     levels = []
     for count in allowed[lead.name]:
         if any(count * number % lead.size for number in numbers):
