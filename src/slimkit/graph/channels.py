@@ -10,6 +10,7 @@ and linear in the number of positions.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slimkit.graph.capturing import Call, Graph, Op, Ref
+from slimkit.graph.disjoint import DisjointSets
 from slimkit.graph.groups import Role
 from slimkit.graph.sizes import Powers, TrackedInt
 
@@ -126,7 +128,7 @@ class ChannelTracker:
 
     Attributes:
         failed: operators whose rule could not read their arguments; treated as unknown.
-        edges: pairs of arrays of atoms that leave together, one by one.
+        sets: which atoms leave together.
         frozen: atoms that cannot leave, and the number of the reason.
         claims: (call, size, atoms or None, place): dimensions with a size from the code.
         links: dimensions that stay equally large.
@@ -146,18 +148,22 @@ class ChannelTracker:
         self.classes = classes or {}
         self.avoided = avoided or {}
         self.adjustable = adjustable
-        self.count = 0
+        self.sets = DisjointSets()
         self.parameter_dims: dict[tuple[int, int], ParameterDim] = {}
         self.reasons: list[str] = []
         self.failed: list[Op] = []
         self._dims: dict[int, list[Dim]] = {}
-        self.edges: list[tuple[AtomArray, AtomArray]] = []
         self.frozen: list[tuple[AtomArray, int]] = []
         self.claims: list[tuple[int, TrackedInt, AtomArray | None, str]] = []
         self.links: list[tuple[list[AtomArray], str]] = []
         self.choices: dict[int, Choice] = {}
         self._owners: list[ParameterDim] = []
         self._starts: list[int] = []
+
+    @property
+    def count(self) -> int:
+        """How many atoms there are."""
+        return self.sets.size
 
     # --- what rules read ---------------------------------------------------------------
 
@@ -202,23 +208,20 @@ class ChannelTracker:
         held = self.parameter_dims.get((value, dim))
         if held is None:
             held = ParameterDim(info.name, dim, self.count, info.shape[dim])
-            self._hold((value, dim), held)
+            self.parameter_dims[value, dim] = held
+            self._hold(held)
         held.role = role or held.role
         return np.arange(held.start, held.start + held.size)
 
-    def _hold(self, key: tuple[int, int], held: ParameterDim) -> None:
-        self.parameter_dims[key] = held
+    def _hold(self, held: ParameterDim) -> None:
         self._owners.append(held)
         self._starts.append(held.start)
-        self.count += held.size
+        self.sets.grow(held.size)
 
     def fresh(self, size: int, reason: str) -> AtomArray:
         """New atoms that no parameter owns, frozen for ``reason``."""
         atoms = np.arange(self.count, self.count + size)
-        nobody = ParameterDim("", 0, self.count, size)
-        self._owners.append(nobody)
-        self._starts.append(nobody.start)
-        self.count += size
+        self._hold(ParameterDim("", 0, self.count, size))
         self.freeze(atoms, reason)
         return atoms
 
@@ -260,20 +263,20 @@ class ChannelTracker:
             if second != FREE:
                 self.freeze(first, second)
         elif first is not second and not np.array_equal(first, second):
-            self.edges.append((first, second))
+            self.sets.join(first, second)
 
     def tie_columns(self, atoms: AtomArray) -> None:
         """For an array ``(rows, positions)``: position ``k`` of all rows leaves together."""
         if len(atoms) > 1:
             first = np.broadcast_to(atoms[:1], atoms[1:].shape)
-            self.edges.append((first.ravel(), atoms[1:].ravel()))
+            self.sets.join(first.ravel(), atoms[1:].ravel())
 
     def freeze(self, dim: Dim, reason: str) -> None:
         """None of these atoms can leave."""
         if not isinstance(dim, str) and dim.size:
             if not self.reasons or self.reasons[-1] != reason:
                 self.reasons.append(reason)
-            self.frozen.append((np.unique(dim), len(self.reasons) - 1))
+            self.frozen.append((dim, len(self.reasons) - 1))
 
     def freeze_value(self, value: int, reason: str) -> None:
         """No dimension of this tensor can shrink."""
@@ -285,12 +288,20 @@ class ChannelTracker:
 
     def mark(self, dim: Dim, role: Role | None) -> None:
         """Say what the parameters behind these atoms do for their channels."""
-        if isinstance(dim, str) or role is None:
+        if isinstance(dim, str) or role is None or not dim.size:
             return
-        for owner in np.unique(np.searchsorted(self._starts, dim, side="right") - 1):
+        for owner in self._owners_of(dim):
             # Atoms of an activation are those of its producer, which stays one when it is read.
             if role != "consumer" or self._owners[owner].role != "producer":
                 self._owners[owner].role = role
+
+    def _owners_of(self, atoms: AtomArray) -> list[int]:
+        first, last = (bisect_right(self._starts, end) - 1 for end in (atoms.min(), atoms.max()))
+        if first == last:
+            return [first]
+        starts = np.asarray(self._starts[first : last + 1])
+        inside = np.searchsorted(starts, atoms, side="right") - 1 + first
+        return np.flatnonzero(np.bincount(inside)).tolist()
 
     def claim(self, op: Op, size: object, dim: Dim, what: str) -> None:
         """A result has the dimension ``dim``, and the model's code gave its size as ``size``.
@@ -317,8 +328,9 @@ class ChannelTracker:
         distinct = dim if len(dim) == value else dim[np.sort(first)]
         if len(distinct) == value:
             held = ParameterDim(f"{path}:{name}", 0, self.count, value, "size")
-            self._hold(origin, held)
-            self.edges.append((np.arange(held.start, held.start + value), distinct))
+            self.parameter_dims[origin] = held
+            self._hold(held)
+            self.sets.join(distinct, np.arange(held.start, held.start + value))
 
     def link(self, dims: Sequence[Dim], what: str) -> None:
         """Dimensions of equal size stay equally large, though each loses its own channels."""

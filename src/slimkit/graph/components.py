@@ -47,15 +47,17 @@ def components(tracker: ChannelTracker) -> Components:
     """Solve everything that the rules said."""
     claims, conditions = _conditions(tracker)
     count = tracker.count
-    labels = _connected(count, tracker.edges)
+    labels = tracker.sets.labels()
 
     def labelled(powers: list[tuple[AtomArray, int]]) -> list[tuple[Nodes, int]]:
         return [(count - 1 - n if n[0] < 0 else labels[n], power) for n, power in powers]
 
-    frozen: dict[int, str] = {}
-    for atoms, number in tracker.frozen:
-        for label in np.unique(labels[atoms]).tolist():
-            frozen.setdefault(label, tracker.reasons[number])
+    reasons = np.full(count, -1)
+    for atoms, number in reversed(tracker.frozen):  # the reason given first holds
+        reasons[labels[atoms]] = number
+    stay = np.flatnonzero(reasons >= 0)
+    given = zip(stay.tolist(), reasons[stay].tolist(), strict=True)
+    frozen = {label: tracker.reasons[number] for label, number in given}
     equal = [Claim(labels[dim], labelled(powers), reason) for powers, dim, reason in claims]
     for parts, what in tracker.links:
         first, reason = labels[parts[0]], f"its size must be that of another part in {what}"
@@ -115,19 +117,3 @@ def _tracked_ints(argument: Any) -> Iterator[TrackedInt]:
         yield from _tracked_ints(list(argument.values()))
     elif isinstance(argument, slice):
         yield from _tracked_ints((argument.start, argument.stop, argument.step))
-
-
-def _connected(count: int, edges: list[tuple[AtomArray, AtomArray]]) -> AtomArray:
-    """Smallest member of each connected component."""
-    if not edges:
-        return np.arange(count)
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    left = np.concatenate([first for first, _ in edges])
-    right = np.concatenate([second for _, second in edges])
-    ties = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
-    number, component = connected_components(ties, directed=False)
-    smallest = np.zeros(number, dtype=np.int64)
-    smallest[component[::-1]] = np.arange(count)[::-1]  # the last assignment holds
-    return np.asarray(smallest[component])

@@ -151,14 +151,11 @@ def groups_of(tracker: ChannelTracker) -> list[Group]:
     owner = np.repeat(np.arange(len(owners)), [o.size for o in owners])
     position = np.concatenate([np.arange(o.size) for o in owners])
     label = np.concatenate([found.labels[o.start : o.start + o.size] for o in owners])
-    sets, component = np.unique(label, return_inverse=True)
+    held = np.bincount(label) > 0
+    sets, component = np.flatnonzero(held), (np.cumsum(held) - 1)[label]
     kinds = _kinds(owner, component, len(owners), sets, found)
-
-    order = np.lexsort((position, component, owner, kinds[component]))
-    kind_of_row = kinds[component][order]
-    starts = np.flatnonzero(np.r_[True, kind_of_row[1:] != kind_of_row[:-1]])
     made = []
-    for rows in np.split(order, starts[1:]):
+    for rows in _sorted_rows(owner, position, component, kinds[component]):
         group = _group(owners, owner[rows], position[rows], component[rows])
         if group is not None:
             first = int(sets[component[rows[0]]])
@@ -174,6 +171,25 @@ def groups_of(tracker: ChannelTracker) -> list[Group]:
         found,
         tracker.graph.attributes,
     )
+
+
+def _sorted_rows(
+    owner: AtomArray, position: AtomArray, component: AtomArray, kind: AtomArray
+) -> list[AtomArray]:
+    """The rows of each kind, sorted by owner, component and position.
+
+    They come sorted by owner and position; mostly that is the order of the components, too.
+    """
+    small = kind.astype(np.uint16) if kind.max() < 2**16 else kind  # sorted in linear time
+    order = np.argsort(small, kind="stable")
+    kind, owner, component = kind[order], owner[order], component[order]
+    new = kind[1:] != kind[:-1]
+    falls = (component[1:] < component[:-1]) & (owner[1:] == owner[:-1]) & ~new
+    if falls.any():
+        again = np.flatnonzero(np.isin(kind, kind[1:][falls]))
+        keys = position[order[again]], component[again], owner[again], kind[again]
+        order[again] = order[again][np.lexsort(keys)]
+    return np.split(order, np.flatnonzero(new) + 1)
 
 
 def _kinds(
@@ -209,11 +225,11 @@ def _group(
         Where its first layer stands among the owners, its first position there, the group;
         ``None`` if it has no place in a tensor.
     """
-    size = len(np.unique(component))
+    parts = np.split(np.arange(len(owner)), np.flatnonzero(owner[1:] != owner[:-1]) + 1)
+    size = 1 + int(np.count_nonzero(np.diff(component[parts[0]])))  # each owner holds them all
     slots: list[tuple[bool, int, Slot]] = []
     sizes: list[Slot] = []
-    starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
-    for rows in np.split(np.arange(len(owner)), starts[1:]):
+    for rows in parts:
         index = int(owner[rows[0]])
         held = owners[index]
         role = held.role or "vector"

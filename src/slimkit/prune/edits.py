@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -270,7 +271,7 @@ def _sliced(old: Tensor, edits: Iterable[Edit]) -> Tensor:
     """A copy of what stays of ``old``, in the same memory format."""
     data = old.detach()
     for edit in edits:
-        index = torch.tensor(edit.keep, dtype=torch.long, device=data.device)
+        index = torch.from_numpy(np.asarray(edit.keep, dtype=np.int64)).to(data.device)
         data = data.index_select(edit.dim, index)
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
         data = data.contiguous(memory_format=torch.channels_last)
