@@ -1,7 +1,9 @@
 """How long pruning itself takes, how that grows with the network, and how much memory it needs.
 
 Beside Torch-Pruning, both in processes of their own, one thread, random weights: capture (or
-trace), plan and apply at 30 % of the channels, magnitude, rounded to multiples of 8::
+trace), plan and apply at 30 % of the channels, magnitude, rounded to multiples of 8. First
+Torch-Pruning is tried on every network of ``benchmarks.prune_coverage``; the two are compared on
+those of its networks that take it longest, and on some that are well known::
 
     python -m benchmarks.prune_speed
 
@@ -12,48 +14,53 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import prune_coverage
 from benchmarks.tables import ROOT, markdown, write_page
+from slimkit.inputs import as_inputs
 
 RATIO = 0.3
 SLOWEST = 12  # of those that the peer can do
-NETWORKS = (  # torchvision's with the most operators that the peer can do, and neighbours
-    *("densenet201", "densenet169", "densenet161", "densenet121"),
-    *("efficientnet_v2_l", "efficientnet_v2_m", "efficientnet_v2_s"),
-    *("efficientnet_b7", "efficientnet_b6", "efficientnet_b5", "efficientnet_b4"),
-    *("resnet152", "resnext101_32x8d", "regnet_y_16gf", "regnet_x_16gf", "inception_v3"),
+KNOWN = tuple(
+    f"torchvision:{name}"
+    for name in (
+        *("efficientnet_v2_l", "efficientnet_v2_m", "efficientnet_b7", "efficientnet_b6"),
+        *("resnet152", "resnext101_32x8d", "regnet_y_16gf", "inception_v3"),
+    )
 )
-DENSE = ("densenet121", "densenet161", "densenet169", "densenet201")
+DENSE = tuple(f"torchvision:densenet{depth}" for depth in (121, 161, 169, 201))
+LAST = (1000, 400, 21)  # classes of ImageNet, Kinetics and VOC: outputs that must stay
 DEPTHS = (12, 24, 36, 48)
 
 
 # --- one network, in a process of its own ------------------------------------------------------
 
 
-def build(name: str, size: int) -> tuple[Any, Any]:
-    """A network of torchvision, or ``vit:DEPTH``, and an image of its size."""
-    import torch
+def build(name: str) -> tuple[Any, Any]:
+    """A network of the coverage table, or ``vit:DEPTH``, and an example input."""
     import torchvision
 
+    if not name.startswith("vit:"):
+        model, example = prune_coverage.build(name)
+        return model.eval(), example
     torch.manual_seed(0)
-    if name.startswith("vit:"):
-        depth = int(name.partition(":")[2])
-        model = torchvision.models.VisionTransformer(
-            image_size=64, patch_size=8, num_layers=depth, num_heads=4, hidden_dim=256, mlp_dim=1024
-        )
-        return model.eval(), torch.randn(1, 3, 64, 64)
-    extra = {"aux_logits": False, "init_weights": False} if name == "inception_v3" else {}
-    model = torchvision.models.get_model(name, weights=None, **extra).eval()
-    side = max(size, 299) if name == "inception_v3" else size
-    return model, torch.randn(1, 3, side, side)
+    depth = int(name.partition(":")[2])
+    model = torchvision.models.VisionTransformer(
+        image_size=64, patch_size=8, num_layers=depth, num_heads=4, hidden_dim=256, mlp_dim=1024
+    )
+    return model.eval(), torch.randn(1, 3, 64, 64)
 
 
 def ours(model: Any, example: Any) -> dict[str, float]:
@@ -72,11 +79,14 @@ def peers(model: Any, example: Any) -> dict[str, float]:
     import torch_pruning as tp
     from torch import nn
 
+    inputs = as_inputs(example)
+    single = inputs.args[0] if len(inputs.args) == 1 else inputs.args
+    outputs = {nn.Linear: "out_features", nn.Conv2d: "out_channels", nn.Conv3d: "out_channels"}
     start = time.perf_counter()
-    last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+    last = [m for m in model.modules() if getattr(m, outputs.get(type(m), ""), 0) in LAST]
     pruner = tp.pruner.BasePruner(
         model,
-        example,
+        dict(inputs.kwargs) or single,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=RATIO,
         ignored_layers=last,
@@ -87,16 +97,15 @@ def peers(model: Any, example: Any) -> dict[str, float]:
     return {"plan": traced - start, "seconds": time.perf_counter() - start}
 
 
-def one(who: str, name: str, size: int) -> dict[str, Any]:
+def one(who: str, name: str) -> dict[str, Any]:
     """Time and memory of one network, after a small one has brought in all libraries."""
     import psutil
-    import torch
 
     torch.set_num_threads(1)
     method = ours if who == "ours" else peers
-    warm, example = build("resnet18", 64)
+    warm, example = build("torchvision:resnet18")
     method(warm, example)
-    model, example = build(name, size)
+    model, example = build(name)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if who == "memory":
         import slimkit as sk
@@ -109,16 +118,15 @@ def one(who: str, name: str, size: int) -> dict[str, Any]:
     params = sum(p.numel() for p in model.parameters())
     found: dict[str, Any] = method(model, example)
     with torch.no_grad():  # a network that does not run does not count
-        model(example)
+        as_inputs(example).call(model)
     fell = 1 - sum(p.numel() for p in model.parameters()) / params
     return {**found, "weights": weights, "operators": operators, "fell": fell}
 
 
 def _capture(model: Any, example: Any) -> Any:
     from slimkit.graph.capturing import capture
-    from slimkit.inputs import as_inputs
 
-    return capture(model, as_inputs(example)).ops
+    return capture(model, example).ops
 
 
 # --- all networks ------------------------------------------------------------------------------
@@ -134,7 +142,7 @@ class Runner:
     def __call__(self, who: str, name: str, repeat: int = 0) -> dict[str, Any]:
         """The record of a measurement; with ``error`` if there is no result."""
         options = self.options
-        file = options.out / f"{who}_{name.replace(':', '')}_{options.size}_{repeat}.json"
+        file = options.out / f"{who}_{name.replace(':', '_')}_{repeat}.json"
         if not file.exists():
             record = self._measured(who, name)
             file.write_text(json.dumps(record))
@@ -144,7 +152,6 @@ class Runner:
 
     def _measured(self, who: str, name: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.prune_speed", "--one", who, name]
-        command += ["--size", str(self.options.size)]
         try:
             done = subprocess.run(
                 command,
@@ -162,8 +169,62 @@ class Runner:
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def screen(folder: Path, limit: float) -> dict[str, dict[str, Any]]:
+    """Torch-Pruning on every network of the coverage table: seconds, or why not.
+
+    Each in a process forked from one that has loaded the libraries, so that hundreds of
+    networks take minutes; the networks chosen by this are measured again, in fresh processes.
+    """
+    torch.set_num_threads(1)
+    file = folder / "screen.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    warm, example = build("torchvision:resnet18")
+    peers(warm, example)
+    for name in prune_coverage.names_of(folder):
+        if name in found:
+            continue
+        found[name] = _forked(name, limit)
+        file.write_text(json.dumps(found, indent=1))
+        print(f"screen {name}: {found[name]}", flush=True)
+    return dict(found)
+
+
+def _forked(name: str, limit: float) -> dict[str, Any]:
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_screened, args=(name, send))
+    child.start()
+    send.close()
+    try:
+        if not receive.poll(limit):
+            return {"error": f"not finished in {limit:g} s"}
+        return dict(receive.recv())
+    except EOFError:
+        return {"error": "the process died"}
+    finally:
+        child.kill()
+        child.join()
+
+
+def _screened(name: str, send: Any) -> None:
+    warnings.simplefilter("ignore")
+    try:
+        model, example = build(name)
+        params = sum(p.numel() for p in model.parameters())
+        if params > prune_coverage.LARGEST:
+            send.send({"error": "larger than 150 M parameters"})
+            return
+        record = peers(model, example)
+        with torch.no_grad():
+            as_inputs(example).call(model)
+        record["fell"] = 1 - sum(p.numel() for p in model.parameters()) / params
+        send.send(record)
+    except Exception as error:  # whatever stops the peer is what the table says
+        send.send({"error": f"{type(error).__name__}: {error}".splitlines()[0][:120]})
+
+
 def comparison(run: Runner, names: list[str], repeats: int) -> str:
-    """Ours beside the peer's, in turns; the networks on which the peer is slowest."""
+    """Ours beside the peer's, in turns, sorted by the peer's time."""
     rows, failed = [], []
     for name in names:
         pairs = [(run("ours", name, r), run("torch_pruning", name, r)) for r in range(repeats)]
@@ -175,18 +236,33 @@ def comparison(run: Runner, names: list[str], repeats: int) -> str:
         theirs = statistics.median(pair[1]["seconds"] for pair in pairs)
         ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
         fell = [f"−{100 * pair['fell']:.0f} %" for pair in pairs[0]]
-        seconds = [f"{mine:.2f} s", f"{theirs:.2f} s", f"{ratio:.0f}×"]
+        seconds = [f"{mine:.2f} s", f"{theirs:.2f} s", f"{ratio:.1f}×"]
         rows.append((theirs, [name, *seconds, *fell]))
     rows.sort(key=lambda row: -row[0])
     header = ["network", "ours", "Torch-Pruning", "ratio", "parameters, ours", "Torch-Pruning"]
-    table = markdown(header, [row for _, row in rows[:SLOWEST]])
-    rest = [str(row[0]) for _, row in rows[SLOWEST:]]
-    notes = [f"The {SLOWEST} of {len(rows)} networks on which Torch-Pruning is slowest."]
-    if rest:
-        notes.append(f"It takes less time for {', '.join(rest)}.")
-    if failed:
-        notes.append(f"Not compared: {'; '.join(failed)}.")
-    return f"## Beside Torch-Pruning\n\n{table}\n\n{' '.join(notes)}"
+    table = markdown(header, [row for _, row in rows])
+    return f"{table}\n\nNot compared: {'; '.join(failed)}." if failed else table
+
+
+def beside(run: Runner, screened: dict[str, dict[str, Any]], repeats: int) -> str:
+    """The two tables beside the peer, and what it cannot do."""
+    done = {name: r["seconds"] for name, r in screened.items() if "seconds" in r}
+    larger = [name for name, r in screened.items() if r.get("error", "").startswith("larger")]
+    late = [name for name, r in screened.items() if "finished" in r.get("error", "")]
+    slowest = sorted(done, key=lambda name: -done[name])[:SLOWEST]
+    known = [name for name in KNOWN if name in done and name not in slowest]
+    counted = len(screened) - len(larger)
+    about = f"Of {counted} networks Torch-Pruning prunes {len(done)}"
+    if late:
+        about += f"; it does not finish within the time limit on {', '.join(late)}"
+    sections = [
+        "## Beside Torch-Pruning",
+        f"{about}. Of those that it prunes, the {len(slowest)} that take it longest:",
+        comparison(run, slowest, repeats),
+    ]
+    if known:
+        sections += ["Well-known networks that take it less:", comparison(run, known, repeats)]
+    return "\n\n".join(sections)
 
 
 def growth(run: Runner, depths: list[int], dense: list[str]) -> str:
@@ -198,7 +274,7 @@ def growth(run: Runner, depths: list[int], dense: list[str]) -> str:
             rows.append([name, "–", "–", found["error"]])
             continue
         seconds, operators = found["seconds"], found["operators"]
-        shown = name.replace("vit:", "ViT, depth ")
+        shown = name.replace("vit:", "ViT, depth ").removeprefix("torchvision:")
         each = f"{1e3 * seconds / operators:.2f} ms"
         rows.append([shown, str(operators), f"{seconds:.2f} s", each])
     header = ["network", "operators", "capture + plan + apply", "per operator"]
@@ -227,32 +303,28 @@ def memory(run: Runner, names: list[str]) -> str:
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=224, help="input height and width in pixels")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="of torchvision")
-    parser.add_argument("--limit", type=int, help="the first so many only (quick look)")
     parser.add_argument("--repeats", type=int, default=1, help="of each pair, taken in turns")
-    parser.add_argument("--time-limit", type=float, default=300, help="seconds per process")
+    parser.add_argument("--time-limit", type=float, default=120, help="seconds per network")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "prune-speed")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(one(*options.one, options.size)))
+        print(json.dumps(one(*options.one)))
         return
     run = Runner(options)
-    names, depths = options.networks[: options.limit], list(DEPTHS)[: options.limit]
-    dense = list(DENSE)[: options.limit]
+    screened = screen(options.out, options.time_limit)
     sections = [
-        comparison(run, names, options.repeats),
-        growth(run, depths, dense),
-        memory(run, names),
-        f"One image of {options.size} × {options.size} pixels (ViT 64 × 64, width 256), one "
+        beside(run, screened, options.repeats),
+        growth(run, list(DEPTHS), list(DENSE)),
+        memory(run, [*DENSE, *KNOWN]),
+        "One example of the size the network was made for (ViT 64 × 64 pixels, width 256), one "
         f"thread, {100 * RATIO:.0f} % of the channels of every group, random weights. Each "
-        "figure is of a process of its own, after a ResNet-18 has brought in all libraries.",
+        "figure is of a process of its own, after a ResNet-18 has brought in all libraries; "
+        f"limit {options.time_limit:g} s.",
     ]
-    flags = f" --size {options.size}" + (f" --limit {options.limit}" if options.limit else "")
-    flags += f" --repeats {options.repeats}"
+    flags = f" --repeats {options.repeats}" if options.repeats > 1 else ""
     page = write_page(
-        "prune_speed" + ("_quick" if options.limit else ""),
+        "prune_speed",
         "How long pruning takes",
         f"python -m benchmarks.prune_speed{flags}",
         sections,

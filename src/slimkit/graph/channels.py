@@ -133,6 +133,7 @@ class ChannelTracker:
         claims: (call, size, atoms or None, place): dimensions with a size from the code.
         links: dimensions that stay equally large.
         choices: operator index → which axis of a split was let shrink, of which.
+        shares: atoms whose values a softmax made shares of one.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class ChannelTracker:
         self.claims: list[tuple[int, TrackedInt, AtomArray | None, str]] = []
         self.links: list[tuple[list[AtomArray], str]] = []
         self.choices: dict[int, Choice] = {}
+        self.shares: set[int] = set()
         self._owners: list[ParameterDim] = []
         self._starts: list[int] = []
 
@@ -264,6 +266,24 @@ class ChannelTracker:
                 self.freeze(first, second)
         elif first is not second and not np.array_equal(first, second):
             self.sets.join(first, second)
+
+    def contract(self, first: Dim, second: Dim) -> None:
+        """An operator multiplies along two dimensions and adds up: they leave together.
+
+        The bins of a distribution stay where weights or constants read them: the code around
+        the network knows what they stand for, as in the box heads of Generalized Focal Loss
+        (Li et al. 2020), which turn shares into a distance.
+        """
+        self.tie(first, second)
+        if isinstance(first, str) or isinstance(second, str) or not self.shares:
+            return
+        for dim, weights in ((first, second), (second, first)):
+            if not self.shares.isdisjoint(dim.tolist()) and not self._produced(weights):
+                self.freeze(dim, "they are the bins of a distribution (softmax)")
+
+    def _produced(self, atoms: AtomArray) -> bool:
+        """Whether these are channels that some layer makes, not a layer's weights."""
+        return any(self._owners[owner].role == "producer" for owner in self._owners_of(atoms))
 
     def tie_columns(self, atoms: AtomArray) -> None:
         """For an array ``(rows, positions)``: position ``k`` of all rows leaves together."""

@@ -159,7 +159,7 @@ def _convolve(
     out_per_group = out_channels // groups
     out = tracker.parameter_dim(weight, 0, "producer")
     if groups == 1:
-        tracker.tie(tracker.parameter_dim(weight, 1, "consumer"), x)
+        tracker.contract(x, tracker.parameter_dim(weight, 1, "consumer"))
         return out
     if in_blocks(groups, in_per_group, out_per_group):
         _tie_blocks(tracker, x, out, groups)
@@ -204,7 +204,7 @@ def contract(
     tracker: ChannelTracker, first: Dim, second: Dim, *, out: tuple[Dim, ...] = ()
 ) -> None:
     """A matrix product adds up over a dimension of both; ``out`` are the second's others."""
-    tracker.tie(first, second)
+    tracker.contract(first, second)
     tracker.mark(second, "consumer")
     for dim in out:
         tracker.mark(dim, "producer")
@@ -251,7 +251,7 @@ def linear(tracker: ChannelTracker, op: Op) -> None:
     """Back-ends that keep ``F.linear`` whole; elsewhere it is a matrix product."""
     x, weight = op.inputs[:2]
     dims = tracker.dims(x)
-    tracker.tie(tracker.parameter_dim(weight, 1, "consumer"), dims[-1])
+    tracker.contract(dims[-1], tracker.parameter_dim(weight, 1, "consumer"))
     out = tracker.parameter_dim(weight, 0, "producer")
     if len(op.inputs) > 2:
         tracker.tie(out, tracker.parameter_dim(op.inputs[2], 0, "vector"))

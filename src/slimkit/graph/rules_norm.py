@@ -89,7 +89,11 @@ def group_norm(tracker: ChannelTracker, op: Op) -> None:
 @rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax")
 def softmax(tracker: ChannelTracker, op: Op) -> None:
     """Exponentials over their sum: over those that stay, when channels leave."""
-    tracker.set_dims(op.outputs[0], tracker.dims(op.inputs[0]))
+    dims = tracker.dims(op.inputs[0])
+    over = dims[tracker.arguments(op)["dim"]]
+    if not isinstance(over, str):
+        tracker.shares.update(over.tolist())
+    tracker.set_dims(op.outputs[0], dims)
 
 
 @rule("aten.cumsum", "aten.cumprod", "aten.sort", "aten.flip", "aten.topk")

@@ -115,7 +115,9 @@ def _note(layer: LayerChange, members: Mapping[str, Sequence[str]]) -> str:
     text = f"with {', '.join(shown)}{more}" if shown else "its own"
     if layer.sets is not None:
         text += f", in {layer.sets[0]} sets of {layer.sets[1]}"
-    return f"{text}; same fraction as {layer.linked}" if layer.linked else text
+    if layer.linked in layer.groups:
+        return f"{text}; its parts keep the same fraction"
+    return f"{text}; same fraction as {layer.linked}" if layer.linked not in (None, *tied) else text
 
 
 def _change(before: int, after: int) -> str:
