@@ -6,6 +6,9 @@ Every finished arm is a JSON file in ``runs/prune-quality``, and an interrupted 
 where it was::
 
     python -m benchmarks.prune_quality --seeds 0 1
+
+What ``--ours`` should be is chosen on training images that are held out (``--validation 5000``,
+another ``--out``), never on the test images.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ def data(options: argparse.Namespace) -> Splits:
             source="parquet:cifar10",
             batch_size=128,
             eval_batch_size=500,
-            validation=0,
+            validation=options.validation,
             augment={"crop": 4, "flip": True},  # type: ignore[arg-type]
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2470, 0.2435, 0.2616),
@@ -141,14 +144,15 @@ def run_arm(arm: str, seed: int, splits: Splits, options: argparse.Namespace) ->
     elif arm != "dense":
         prune_peer(model, options)
     pruning = time.perf_counter() - start
-    at_once = task.evaluate(model, splits.test)["accuracy"]
+    images = splits.validation if options.validation else splits.test
+    at_once = task.evaluate(model, images)["accuracy"]
     training = train(model, splits, seed, arm, options)
     costs = sk.profile(model, EXAMPLE)
     return {
         "arm": arm,
         "seed": seed,
         "settings": settings_of(options),
-        "accuracy": task.evaluate(model, splits.test)["accuracy"],
+        "accuracy": task.evaluate(model, images)["accuracy"],
         "before_recovery": at_once,
         "macs": costs.macs,
         "params": costs.params,
@@ -161,7 +165,7 @@ def run_arm(arm: str, seed: int, splits: Splits, options: argparse.Namespace) ->
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What a finished arm must agree in to be used again."""
-    names = ("factor", "epochs", "lr", "precision", "ours", "limit")
+    names = ("factor", "epochs", "lr", "precision", "ours", "limit", "validation")
     return {name: getattr(options, name) for name in names}
 
 
@@ -169,7 +173,7 @@ def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The record of every arm and seed; those that have none are run."""
     records, splits = [], None
     for seed in options.seeds:
-        for arm in ARMS:
+        for arm in options.arms:
             file = options.out / f"seed{seed}" / f"{arm}.json"
             if file.exists():
                 record = json.loads(file.read_text())
@@ -192,9 +196,9 @@ def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
 def table(records: list[dict[str, Any]]) -> str:
     """A row per arm; differences are paired by seed."""
     rows = []
+    dense = [r for r in records if r["arm"] == "dense"]
     for arm, title in ARMS.items():
         own = [r for r in records if r["arm"] == arm]
-        dense = [r for r in records if r["arm"] == "dense"]
         drop = [r["accuracy"] - d["accuracy"] for r, d in zip(own, dense, strict=True)]
         rows.append(
             [
@@ -222,8 +226,12 @@ def main() -> None:
     parser.add_argument("--ours", default=OURS, help="settings of a prune stage, as YAML")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "prune-quality")
     parser.add_argument("--limit", type=int, help="images per split (quick look)")
+    parser.add_argument("--validation", type=int, default=0, help="images held out, to choose by")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     options = parser.parse_args()
     records = finished(options)
+    if options.validation or set(options.arms) < set(ARMS):
+        return  # to choose by, not to show
     quick = options.limit or options.epochs < 1
     page = write_page(
         "prune_quality" + ("_quick" if quick else f"_{options.factor:g}".replace(".", "_")),
