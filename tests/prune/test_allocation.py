@@ -40,6 +40,7 @@ def test_global_does_not_see_the_scale_of_a_group():
     groups = groups_of(a=4, b=4)
     scores = {"a": torch.tensor([1.0, 2, 3, 4]), "b": torch.tensor([1000.0, 2000, 3000, 4000])}
     assert proposed(GlobalRanking(), groups, scores, 0.5) == {"a": 2, "b": 2}
+    assert proposed(GlobalRanking(relative=False), groups, scores, 0.5) == {"a": 1, "b": 3}
 
 
 def test_global_never_takes_more_than_its_bound_from_a_group():

@@ -349,3 +349,15 @@ def test_curves_survive_a_file(tmp_path):
     curves = measured(space_of(), ratios=(0.3, 0.6))
     curves.save(tmp_path / "curves.json")
     assert SensitivityCurves.load(tmp_path / "curves.json") == curves
+
+
+def test_a_plan_names_the_method_and_no_file(tmp_path):
+    plan = sk.prune.plan(
+        network(),
+        IMAGE,
+        ratio=0.5,
+        round_to=1,
+        allocation=Sensitivity(file=tmp_path / "curves.json", ratios=(0.5,)),
+        evaluate=score,
+    )
+    assert plan.settings["allocation"] == "Sensitivity(ratios=(0.5,))"

@@ -187,6 +187,19 @@ def test_frozen_batch_norm_keeps_its_statistics(network: nn.Sequential, data: Ar
     assert not torch.equal(network[1].running_mean, before)
 
 
+def test_smaller_images_train_and_whole_ones_are_evaluated(data: ArrayLoader) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    network.append(nn.Linear(16, 4))
+    seen: dict[bool, set[tuple[int, ...]]] = {True: set(), False: set()}
+    network[0].register_forward_pre_hook(
+        lambda module, inputs: seen[module.training].add(tuple(inputs[0].shape[2:]))
+    )
+    size = next(iter(data))[0].shape[-1]
+    settings = FP32.model_copy(update={"image_size": size // 2})
+    train(network, data, settings, evaluate=lambda m: ClassificationTask().evaluate(m, data))
+    assert seen == {True: {(size // 2, size // 2)}, False: {(size, size)}}
+
+
 def test_tuples_and_mappings_are_arguments() -> None:
     class Adding(nn.Module):
         def __init__(self) -> None:

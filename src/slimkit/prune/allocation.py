@@ -62,18 +62,19 @@ def uniform(space: PruneSpace, _target: Target) -> Proposal:
 class GlobalRanking:
     """One ranking over the channels of all groups; the lowest-scored fraction goes.
 
-    Scores are divided by the mean of their group, so that layers of different width and
-    scale compete on equal terms.
-
     Attributes:
         max_fraction: at most this part of a group goes, so that no layer dies.
+        relative: divide scores by the mean of their group, so that layers of different width
+            and scale compete on equal terms. False takes them as they are, which fits criteria
+            that estimate what the loss suffers (Taylor, group Fisher, OBD).
     """
 
     max_fraction: float = 0.9
+    relative: bool = True
 
     def __call__(self, space: PruneSpace, _target: Target) -> Proposal:
         """Rank the channels of all groups."""
-        return _ranked([space.groups], space.scores, self.max_fraction, relative=True)
+        return _ranked([space.groups], space.scores, self.max_fraction, self.relative)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class IsomorphicRanking:
         kinds: dict[object, list[Group]] = {}
         for group in space.groups:
             kinds.setdefault(_structure(group, modules), []).append(group)
-        return _ranked(list(kinds.values()), space.scores, self.max_fraction, relative=False)
+        return _ranked(list(kinds.values()), space.scores, self.max_fraction, False)
 
 
 def _structure(group: Group, modules: Mapping[str, object]) -> tuple[object, ...]:
@@ -120,7 +121,6 @@ def _ranked(
     competitions: Sequence[Sequence[Group]],
     scores: Mapping[str, Tensor],
     max_fraction: float,
-    *,
     relative: bool,
 ) -> Callable[[float], dict[str, float]]:
     """The lowest-scored fraction of each competition goes."""

@@ -7,8 +7,9 @@ ratios, so that on its own metric it never ends worse than they do.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,15 +36,22 @@ if TYPE_CHECKING:
     from slimkit.prune.space import Proposal, PruneSpace
     from slimkit.search.parameters import Parameters
 
-__all__ = ["Annealing", "Evolution", "Genetic", "Recover", "evolve"]
+__all__ = [
+    "Annealing",
+    "Evolution",
+    "EvolutionaryAllocation",
+    "Genetic",
+    "Recover",
+    "evolve",
+]
 
 Recover = Callable[[nn.Module], object]
 """Changes a pruned network in place before it is evaluated; what it returns is not used."""
 
 
 @dataclass(frozen=True)
-class Annealing:
-    """Simulated annealing over one removal ratio per unit, as PaddleSlim's automatic pruner.
+class EvolutionaryAllocation(ABC):
+    """A search over one removal ratio per unit; what :class:`Annealing` and :class:`Genetic` share.
 
     Needs ``evaluate``, which is called once per trial. With a latency target candidates are
     compared at equal MACs, and the best one is then fitted to the latency.
@@ -55,28 +63,28 @@ class Annealing:
         start: allocations (or their names) that are tried first, after uniform.
         recover: called with every pruned network before it is evaluated, for example to
             re-estimate its batch-norm statistics.
-        temperature: at the start, in units of the range of the metric so far.
-        decay: factor on the temperature per trial.
         width: how far a ratio moves at most, as part of what a unit can lose.
         max_failures: evaluations that may fail before the search gives up.
     """
 
     trials: int = 100
     seed: int = 0
-    storage: PathLike | None = None
+    storage: PathLike | None = field(default=None, repr=False)  # a place, no part of the method
     start: str | Allocation | Sequence[str | Allocation] = ()
     recover: Recover | None = None
-    temperature: float = 0.1
-    decay: float = 0.85
     width: float = 1.0
     max_failures: int = 10
+
+    @abstractmethod
+    def sampler(self) -> Sampler:
+        """Where the next candidate comes from."""
 
     def __call__(self, space: PruneSpace, target: Target) -> Proposal:
         """Search, and propose the best candidate."""
         return evolve(
             space,
             target,
-            AnnealingSampler(self.temperature, self.decay, width=self.width),
+            self.sampler(),
             trials=self.trials,
             seed=self.seed,
             storage=self.storage,
@@ -88,59 +96,46 @@ class Annealing:
 
 
 @dataclass(frozen=True)
-class Genetic:
-    """A genetic search over one removal ratio per unit.
+class Annealing(EvolutionaryAllocation):
+    """Simulated annealing, as PaddleSlim's automatic pruner; see :class:`EvolutionaryAllocation`.
 
-    Like :class:`Annealing`; the population grows from the allocations it starts from, see
+    Attributes:
+        temperature: at the start, in units of the range of the metric so far.
+        decay: factor on the temperature per trial.
+    """
+
+    temperature: float = 0.1
+    decay: float = 0.85
+
+    def sampler(self) -> Sampler:
+        """A neighbour of the current network, which may replace it though it is worse."""
+        return AnnealingSampler(self.temperature, self.decay, width=self.width)
+
+
+@dataclass(frozen=True)
+class Genetic(EvolutionaryAllocation):
+    """A genetic search; see :class:`EvolutionaryAllocation`.
+
+    The population grows from the allocations it starts from; see
     :class:`~slimkit.search.samplers.GeneticSampler`.
 
     Attributes:
-        trials: networks that are evaluated, those of an earlier run in ``storage`` included.
-        seed: of everything random.
-        storage: journal that records every trial and from which a killed search goes on.
-        start: allocations (or their names) that are tried first, after uniform.
-        recover: called with every pruned network before it is evaluated.
         population: the best networks, from which new ones descend.
         tournament: members drawn per parent, of which the best wins.
         crossover: probability of two parents.
         mutation: probability that a ratio changes; None for one per network on average.
-        width: how far a ratio moves at most, as part of what a unit can lose.
-        max_failures: evaluations that may fail before the search gives up.
     """
 
-    trials: int = 100
-    seed: int = 0
-    storage: PathLike | None = None
-    start: str | Allocation | Sequence[str | Allocation] = ()
-    recover: Recover | None = None
     population: int = 20
     tournament: int = 3
     crossover: float = 0.9
     mutation: float | None = None
-    width: float = 1.0
-    max_failures: int = 10
 
-    def __call__(self, space: PruneSpace, target: Target) -> Proposal:
-        """Search, and propose the best candidate."""
-        return evolve(
-            space,
-            target,
-            GeneticSampler(
-                self.population,
-                self.tournament,
-                self.crossover,
-                self.mutation,
-                self.width,
-                random=0,
-            ),
-            trials=self.trials,
-            seed=self.seed,
-            storage=self.storage,
-            start=self.start,
-            recover=self.recover,
-            max_failures=self.max_failures,
-            progress=space.progress,
-        ).proposal
+    def sampler(self) -> Sampler:
+        """A child of two of the best networks."""
+        return GeneticSampler(
+            self.population, self.tournament, self.crossover, self.mutation, self.width, random=0
+        )
 
 
 @dataclass(frozen=True)
@@ -181,7 +176,7 @@ def evolve(
         seed: of everything random.
         storage: journal to record in and to resume from.
         start: allocations or their names, tried after uniform.
-        recover: see :class:`Annealing`.
+        recover: see :class:`EvolutionaryAllocation`.
         max_failures: evaluations that may fail.
         progress: show progress on standard error.
 

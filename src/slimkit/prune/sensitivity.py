@@ -12,7 +12,7 @@ import copy
 import math
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +21,10 @@ import torch
 
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError, PlanError
+from slimkit.progress import ProgressDisplay
 from slimkit.prune.curves import SensitivityCurves
 from slimkit.prune.fitting import rounded
 from slimkit.prune.targets import is_number
-from slimkit.search.progress import Display
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -53,8 +53,8 @@ class Sensitivity:
     """
 
     ratios: Sequence[float] = RATIOS
-    file: PathLike | None = None
-    workers: int = 1
+    file: PathLike | None = field(default=None, repr=False)  # places, no part of the method
+    workers: int = field(default=1, repr=False)
 
     def __call__(self, space: PruneSpace, _target: Target) -> Proposal:
         """Measure what is missing, and propose."""
@@ -109,7 +109,7 @@ def measure_sensitivity(
         _check_able(space, workers)
     with (
         _values(space, todo, min(workers, len(todo))) as values,
-        Display(len(todo), 0, label="sensitivity", enabled=progress) as show,
+        ProgressDisplay(len(todo), 0, label="sensitivity", enabled=progress) as show,
     ):
         for done, (point, value) in enumerate(values, 1):
             if point.unit:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from slimkit.errors import InputError, SlimkitError, nearest
+from slimkit.progress import ProgressDisplay
 from slimkit.search.parameters import (
     Parameters,
     SearchSpace,
@@ -26,7 +27,6 @@ from slimkit.search.parameters import (
     checked_parameters,
     checked_space,
 )
-from slimkit.search.progress import Display
 from slimkit.search.samplers import SAMPLERS, Sampler
 from slimkit.search.storage import Record, open_record
 from slimkit.search.values import (
@@ -157,7 +157,7 @@ def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a defaul
     run = functools.partial(_attempted, evaluate)
     with (
         open_record(storage, known, direction, settings) as record,
-        Display(trials, len(record.trials), label=label, enabled=progress) as show,
+        ProgressDisplay(trials, len(record.trials), label=label, enabled=progress) as show,
     ):
         loop = _Loop(record, proposing, direction, objective, settings, max_failures)
         loop.check_failures()

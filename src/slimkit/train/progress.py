@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar in a terminal, one line per epoch elsewhere."""
+"""What a person sees of a training, and what TensorBoard gets."""
 
 from __future__ import annotations
 
@@ -6,83 +6,34 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from slimkit.progress import ProgressDisplay
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rich.console import Console
-    from rich.progress import Progress
-
-__all__ = ["Display", "Scalars"]
+__all__ = ["Scalars", "TrainingDisplay"]
 
 
-class Display:
-    """Progress on standard error.
-
-    Args:
-        total: steps of the run.
-        done: steps done before it was resumed.
-        label: what is being trained.
-        enabled: False shows nothing.
-    """
+class TrainingDisplay(ProgressDisplay):
+    """Progress of a training: the bar moves by steps, results come by epochs."""
 
     def __init__(self, total: int, done: int, *, label: str, enabled: bool) -> None:
-        from rich.console import Console
+        fields = ("loss", "metric", "speed")
+        super().__init__(total, done, label=label, enabled=enabled, fields=fields)
 
-        self._console = Console(stderr=True)
-        self._enabled = enabled
-        self._label = label
-        self._bar: Progress | None = None
-        if enabled and self._console.is_terminal:
-            self._bar = _bar(self._console)
-            self._task = self._bar.add_task(
-                label, total=total, completed=done, loss="", metric="", speed=""
-            )
-
-    def __enter__(self) -> Display:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def step(self, done: int, loss: float, images_per_second: float) -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=done,
-                loss=f"loss {loss:.3f}",
-                speed=f"{images_per_second:,.0f} img/s",
-            )
+    def batch(self, done: int, loss: float, images_per_second: float) -> None:
+        """A step was taken."""
+        speed = f"{images_per_second:,.0f} img/s"
+        self.update(done, loss=f"loss {loss:.3f}", speed=speed)
 
     def epoch(self, record: Mapping[str, Any], epochs: float) -> None:
         """Show the result of an epoch."""
         metrics = " ".join(f"{name} {value:.2f}" for name, value in record["metrics"].items())
-        if self._bar is not None:
-            self._bar.update(self._task, metric=metrics)
-        elif self._enabled:
-            self._console.print(
-                f"{self._label} epoch {record['epoch'] + 1}/{epochs:g} loss {record['loss']:.4f} "
-                f"{metrics} {record['images_per_second']:,.0f} img/s {record['seconds']:.1f} s",
-                highlight=False,
-                soft_wrap=True,
-            )
-
-
-def _bar(console: Console) -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    fields = [TextColumn("{task.fields[" + name + "]}") for name in ("loss", "metric", "speed")]
-    return Progress(*columns, *fields, Remaining(), console=console)
+        self.update(metric=metrics)
+        self.line(
+            f"epoch {record['epoch'] + 1}/{epochs:g} loss {record['loss']:.4f} "
+            f"{metrics} {record['images_per_second']:,.0f} img/s {record['seconds']:.1f} s"
+        )
 
 
 class Scalars:

@@ -31,7 +31,8 @@ from slimkit.train.devices import Device
 from slimkit.train.ema import WeightAverage
 from slimkit.train.optimisation import build_optimizer, learning_rate
 from slimkit.train.precision import choose_precision
-from slimkit.train.progress import Display, Scalars
+from slimkit.train.progress import Scalars, TrainingDisplay
+from slimkit.train.resizing import resized
 from slimkit.train.settings import TrainSettings
 
 __all__ = ["History", "fit"]
@@ -128,7 +129,9 @@ def fit(
                 loader.set_seed(seed)
             run = _Run(model, loader, loss_fn, settings, losses, callbacks, seed, max_steps, device)
             run.restore_or_start(None if checkpoint is None else Path(checkpoint))
-            show = Display(run.total, run.step, label=label, enabled=progress and device.is_main)
+            show = TrainingDisplay(
+                run.total, run.step, label=label, enabled=progress and device.is_main
+            )
             folder = Path(tensorboard) if tensorboard is not None and device.is_main else None
             with show, Scalars(folder, run.step) as scalars:
                 while run.step < run.total:
@@ -199,6 +202,7 @@ class _Run:
 
     def _timed_precision(self) -> tuple[Literal["fp32", "bf16"], dict[str, float]]:
         inputs, targets = self.device.moved(next(iter(self.loader)))
+        inputs = resized(inputs, self.settings.image_size)
         self.model.train()
 
         def one_step(bf16: bool) -> Tensor:
@@ -207,7 +211,7 @@ class _Run:
 
         return choose_precision(one_step, self.model, self.device.device)
 
-    def epoch(self, evaluate: Evaluate | None, show: Display, scalars: Scalars) -> None:
+    def epoch(self, evaluate: Evaluate | None, show: TrainingDisplay, scalars: Scalars) -> None:
         """Train one epoch, or what is left of the run, then evaluate and save."""
         number = self.step // self.steps_per_epoch
         torch.manual_seed(mixed_seed(self.seed, number))
@@ -244,7 +248,7 @@ class _Run:
             save_run(self.checkpoint, self._state({"step": self.step, **self.history.to_json()}))
 
     def _steps(
-        self, epoch: int, steps: int, show: Display, scalars: Scalars
+        self, epoch: int, steps: int, show: TrainingDisplay, scalars: Scalars
     ) -> tuple[float, float, int]:
         """Train so many steps → mean loss, last learning rate, images seen."""
         settings, device = self.settings, self.device
@@ -254,6 +258,7 @@ class _Run:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for index, batch in enumerate(itertools.islice(self.loader, steps)):
             inputs, targets = device.moved(batch)
+            inputs = resized(inputs, settings.image_size)
             rate = learning_rate(settings, self.step, self.total, self.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -281,7 +286,7 @@ class _Run:
                 callback.on_step_end(context)
             if logged:
                 speed = images / (time.perf_counter() - start)
-                show.step(self.step, float(detached), speed)
+                show.batch(self.step, float(detached), speed)
                 scalars.add({"train/loss": float(detached), "train/lr": rate}, self.step)
         return float(total_loss) / steps, rate, images
 
