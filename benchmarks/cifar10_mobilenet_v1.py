@@ -91,7 +91,8 @@ def cost(reports: list[dict[str, Any]], seeds: list[int]) -> str:
             chain = ""
             for stage in variant["stages"]:
                 chain += "/" + stage["name"]
-                seen[chain] = stage["seconds"]
+                epochs = sum(epoch["seconds"] for epoch in stage.get("history", []))
+                seen[chain] = max(stage["seconds"], epochs)  # a resumed stage counts its last part
         total = sum(seen.values())
         shown = ", ".join(f"{chain[1:]} {s / 60:.1f}" for chain, s in seen.items())
         rows.append([seed, f"{total / 60:.1f} min", shown])
