@@ -10,6 +10,7 @@ from attention_layers import STYLES, Attention
 from torch import Tensor, nn
 
 import slimkit as sk
+from slimkit.errors import InputError
 from slimkit.graph import Group, capture, check_equivalence, dependency_groups
 
 X = torch.randn(2, 5, 24)
@@ -45,6 +46,34 @@ def test_attention_is_pruned_however_it_writes_its_sizes(style: str) -> None:
     assert proof.equal, str(proof)
     pruned = sk.apply(copy.deepcopy(model), plan)
     assert pruned(X).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("style", "attention", "heads", "channels"),
+    [
+        ("attributes", "heads", 2, 8),
+        ("attributes", "channels", 4, 4),
+        ("parts", "channels", 4, 4),
+        ("input", "heads", 2, 8),
+        ("scaled", "channels", 2, 8),  # its scale fixes the channels: heads leave all the same
+    ],
+)
+def test_whether_heads_or_their_channels_leave_can_be_said(
+    style: str, attention: str, heads: int, channels: int
+) -> None:
+    torch.manual_seed(0)
+    model = Block(Attention(32, 4, style)).eval()
+    plan = sk.prune.plan(model, X, ratio=0.5, round_to=1, attention=attention)  # type: ignore[arg-type]
+    proof = check_equivalence(model, plan, X)
+    assert proof.equal, str(proof)
+    sk.apply(model, plan)
+    assert (model.attn.num_heads, model.attn.head_dim) == (heads, channels)
+    assert f"attention={attention}" in plan.explain()
+
+
+def test_a_wrong_part_of_attention_names_the_choices() -> None:
+    with pytest.raises(InputError, match=r"attention: unknown choice 'head'.*heads"):
+        sk.prune.plan(Block(Attention(32, 4, "parts")), X, ratio=0.5, attention="head")  # type: ignore[arg-type]
 
 
 def test_the_number_of_heads_follows_where_heads_leave() -> None:

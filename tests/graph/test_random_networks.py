@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimkit import prune
 from slimkit.errors import PlanError
 from slimkit.graph import capture, check_equivalence, dependency_groups, track
+from slimkit.graph.groups import AttentionPart
 
 SIZE = 4
 STEPS = [
@@ -150,9 +151,13 @@ step = st.tuples(st.sampled_from(STEPS), st.integers(0, 9), st.integers(0, 9))
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-@given(steps=st.lists(step, min_size=1, max_size=10), ratio=st.sampled_from([0.2, 0.5, 0.8]))
+@given(
+    steps=st.lists(step, min_size=1, max_size=10),
+    ratio=st.sampled_from([0.2, 0.5, 0.8]),
+    attention=st.sampled_from([None, "heads", "channels"]),
+)
 def test_random_networks_are_pruned_exactly(
-    steps: list[tuple[str, int, int]], ratio: float
+    steps: list[tuple[str, int, int]], ratio: float, attention: AttentionPart | None
 ) -> None:
     torch.manual_seed(len(steps))
     model = RandomNet(steps).eval()
@@ -164,9 +169,17 @@ def test_random_networks_are_pruned_exactly(
     x = torch.randn(2, 3, SIZE, SIZE)
     assert track(capture(model, x), model).failed == []
     try:
-        plan = prune.plan(model, x, ratio=ratio, criterion="random", round_to=1, min_channels=1)
+        plan = prune.plan(
+            model,
+            x,
+            ratio=ratio,
+            criterion="random",
+            attention=attention,
+            round_to=1,
+            min_channels=1,
+        )
     except PlanError:  # nothing can go: then nothing must be free
-        groups = dependency_groups(capture(model, x), model)
+        groups = dependency_groups(capture(model, x), model, attention)
         assert all(
             group.frozen_reason or group.size * (1 - ratio) > group.size - 1 for group in groups
         )

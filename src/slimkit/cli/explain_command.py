@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -32,6 +32,10 @@ def explain_command(
     only: Annotated[
         list[str] | None, typer.Option(help="Layers that alone lose channels; repeatable.")
     ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="heads, or channels (of every head).", show_default="what fits"),
+    ] = None,
     round_to: Annotated[int, typer.Option(help="Kept channels are a multiple of this.")] = 8,
     save: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
 ) -> None:
@@ -53,6 +57,7 @@ def explain_command(
         allocation=allocation,
         ignore=ignore or (),
         only=only or (),
+        attention=cast(Any, attention),  # plan() names the choices
         round_to=round_to,
     )
     output.print(plan.explain(), markup=False)

@@ -125,6 +125,8 @@ class ChannelTracker:
         kernels: names of convolution weights, whose last dimensions are no channels.
         classes: module path → class name.
         avoided: kind of split → axes that should not shrink there; see :class:`Choice`.
+        heads: module path of an attention → whether its heads should shrink rather than the
+            channels of each head.
 
     Attributes:
         failed: operators whose rule could not read their arguments; treated as unknown.
@@ -143,11 +145,13 @@ class ChannelTracker:
         kernels: frozenset[str] = frozenset(),
         classes: Mapping[str, str] | None = None,
         avoided: Mapping[Kind, frozenset[int]] | None = None,
+        heads: Mapping[str, bool] | None = None,
     ) -> None:
         self.graph = graph
         self.kernels = kernels
         self.classes = classes or {}
         self.avoided = avoided or {}
+        self.heads = heads or {}
         self.adjustable = adjustable
         self.sets = DisjointSets()
         self.parameter_dims: dict[tuple[int, int], ParameterDim] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from slimkit.graph.components import Components
 
 __all__ = ["Group", "Role", "Slot", "dependency_groups"]
+
+AttentionPart = Literal["heads", "channels"]
+"""What of an attention leaves where both could: whole heads, or channels of every head."""
+
+ATTENTION: tuple[AttentionPart, ...] = get_args(AttentionPart)
 
 Role = Literal["producer", "consumer", "vector", "size"]
 """What a tensor's dimension does for a channel: ``"producer"`` makes it (output dimension of
@@ -120,7 +125,9 @@ class Group:
         return "\n".join([head, *(f"  {slot}" for slot in self.slots)])
 
 
-def dependency_groups(graph: Graph, model: nn.Module) -> list[Group]:
+def dependency_groups(
+    graph: Graph, model: nn.Module, attention: AttentionPart | None = None
+) -> list[Group]:
     """Find all channels of a network and what leaves with each.
 
     Channels that the model's output shows, that meet its input, or that an operator uses
@@ -130,13 +137,15 @@ def dependency_groups(graph: Graph, model: nn.Module) -> list[Group]:
     Args:
         graph: what :func:`~slimkit.graph.capturing.capture` returned for ``model``.
         model: the captured model.
+        attention: whether whole heads (``"heads"``) or channels of every head
+            (``"channels"``) form the groups of an attention, where both can leave.
 
     Returns:
         Groups in the order in which their first layers run.
     """
     from slimkit.graph.tracking import track
 
-    return groups_of(track(graph, model))
+    return groups_of(track(graph, model, attention))
 
 
 def groups_of(tracker: ChannelTracker) -> list[Group]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from slimkit.graph.capturing import Graph, Op, tensors_in
 from slimkit.graph.channels import ChannelTracker, Dim, rule_name
 from slimkit.graph.components import components
 from slimkit.graph.decisions import Addresses, Decisions, ops_by_address
+from slimkit.graph.groups import ATTENTION
 from slimkit.graph.isolation import own_inputs, undisturbed
 from slimkit.graph.rules import MIXING, STATISTICS
 from slimkit.graph.tracking import track
@@ -68,15 +70,30 @@ def masked_outputs(
         PlanError: the plan edits what is no channel, or splits channels that belong together.
         CaptureError: the forward does not take the captured path.
     """
-    tracker = track(graph, model)
+    tracker, doomed = _tracked(graph, model, plan)
     addresses = Addresses(model)
-    mode = _MaskMode(tracker, _doomed(tracker, plan), addresses, decisions or Decisions())
+    mode = _MaskMode(tracker, doomed, addresses, decisions or Decisions())
     inputs = own_inputs(model, example_inputs)
     with undisturbed(model), torch.no_grad():
         torch.manual_seed(0)
         with addresses, mode:
             result = inputs.call(model)
     return result, tuple(dict.fromkeys(mode.masked_norms))
+
+
+def _tracked(
+    graph: Graph, model: nn.Module, plan: PruningPlan
+) -> tuple[ChannelTracker, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """The channels, with attention split as the plan splits it, and which of them go."""
+    try:
+        tracker = track(graph, model)
+        return tracker, _doomed(tracker, plan)
+    except PlanError:
+        for attention in ATTENTION:
+            tracker = track(graph, model, attention)
+            with contextlib.suppress(PlanError):
+                return tracker, _doomed(tracker, plan)
+        raise
 
 
 def _doomed(tracker: ChannelTracker, plan: PruningPlan) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -151,7 +151,10 @@ def _chosen(tracker: ChannelTracker, op: Op, varying: list[int], sizes: list[obj
     wanted = [j for j in able if j not in tracker.avoided.get(kind, ())] or able
     if len(varying) < 2 or not wanted:
         return None
-    best = max(wanted, key=lambda j: (tracker.follows(sizes[j]), -j))
+    if op.module in tracker.heads:
+        best = min(wanted) if tracker.heads[op.module] else max(wanted)
+    else:
+        best = max(wanted, key=lambda j: (tracker.follows(sizes[j]), -j))
     others = tuple(j for j in wanted if j != best)
     tracker.choices[op.index] = Choice(kind, best, others, np.zeros(0, dtype=np.int64))
     return best

@@ -9,21 +9,29 @@ from torch.nn.modules.conv import _ConvNd
 
 from slimkit.graph import rules, rules_join, rules_norm, rules_view  # noqa: F401 - they fill RULES
 from slimkit.graph.capturing import Graph
-from slimkit.graph.channels import ChannelTracker, Choice, Kind
+from slimkit.graph.channels import ChannelTracker, Choice, Kind, rule_name
 from slimkit.graph.components import components
+from slimkit.graph.groups import AttentionPart
 
 __all__ = ["track"]
 
+_ATTENDING = ("softmax", "scaled_dot_product")
 _ROUNDS = 8
 """How often other choices are tried."""
 
 
-def track(graph: Graph, model: nn.Module) -> ChannelTracker:
+def track(graph: Graph, model: nn.Module, attention: AttentionPart | None = None) -> ChannelTracker:
     """Run all rules over the graph of a model.
 
     Where channels are split into heads × channels per head, either could shrink. If the first
     choice turns out to be impossible (its size meets one that cannot change), the pass is
     repeated with the other, for all modules of that class at once.
+
+    Args:
+        graph: a capture of ``model``.
+        model: the captured model.
+        attention: the first choice in modules that compute attention; None takes what the
+            model's code follows best.
     """
     adjustable = frozenset(
         path
@@ -35,9 +43,11 @@ def track(graph: Graph, model: nn.Module) -> ChannelTracker:
         f"{path}.weight" for path, module in model.named_modules() if isinstance(module, _ConvNd)
     )
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
+    attending = {op.module for op in graph.ops if any(a in rule_name(op) for a in _ATTENDING)}
+    heads = dict.fromkeys(attending, attention == "heads") if attention else {}
 
     def run(avoided: Mapping[Kind, frozenset[int]]) -> tuple[ChannelTracker, list[Choice]]:
-        tracker = ChannelTracker(graph, adjustable, kernels, classes, avoided)
+        tracker = ChannelTracker(graph, adjustable, kernels, classes, avoided, heads)
         tracker.run()
         if not tracker.choices:
             return tracker, []

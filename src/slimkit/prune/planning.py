@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.errors import InputError, PlanError
+from slimkit.errors import InputError, PlanError, nearest
 from slimkit.graph.capturing import capture
-from slimkit.graph.groups import Group, dependency_groups
+from slimkit.graph.groups import ATTENTION, AttentionPart, Group, dependency_groups
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.prune.allocation import ALLOCATIONS, Allocation, GivenRatios
@@ -43,6 +43,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     only: Pattern | Iterable[Pattern] = (),
     equal: Iterable[Iterable[Pattern]] = (),
     limits: Mapping[str, tuple[int | None, int | None]] | None = None,
+    attention: AttentionPart | None = None,
     round_to: int = 8,
     min_channels: int | None = None,
     evaluate: Evaluate | None = None,
@@ -72,6 +73,8 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         only: if given, only groups made of nothing but matching layers are pruned.
         equal: lists of patterns; the layers of one list keep equal fractions.
         limits: pattern → (fewest, most) output channels that a layer keeps; None for no limit.
+        attention: ``"heads"`` removes whole heads of attention layers, ``"channels"`` some
+            channels of every head; None takes what the model's code allows best.
         round_to: a layer keeps a multiple of this many channels, or all of them.
         min_channels: a layer keeps at least so many; ``round_to`` if not given.
         evaluate: network → how good it is, higher is better; for allocations that try
@@ -100,6 +103,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         only=only,
         equal=equal,
         limits=limits,
+        attention=attention,
         round_to=round_to,
         min_channels=min_channels,
         evaluate=evaluate,
@@ -134,6 +138,7 @@ def space(
     only: Pattern | Iterable[Pattern] = (),
     equal: Iterable[Iterable[Pattern]] = (),
     limits: Mapping[str, tuple[int | None, int | None]] | None = None,
+    attention: AttentionPart | None = None,
     round_to: int = 8,
     min_channels: int | None = None,
     evaluate: Evaluate | None = None,
@@ -146,12 +151,15 @@ def space(
     """
     smallest = _checked_rounding(round_to, min_channels)
     score = CRITERIA.get(criterion, where="criterion") if isinstance(criterion, str) else criterion
+    if attention not in (None, *ATTENTION):
+        hint = nearest(str(attention), ATTENTION)
+        raise InputError(f"unknown choice {attention!r}", where="attention", hint=hint)
     inputs = as_inputs(example_inputs)
     ignored = match_modules(model, ignore, where="ignore")
     chosen = match_modules(model, only, where="only") if only else None
     bounds = _bounds(model, limits or {})
     graph = capture(model, inputs)
-    groups = _equalised(dependency_groups(graph, model), model, equal)
+    groups = _equalised(dependency_groups(graph, model, attention), model, equal)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     _check_finite(groups, tensors)
 
@@ -190,7 +198,11 @@ def space(
         {group.name: scores[group.name] for group in prunable},
         allowed,
         reasons,
-        settings={"criterion": _name(criterion), "round_to": round_to},
+        settings={
+            "criterion": _name(criterion),
+            "round_to": round_to,
+            **({"attention": attention} if attention else {}),
+        },
         evaluate=None if evaluate is None else checked_evaluation(evaluate),
     )
 

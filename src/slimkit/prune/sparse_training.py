@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimkit.errors import InputError, PlanError
 from slimkit.graph.capturing import capture
-from slimkit.graph.groups import Group, Slot, dependency_groups
+from slimkit.graph.groups import AttentionPart, Group, Slot, dependency_groups
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.prune.criteria import weight_slots
@@ -43,6 +43,7 @@ class GroupLasso:
         weight: of the term.
         growth: 0 for the plain group lasso.
         ignore: patterns of layers whose output channels are left alone.
+        attention: as it will be for :func:`slimkit.prune.plan`.
 
     Raises:
         InputError: weight or growth is negative.
@@ -58,10 +59,11 @@ class GroupLasso:
         *,
         growth: float = 0.0,
         ignore: Pattern | Iterable[Pattern] = (),
+        attention: AttentionPart | None = None,
     ) -> None:
         self.weight = _not_negative(weight, "weight")
         self.growth = _not_negative(growth, "growth")
-        groups = _prunable(model, example_inputs, ignore)
+        groups = _prunable(model, example_inputs, ignore, attention)
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._channels = _Channels(model, [(g, weight_slots(g, tensors)) for g in groups])
 
@@ -238,10 +240,13 @@ class _Channels:
 
 
 def _prunable(
-    model: nn.Module, example_inputs: ExampleInputs, ignore: Pattern | Iterable[Pattern]
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    ignore: Pattern | Iterable[Pattern],
+    attention: AttentionPart | None = None,
 ) -> list[Group]:
     ignored = match_modules(model, ignore, where="ignore")
-    groups = dependency_groups(capture(model, as_inputs(example_inputs)), model)
+    groups = dependency_groups(capture(model, as_inputs(example_inputs)), model, attention)
     found = [
         group
         for group in groups

@@ -65,6 +65,8 @@ class PruneStage(Stage):
         only: patterns of layers that alone may lose channels; empty for all.
         equal: lists of patterns; the layers of one list keep equal fractions.
         limits: pattern of layers → fewest and most channels that they keep; null for no limit.
+        attention: whole ``heads``, or ``channels`` of every head; null for what the model's code
+            allows best.
         round_to: kept channels are a multiple of this.
         min_channels: layers keep at least so many; ``round_to`` if not given.
         batches: training batches (of ``data.eval_batch_size``) that a criterion looks at which
@@ -95,6 +97,7 @@ class PruneStage(Stage):
     only: tuple[str, ...] = ()
     equal: tuple[tuple[str, ...], ...] = ()
     limits: dict[str, tuple[Channels | None, Channels | None]] = Field(default={})
+    attention: Literal["heads", "channels"] | None = None
     round_to: int = Field(default=8, ge=1)
     min_channels: Channels | None = None
     batches: int = Field(default=16, ge=1)
@@ -232,6 +235,7 @@ class PruneStage(Stage):
             "only": self.only,
             "equal": self.equal,
             "limits": self.limits,
+            "attention": self.attention,
             "round_to": self.round_to,
             "min_channels": self.min_channels,
             "evaluate": self._evaluation(context),
