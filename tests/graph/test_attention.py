@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import slimkit as sk
 from slimkit.errors import InputError
 from slimkit.graph import Group, capture, check_equivalence, dependency_groups
+from slimkit.graph.groups import AttentionPart
 
 X = torch.randn(2, 5, 24)
 
@@ -59,11 +60,11 @@ def test_attention_is_pruned_however_it_writes_its_sizes(style: str) -> None:
     ],
 )
 def test_whether_heads_or_their_channels_leave_can_be_said(
-    style: str, attention: str, heads: int, channels: int
+    style: str, attention: AttentionPart, heads: int, channels: int
 ) -> None:
     torch.manual_seed(0)
     model = Block(Attention(32, 4, style)).eval()
-    plan = sk.prune.plan(model, X, ratio=0.5, round_to=1, attention=attention)  # type: ignore[arg-type]
+    plan = sk.prune.plan(model, X, ratio=0.5, round_to=1, attention=attention)
     proof = check_equivalence(model, plan, X)
     assert proof.equal, str(proof)
     sk.apply(model, plan)

@@ -35,9 +35,9 @@ class TrainSettings(BaseModel):
         freeze_batch_norm: keep running statistics and use them, as in evaluation.
         batch_norm_reestimation: measure batch-norm statistics anew at the end, over so many
             training batches; 0 does not.
-        image_size: train on images of so many rows and columns (evaluation sees them as they
-            are): the first part of a training at 24 pixels instead of 32 costs about half.
-            Not for targets that hold positions, such as boxes.
+        image_size: train on images of so many rows and columns, while evaluation sees them as
+            they are: a first part of the training on smaller images takes less time. Not for
+            targets that hold positions, such as boxes.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         log_every: steps between updates of the progress bar and of TensorBoard.
         device: ``"auto"`` takes an accelerator where there is one; ``"cpu"`` does not.
