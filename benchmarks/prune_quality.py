@@ -32,7 +32,7 @@ from slimkit.recipe.pruning_stage import PruneStage
 from slimkit.recipe.stages import StageContext
 from slimkit.tasks import ClassificationTask
 from slimkit.tasks.data import Splits, load_data
-from slimkit.tasks.data.settings import DataSettings
+from slimkit.tasks.data.settings import AugmentSettings, DataSettings
 from slimkit.train import TrainSettings, fit
 
 DATA = Path(os.environ.get("SLIMKIT_DATA", ROOT.parent / "shared" / "data"))
@@ -64,7 +64,7 @@ def data(options: argparse.Namespace) -> Splits:
             batch_size=128,
             eval_batch_size=500,
             validation=options.validation,
-            augment={"crop": 4, "flip": True},  # type: ignore[arg-type]
+            augment=AugmentSettings(crop=4, flip=True),
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2470, 0.2435, 0.2616),
             limit=options.limit,

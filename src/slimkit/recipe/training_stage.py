@@ -69,17 +69,24 @@ class GroupLassoTerm(SparsityTerm):
 
     Attributes:
         growth: push channels that are small already up to ``2**growth`` times harder.
+        attention: as in the ``prune`` stage behind.
     """
 
     type: Literal["group_lasso"] = "group_lasso"
     growth: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    attention: Literal["heads", "channels"] | None = None
 
     def term(self, model: nn.Module, example_inputs: Tensor) -> Any:
         """See the base class."""
         from slimkit.prune.sparse_training import GroupLasso
 
         return GroupLasso(
-            model, example_inputs, self.weight, growth=self.growth, ignore=self.ignore
+            model,
+            example_inputs,
+            self.weight,
+            growth=self.growth,
+            ignore=self.ignore,
+            attention=self.attention,
         )
 
 
