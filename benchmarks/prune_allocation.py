@@ -45,7 +45,6 @@ def recipe_of(seed: int, names: list[str], options: argparse.Namespace) -> Recip
         "epochs": recovery,
         "lr": 0.05,
         "schedule": "one_cycle",
-        "precision": "bf16",
     }
     variants = {"baseline": baseline}
     for name in names:

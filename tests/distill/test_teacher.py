@@ -60,7 +60,7 @@ def test_bf16_weights_are_bf16_and_records_float32() -> None:
 def test_bf16_is_chosen_where_the_device_multiplies_it(
     native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimkit.distill.teacher._multiplies_bf16", lambda device: native)
+    monkeypatch.setattr("slimkit.distill.teacher.multiplies_bf16", lambda device: native)
     model = network()
     model[-1].bias.data[2] += 10  # a clear winner, whatever the precision
     teacher = FrozenTeacher(model, [""])
@@ -69,7 +69,7 @@ def test_bf16_is_chosen_where_the_device_multiplies_it(
 
 
 def test_precision_that_disagrees_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slimkit.distill.teacher._multiplies_bf16", lambda device: True)
+    monkeypatch.setattr("slimkit.distill.teacher.multiplies_bf16", lambda device: True)
 
     class Fragile(nn.Module):
         """Its classes differ by less than bf16 can tell."""
@@ -90,7 +90,7 @@ def test_precision_that_disagrees_is_not_chosen(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_operator_without_bf16_leaves_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slimkit.distill.teacher._multiplies_bf16", lambda device: True)
+    monkeypatch.setattr("slimkit.distill.teacher.multiplies_bf16", lambda device: True)
 
     class Inverse(nn.Module):
         def __init__(self) -> None:

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from slimkit.quantize import QuantizedModel, ptq
 from slimkit.runtime import export, open_session
-from slimkit.runtime.surroundings import cpu_instructions
 
 Images = Callable[..., Tensor]
-
-exact_cpu = pytest.mark.skipif(
-    not any("VNNI" in name for name in cpu_instructions()),
-    reason="uint8 × int8 products saturate on this CPU",
-)
 
 
 class Deep(nn.Module):
@@ -44,7 +37,6 @@ def runtime(path: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
-@exact_cpu
 def test_a_deep_network_is_computed_to_the_bit(images: Images, tmp_path: Path) -> None:
     q = ptq(Deep(), images(1), calibration=[images(16)], granularity="tensor")
     export(q, tmp_path / "deep.onnx", images(1))
@@ -53,7 +45,6 @@ def test_a_deep_network_is_computed_to_the_bit(images: Images, tmp_path: Path) -
         assert torch.equal(q(x), runtime(tmp_path / "deep.onnx", x))
 
 
-@exact_cpu
 def test_depthwise_cat_and_inplace_sums_are_computed_to_the_bit(
     small_quantized: QuantizedModel, small_path: Path, images: Images
 ) -> None:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from slimkit.errors import InputError
 from slimkit.quantize.observers import (
@@ -12,13 +10,8 @@ from slimkit.quantize.observers import (
     MinMax,
     MovingAverage,
     Percentile,
-    affine_parameters,
-    weight_scale,
 )
 from slimkit.quantize.targets import NumberFormat
-
-UINT8 = NumberFormat(8)
-INT8 = NumberFormat(8, signed=True, symmetric=True)
 
 
 def test_minmax_keeps_the_extremes_of_all_batches() -> None:
@@ -72,56 +65,6 @@ def test_memory_of_the_percentile_histogram_does_not_grow() -> None:
 def test_an_observer_without_data_says_so(name: str) -> None:
     with pytest.raises(InputError, match="not seen any data"):
         OBSERVERS.get(name)().range()
-
-
-def test_scale_and_zero_point_by_hand() -> None:
-    scale, zero_point = affine_parameters(torch.tensor(-1.0), torch.tensor(4.1), UINT8)
-    assert float(scale) == pytest.approx(0.02)
-    assert int(zero_point) == 50
-    scale, zero_point = affine_parameters(torch.tensor(-1.0), torch.tensor(2.54), INT8)
-    assert float(scale) == pytest.approx(0.02)
-    assert int(zero_point) == 0
-
-
-@given(
-    low=st.floats(-1e6, 1e6, width=32),
-    high=st.floats(-1e6, 1e6, width=32),
-    form=st.sampled_from([UINT8, INT8, NumberFormat(4), NumberFormat(4, True, True)]),
-)
-def test_zero_is_exact_and_the_range_is_covered(
-    low: float, high: float, form: NumberFormat
-) -> None:
-    low, high = min(low, high), max(low, high)
-    scale, zero_point = affine_parameters(torch.tensor(low), torch.tensor(high), form)
-    assert torch.isfinite(scale)
-    assert scale > 0
-    assert form.qmin <= int(zero_point) <= form.qmax
-    reach = 0.51 * float(scale)  # rounding the zero point shifts the range by half a step
-    assert (form.qmin - int(zero_point)) * float(scale) <= min(low, 0.0) + reach
-    assert (form.qmax - int(zero_point)) * float(scale) >= max(high, 0.0) - reach
-
-
-def test_a_range_after_relu_has_zero_point_zero() -> None:
-    scale, zero_point = affine_parameters(torch.tensor(0.0), torch.tensor(5.1), UINT8)
-    assert int(zero_point) == 0
-    assert float(scale) == pytest.approx(0.02)
-
-
-def test_weight_scales_per_channel_and_per_tensor() -> None:
-    weight = torch.tensor([[1.27, -0.5], [0.1, -2.54]])
-    assert torch.allclose(weight_scale(weight, INT8, 0), torch.tensor([0.01, 0.02]))
-    assert weight_scale(weight, INT8, None) == pytest.approx(0.02)
-    assert torch.allclose(weight_scale(weight, INT8, 1), torch.tensor([0.01, 0.02]))
-
-
-def test_dead_channels_have_finite_scales() -> None:
-    weight = torch.zeros(3, 4)
-    assert torch.equal(weight_scale(weight, INT8, 0), torch.ones(3))
-    weight[1] = 1.27
-    weight[2] = 1e-30
-    scale = weight_scale(weight, INT8, 0)
-    assert scale[0] == scale[1]
-    assert scale[2] == pytest.approx(float(scale[1]) * 2.0**-20)
 
 
 @pytest.mark.parametrize(

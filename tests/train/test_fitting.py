@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,16 +115,31 @@ def test_bf16_trains_too(network: nn.Sequential, data: ArrayLoader) -> None:
     settings = FP32.model_copy(update={"precision": "bf16"})
     seen: list[torch.dtype] = []
     network[0].register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
-    history = train(network, data, settings, loss_fn=loss_fn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is slow on some processors
+        history = train(network, data, settings, loss_fn=loss_fn)
     assert set(seen) == {torch.bfloat16}
     assert set(dtypes) == {torch.float32}  # losses get all digits
     assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
     assert network[0].weight.dtype == torch.float32
 
 
-def test_choosing_the_precision_leaves_no_trace(
-    make_network: Callable[[], nn.Sequential], data: ArrayLoader
+def test_bf16_without_instructions_is_warned_of_and_never_chosen(
+    make_network: Callable[[], nn.Sequential], data: ArrayLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in ("training", "precision"):
+        monkeypatch.setattr(f"slimkit.train.{module}.multiplies_bf16", lambda device: False)
+    auto = FP32.model_copy(update={"precision": "auto", "device": "cpu"})
+    chosen = train(make_network(), data, auto)
+    assert (chosen.precision, chosen.precision_ms) == ("fp32", {})
+    with pytest.warns(UserWarning, match="no bf16 instructions"):
+        train(make_network(), data, auto.model_copy(update={"precision": "bf16"}))
+
+
+def test_choosing_the_precision_leaves_no_trace(
+    make_network: Callable[[], nn.Sequential], data: ArrayLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimkit.train.precision.multiplies_bf16", lambda device: True)
     network = make_network()
     chosen = train(network, data, FP32.model_copy(update={"precision": "auto"}), seed=4)
     assert set(chosen.precision_ms) == {"fp32", "bf16"}

@@ -16,6 +16,7 @@ from slimkit.errors import CaptureError, InputError, ModelError, PlanError, near
 from slimkit.graph.capturing import capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.inputs import Inputs
+from slimkit.runtime.surroundings import multiplies_bf16
 
 __all__ = ["FrozenTeacher", "TeacherPrecision"]
 
@@ -27,7 +28,6 @@ is repeated or resumed on the same machine decides the same.
 """
 
 _MIN_AGREEMENT = 0.99  # share of equal arg-maxes on the first batch
-_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _choose(model: nn.Module, inputs: Inputs, precision: str, channels_last: boo
     if precision != "auto":
         return _runner(model, precision, channels_last)
     exact = _runner(model, "fp32", channels_last)
-    if not _multiplies_bf16(inputs.tensors()[0].device):
+    if not multiplies_bf16(inputs.tensors()[0].device):
         return exact
     reference = main_tensor(exact(inputs), where="teacher")
     for name in ("bf16", "autocast"):
@@ -195,17 +195,6 @@ def _choose(model: nn.Module, inputs: Inputs, precision: str, channels_last: boo
             if _agreement(answer, reference) >= _MIN_AGREEMENT:
                 return candidate
     return exact
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 natively, which is then about twice as fast."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
-        return False
-    ask = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch we take
-    capabilities = ask() if ask is not None else {}
-    return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
 
 
 def _agreement(answer: Tensor, reference: Tensor) -> float:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from slimkit.quantize.aware_training import qat
 from slimkit.quantize.calibration import ptq
+from slimkit.quantize.methods import METHODS, Method
 from slimkit.quantize.observers import OBSERVERS, Observer
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.targets import TARGETS, NumberFormat, Target
 from slimkit.quantize.wrapper import QuantizedModel
 
 __all__ = [
+    "METHODS",
     "OBSERVERS",
     "TARGETS",
+    "Method",
     "NumberFormat",
     "Observer",
     "QuantPlan",

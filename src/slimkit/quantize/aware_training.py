@@ -9,8 +9,9 @@ from torch import nn
 
 from slimkit.errors import InputError
 from slimkit.graph.patterns import Pattern
-from slimkit.inputs import ExampleInputs
-from slimkit.quantize.calibration import attach, calibrate
+from slimkit.inputs import ExampleInputs, as_inputs
+from slimkit.quantize.batches import Batches
+from slimkit.quantize.calibration import WeightBits, attach, calibrate
 from slimkit.quantize.targets import Target
 from slimkit.quantize.wrapper import QuantizedModel
 
@@ -28,6 +29,7 @@ def qat(
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
     observe_steps: int | None = None,
+    weight_bits: WeightBits | None = None,
 ) -> QuantizedModel:
     """Attach quantizers to a copy of ``model`` that then trains in any loop.
 
@@ -47,6 +49,7 @@ def qat(
         observe_steps: number of training forwards during which the ranges follow a moving
             average of the data; then they are frozen. Default: 0 with ``calibration``, else
             200. :meth:`~slimkit.quantize.wrapper.QuantizedModel.freeze_observers` ends it.
+        weight_bits: as for :func:`~slimkit.quantize.ptq`.
 
     Returns:
         A copy in training mode.
@@ -68,8 +71,10 @@ def qat(
         granularity=granularity,
         observer=observer,
         skip=skip,
+        weight_bits=weight_bits,
     )
     if calibration is not None:
-        calibrate(quantized, example_inputs, calibration, observer=observer, batches=batches)
+        data = Batches(calibration, as_inputs(example_inputs), batches)
+        calibrate(quantized, data, observer=observer)
     quantized.observe_for(observe_steps)
     return quantized.train()

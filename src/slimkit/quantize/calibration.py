@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimkit.errors import DataError, InputError, SlimkitError, nearest
 from slimkit.graph.capturing import capture
@@ -16,15 +16,20 @@ from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import apply
+from slimkit.quantize.batches import Batches
+from slimkit.quantize.methods import Method, Work, resolve_methods, run_methods
 from slimkit.quantize.observers import OBSERVERS
 from slimkit.quantize.planning import lay_out
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.targets import Target, resolve_target
 from slimkit.quantize.wrapper import QuantizedModel
 
-__all__ = ["attach", "calibrate", "ptq"]
+__all__ = ["WeightBits", "attach", "calibrate", "ptq"]
 
 GRANULARITIES = ("channel", "tensor")
+
+WeightBits = int | Mapping[str, int]
+"""Bits of all weights, or module pattern → bits; the first pattern that matches counts."""
 
 
 def ptq(
@@ -37,6 +42,9 @@ def ptq(
     observer: str = "minmax",
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
+    weight_bits: WeightBits | None = None,
+    methods: Iterable[str | Method] = (),
+    progress: bool = False,
 ) -> QuantizedModel:
     """Quantize a trained network without training it.
 
@@ -50,6 +58,11 @@ def ptq(
         observer: ``"minmax"``, ``"moving_average"`` or ``"percentile"``.
         skip: modules that stay in float: patterns on module paths or class names.
         batches: use so many batches; all by default.
+        weight_bits: 2 to 8 for all weights, or module pattern → bits (the first that matches);
+            what is not named has the target's.
+        methods: what else to do, in this order: names in
+            :data:`~slimkit.quantize.methods.METHODS`, or methods with settings of their own.
+        progress: show on standard error how far it is.
 
     Returns:
         A copy in evaluation mode; its ``plan.explain()`` says what is integer and what not.
@@ -59,6 +72,8 @@ def ptq(
         DataError: calibration data is empty, of another shape, not finite, or test data.
         CaptureError: the network fails on ``example_inputs``.
     """
+    chosen = resolve_methods(methods)
+    example = as_inputs(example_inputs)
     quantized = attach(
         model,
         example_inputs,
@@ -66,8 +81,18 @@ def ptq(
         granularity=granularity,
         observer=observer,
         skip=skip,
+        weight_bits=weight_bits,
     )
-    calibrate(quantized, example_inputs, calibration, observer=observer, batches=batches)
+    data = Batches(calibration, example, batches, keep=bool(chosen))
+
+    def ranges() -> None:
+        calibrate(quantized, data, observer=observer)
+
+    quantized.eval()
+    work = Work(quantized, example, data, ranges, progress)
+    run_methods(chosen, "before", work)
+    ranges()
+    run_methods(chosen, "after", work)
     return quantized.eval()
 
 
@@ -79,6 +104,7 @@ def attach(
     granularity: str,
     observer: str,
     skip: Pattern | Iterable[Pattern],
+    weight_bits: WeightBits | None = None,
 ) -> QuantizedModel:
     """Plan, and apply the plan to a copy of ``model``; scales are still unknown.
 
@@ -99,7 +125,11 @@ def attach(
     folds = tuple(batch_norm_pairs(original, capture(original, example_inputs)))
     folded = FusePlan(folds).apply_to(copy.deepcopy(original))
     layout = lay_out(
-        capture(folded, example_inputs), chosen, granularity=granularity, skipped=skipped
+        capture(folded, example_inputs),
+        chosen,
+        granularity=granularity,
+        skipped=skipped,
+        weight_bits=_bits_by_module(model, weight_bits),
     )
     plan = QuantPlan(
         target=chosen.name,
@@ -116,15 +146,24 @@ def attach(
     return quantized
 
 
-def calibrate(
-    quantized: QuantizedModel,
-    example_inputs: ExampleInputs,
-    calibration: Iterable[Any],
-    *,
-    observer: str,
-    batches: int | None = None,
-) -> None:
-    """Find the activation ranges of the float network on ``calibration``, in place.
+def _bits_by_module(model: nn.Module, weight_bits: WeightBits | None) -> dict[str, int]:
+    if weight_bits is None:
+        return {}
+    if isinstance(weight_bits, int):
+        return {path: weight_bits for path, _ in model.named_modules()}
+    if not isinstance(weight_bits, Mapping):
+        raise InputError(
+            f"expected a number or pattern → number, got {weight_bits!r}", where="weight_bits"
+        )
+    found: dict[str, int] = {}
+    for pattern, bits in weight_bits.items():
+        for path in match_modules(model, [pattern], where="weight_bits"):
+            found.setdefault(path, bits)
+    return found
+
+
+def calibrate(quantized: QuantizedModel, batches: Iterable[Inputs], *, observer: str) -> None:
+    """Find the activation ranges of the float network on ``batches``, in place.
 
     Calls that no batch reaches are taken out of the plan with a warning.
 
@@ -142,9 +181,7 @@ def calibrate(
     for quantizer in quantizers.values():
         quantizer.observing = True
     try:
-        for number, inputs in enumerate(
-            _batches(calibration, as_inputs(example_inputs), batches), start=1
-        ):
+        for number, inputs in enumerate(batches, start=1):
             with torch.no_grad(), quantized.recording_calls(called):
                 _run(quantized, inputs.to(device), number)
         _adopt_ranges(quantized)
@@ -196,74 +233,3 @@ def _restrict(quantized: QuantizedModel, called: set[str]) -> None:
 def _device(module: nn.Module) -> torch.device:
     parameter = next(module.parameters(), None)
     return parameter.device if parameter is not None else torch.device("cpu")
-
-
-# --- what counts as a batch -----------------------------------------------------------------
-
-
-def _batches(calibration: Iterable[Any], example: Inputs, limit: int | None) -> Iterator[Inputs]:
-    """Checked batches as inputs of the model.
-
-    Raises:
-        DataError: not iterable, empty, fewer than ``limit``, test data, or a bad batch.
-    """
-    for holder in (calibration, getattr(calibration, "dataset", None)):
-        if getattr(holder, "role", None) == "test":
-            raise DataError(
-                "test data must not be used for calibration",
-                where="calibration",
-                hint="use training data",
-            )
-    if limit is not None and limit < 1:
-        raise InputError(f"{limit} is not a number of batches ≥ 1", where="batches")
-    if isinstance(calibration, Tensor | Inputs | Mapping):
-        calibration = [calibration]
-    if not isinstance(calibration, Iterable):
-        raise DataError(f"expected batches, got {type(calibration).__name__}", where="calibration")
-    count = 0
-    for batch in calibration:
-        count += 1
-        inputs = _as_call(batch, example, count)
-        _check_batch(inputs, example, count)
-        yield inputs
-        if count == limit:
-            return
-    if count == 0:
-        raise DataError("there is no batch in it", where="calibration")
-    if limit is not None:
-        raise DataError(f"it has {count} batches, {limit} were asked for", where="calibration")
-
-
-def _as_call(batch: Any, example: Inputs, number: int) -> Inputs:
-    """A batch of a loader as a call: labels behind the inputs are left out."""
-    if isinstance(batch, Inputs):
-        return batch
-    if isinstance(batch, Tensor):
-        return Inputs((batch,))
-    if isinstance(batch, Mapping):
-        wanted = {name: batch[name] for name in example.kwargs if name in batch}
-        return Inputs((), wanted or dict(batch))
-    if isinstance(batch, tuple | list) and len(batch) >= max(1, len(example.args)):
-        return Inputs(tuple(batch[: max(1, len(example.args))]))
-    raise DataError(
-        f"batch {number} is a {type(batch).__name__}, expected a tensor, a tuple whose first "
-        "entries are the inputs, a dictionary or slimkit.Inputs",
-        where="calibration",
-    )
-
-
-def _check_batch(inputs: Inputs, example: Inputs, number: int) -> None:
-    tensors, expected = inputs.tensors(), example.tensors()
-    if not tensors or any(tensor.numel() == 0 for tensor in tensors):
-        raise DataError(f"batch {number} is empty", where="calibration")
-    for tensor, like in zip(tensors, expected, strict=False):
-        channels = like.is_floating_point() and like.dim() > 1  # token ids have lengths instead
-        if tensor.dim() != like.dim() or (channels and tensor.shape[1] != like.shape[1]):
-            raise DataError(
-                f"batch {number} has shape {tuple(tensor.shape)}, the example inputs have "
-                f"{tuple(like.shape)}",
-                where="calibration",
-                hint="batches are (N, C, H, W) like the example" if like.dim() == 4 else None,
-            )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"batch {number} holds NaN or infinity", where="calibration")

@@ -1,7 +1,7 @@
 """Observers: which range of values a tensor has over many batches.
 
-Each sees a stream of tensors and keeps a bounded summary. :func:`affine_parameters` turns
-the range into scale and zero point, :func:`weight_scale` does so for weights.
+Each sees a stream of tensors and keeps a bounded summary; :mod:`slimkit.quantize.scales` turns
+the range into scale and zero point.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from slimkit.errors import InputError
-from slimkit.quantize.targets import NumberFormat
 from slimkit.registry import Registry
 
 __all__ = [
@@ -21,8 +20,6 @@ __all__ = [
     "MovingAverage",
     "Observer",
     "Percentile",
-    "affine_parameters",
-    "weight_scale",
 ]
 
 _TINY = 1e-12  # no scale is smaller: 1 / scale and bias / scale stay finite
@@ -158,57 +155,3 @@ def _seen(values: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     if values is None:
         raise InputError("the observer has not seen any data", where="observer")
     return values
-
-
-def affine_parameters(low: Tensor, high: Tensor, form: NumberFormat) -> tuple[Tensor, Tensor]:
-    """Scale and zero point for values in [low, high].
-
-    The range is widened to contain 0, which is represented exactly: zero padding costs no
-    accuracy. A range of no width, as of a dead layer, gives scale 1.
-
-    Args:
-        low: smallest value to represent, shape (), finite.
-        high: largest value, likewise.
-        form: symmetric formats have zero point 0 (signed) and cover ±max(|low|, |high|).
-
-    Returns:
-        scale (float32, > 0) and zero point (int32), both of shape ().
-    """
-    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
-    zero = torch.zeros_like(low)
-    if form.symmetric:
-        scale = torch.maximum(-low, high) / form.qmax
-    else:
-        scale = (high - low) / (form.qmax - form.qmin)
-    scale = torch.where(scale > 0, scale.clamp(min=_TINY), torch.ones_like(scale))
-    if form.symmetric:
-        return scale, zero.to(torch.int32)
-    point = (form.qmin - low / scale).round().clamp(form.qmin, form.qmax)
-    return scale, point.to(torch.int32)
-
-
-def weight_scale(weight: Tensor, form: NumberFormat, axis: int | None) -> Tensor:
-    """The scale that maps the largest magnitude onto the largest integer.
-
-    Channels without weights (pruned or dead ones) get the scale of the largest channel, and
-    no scale is more than 2^20 times smaller than that: the bias, whose step is the product of
-    this scale and the input's, must fit into 32 bits.
-
-    Args:
-        weight: any shape.
-        form: a symmetric format.
-        axis: dimension of the output channels; ``None`` for one scale in all.
-
-    Returns:
-        float32, > 0, shape (weight.shape[axis],) or ().
-    """
-    values = weight.detach()
-    if axis is None:
-        magnitude = values.abs().amax()
-    else:
-        magnitude = values.abs().amax(dim=[d for d in range(values.dim()) if d != axis])
-    scale = magnitude.float() / form.qmax
-    largest = scale.amax()
-    largest = torch.where(largest > 0, largest.clamp(min=_TINY), torch.ones_like(largest))
-    floored = torch.maximum(scale, largest * 2.0**-20)
-    return torch.where(scale > 0, floored, largest)

@@ -9,14 +9,14 @@ network's inputs) are rounded where they are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from slimkit.graph.capturing import Call, Graph
 from slimkit.quantize.scheme import CallRule, Decision, QuantizerSpec
-from slimkit.quantize.targets import Target
+from slimkit.quantize.targets import NumberFormat, Target
 
 __all__ = ["Layout", "lay_out"]
 
@@ -44,7 +44,14 @@ class Layout:
     decisions: list[Decision] = field(default_factory=list)
 
 
-def lay_out(graph: Graph, target: Target, *, granularity: str, skipped: Iterable[str]) -> Layout:
+def lay_out(
+    graph: Graph,
+    target: Target,
+    *,
+    granularity: str,
+    skipped: Iterable[str],
+    weight_bits: Mapping[str, int] | None = None,
+) -> Layout:
     """Decide for every call whether it computes with integers, and place the quantizers.
 
     Args:
@@ -52,18 +59,25 @@ def lay_out(graph: Graph, target: Target, *, granularity: str, skipped: Iterable
         target: what the runtime can do.
         granularity: ``"channel"`` or ``"tensor"``, for weights.
         skipped: paths of modules that stay in float.
+        weight_bits: module path → bits of its weight, where they are not the target's.
     """
-    return _Planner(graph, target, granularity, frozenset(skipped)).run()
+    return _Planner(graph, target, granularity, frozenset(skipped), weight_bits or {}).run()
 
 
 class _Planner:
     def __init__(
-        self, graph: Graph, target: Target, granularity: str, skipped: frozenset[str]
+        self,
+        graph: Graph,
+        target: Target,
+        granularity: str,
+        skipped: frozenset[str],
+        weight_bits: Mapping[str, int],
     ) -> None:
         self._graph = graph
         self._target = target
         self._per_channel = granularity == "channel"
         self._skipped = skipped
+        self._weight_bits = weight_bits
         self._layout = Layout()
         self._names: set[str] = set()
         self._of_value: dict[int, str] = {}
@@ -230,13 +244,26 @@ class _Planner:
             self._layout.quantizers.append(
                 QuantizerSpec(
                     self._of_weight[name],
-                    self._target.weight,
+                    self._weight_format(self._module(call)),
                     parameter=name,
                     channels=info.shape[axis] if self._per_channel else None,
                     axis=axis,
+                    pairs=self._target.sums == "int16_pairs" and not self._is_depthwise(call),
                 )
             )
         return self._of_weight[name]
+
+    def _weight_format(self, module: str) -> NumberFormat:
+        form = self._target.weight
+        bits = self._weight_bits.get(module, form.bits)
+        return form if bits == form.bits else replace(form, bits=bits)
+
+    def _is_depthwise(self, call: Call) -> bool:
+        """Whether every channel has one filter of its own."""
+        data, weight = (self._graph.tensors[value].shape for value in call.inputs[:2])
+        if not call.function.startswith("conv") or len(weight) < 3:
+            return False
+        return weight[1] == 1 and data[-len(weight) + 1] == weight[0]
 
     def _fresh(self, name: str) -> str:
         """A name without dots, as module names must be."""

@@ -7,13 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.quantize.observers import (
-    OBSERVERS,
-    MovingAverage,
-    Observer,
-    affine_parameters,
-    weight_scale,
-)
+from slimkit.quantize.observers import OBSERVERS, MovingAverage, Observer
+from slimkit.quantize.scales import affine_parameters, weight_scale
+from slimkit.quantize.scheme import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
 from slimkit.runtime.fake_quantize import fake_quantize
 
@@ -114,25 +110,32 @@ class ActivationQuantizer(nn.Module):
 class WeightQuantizer(nn.Module):
     """Rounds one weight symmetrically, so that zeros stay exactly zero.
 
-    The scale follows the weight at every call: there is no state that could lag behind an
-    optimizer step, a pruning step or an averaged copy. The buffer ``scale`` is the one of
-    the last call, for the export.
+    By default the scale follows the weight at every call: there is no state that could lag
+    behind an optimizer step, a pruning step or an averaged copy. The buffer ``scale`` is the one
+    of the last call, for the export. A method that chooses scale and rounding together fixes
+    the scale, and leaves a weight whose nearest levels are the chosen ones.
 
     Args:
+        spec: of a weight.
+
+    Attributes:
         form: a symmetric number format.
-        channels: number of output channels; ``None`` for one scale in all.
-        axis: dimension of the weight that holds them.
+        axis: dimension of the weight that holds output channels; ``None`` for one scale in all.
+        fixed: whether ``scale`` stays as it is.
+        rounding: round; else the weight passes unchanged.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, form: NumberFormat, channels: int | None, axis: int = 0) -> None:
+    def __init__(self, spec: QuantizerSpec) -> None:
         super().__init__()
-        self.form = form
-        self.axis = None if channels is None else axis
-        shape = () if channels is None else (channels,)
+        self.form: NumberFormat = spec.form
+        self.axis = None if spec.channels is None else spec.axis
+        self.fixed = spec.scale == "fixed"
+        shape = () if spec.channels is None else (spec.channels,)
         self.rounding = True
+        self._pairs = spec.pairs
         self.register_buffer("scale", torch.ones(shape))
         zeros = torch.zeros(shape, dtype=torch.int32)
         self.register_buffer("zero_point", zeros, persistent=False)
@@ -142,9 +145,7 @@ class WeightQuantizer(nn.Module):
         if torch.compiler.is_exporting():
             scale = self.scale
         else:
-            scale = weight_scale(weight, self.form, self.axis)
-            with torch.no_grad():
-                self.scale.copy_(scale)
+            scale = self.refresh(weight)
             if not self.rounding:
                 return weight
         return fake_quantize(
@@ -155,6 +156,15 @@ class WeightQuantizer(nn.Module):
             qmax=self.form.qmax,
             axis=self.axis,
         )
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> Tensor:
+        """Bring the scale up to date with ``weight``, unless it is fixed; returns it."""
+        if self.fixed:
+            return self.scale
+        scale = weight_scale(weight, self.form, self.axis, pairs=self._pairs)
+        self.scale.copy_(scale)
+        return scale
 
     def extra_repr(self) -> str:
         """Format and granularity."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimkit.errors import PlanError, nearest
 from slimkit.graph.folding import FusePlan
@@ -29,6 +29,9 @@ class QuantizerSpec:
         parameter: the weight that it rounds, ``None`` for an activation.
         channels: number of scales of a weight, ``None`` for one per tensor.
         axis: dimension of the weight that the channels lie on.
+        pairs: no two products with it may exceed 16 bits; see
+            :func:`slimkit.quantize.scales.pair_sums`.
+        scale: of a weight: ``"follows"`` its largest magnitude at every call, or is ``"fixed"``.
     """
 
     name: str
@@ -36,6 +39,8 @@ class QuantizerSpec:
     parameter: str | None = None
     channels: int | None = None
     axis: int = 0
+    pairs: bool = False
+    scale: Literal["follows", "fixed"] = "follows"
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,8 @@ class QuantPlan(Plan):
             f"{integer} of {len(self.decisions)} operations integer, "
             f"{len(self.folds)} batch norms folded"
         ]
+        if any(spec.pairs for spec in self.quantizers):
+            lines.append("  weights leave room for x86 processors that sum two products in 16 bits")
         width = max((len(decision.address) for decision in self.decisions), default=0)
         for decision in self.decisions:
             state = "integer" if decision.integer else f"float: {decision.reason}"

@@ -8,10 +8,12 @@ take part. To support another runtime, or the same one differently, build a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from slimkit.errors import InputError
 from slimkit.registry import Registry
+from slimkit.runtime.surroundings import saturates_int8_pairs
 
 __all__ = ["TARGETS", "NumberFormat", "Target", "resolve_target"]
 
@@ -69,6 +71,11 @@ class Target:
         fused: activation functions that are part of the integer operator before them.
         float_outputs: layers whose result may leave as floating point when no integer
             operator reads it, which keeps logits exact.
+        sums: how products are added up. ``"int32"``: exactly. ``"int16_pairs"``: two at a time
+            in 16 bits, which saturate, as x86 processors without VNNI do; weight scales are then
+            made so much larger that no pair can overflow (depthwise convolutions have kernels
+            that sum exactly). ``"host"``: as the processor that quantizes, which
+            :func:`resolve_target` looks at.
     """
 
     name: str
@@ -101,24 +108,38 @@ class Target:
     )
     fused: frozenset[str] = frozenset({"relu", "relu6", "hardtanh"})
     float_outputs: frozenset[str] = frozenset({"linear"})
+    sums: Literal["int32", "int16_pairs", "host"] = "int32"
 
     @property
     def summary(self) -> str:
         """One line for ``slimkit list``."""
-        return f"{self.activation} activations, {self.weight} weights."
+        sums = {
+            "int32": "products summed exactly",
+            "int16_pairs": "no pair of products beyond 16 bits, for x86 without VNNI",
+            "host": "products summed as this processor does",
+        }
+        return f"{self.activation} activations, {self.weight} weights, {sums[self.sums]}."
 
 
 TARGETS: Registry[Target] = Registry("quantization target")
 """Name → :class:`Target`."""
 
-TARGETS.register("onnxruntime")(Target("onnxruntime"))
-TARGETS.register("openvino")(Target("openvino"))
+for _name in ("onnxruntime", "openvino"):
+    TARGETS.register(_name)(Target(_name, sums="host"))
+    TARGETS.register(f"{_name}-vnni")(Target(f"{_name}-vnni"))
+    TARGETS.register(f"{_name}-avx2")(Target(f"{_name}-avx2", sums="int16_pairs"))
 
 
 def resolve_target(target: str | Target) -> Target:
-    """The target itself, or the registered one of that name.
+    """The target itself, or the registered one of that name, for this processor.
+
+    Returns:
+        Its ``sums`` are ``"int32"`` or ``"int16_pairs"``.
 
     Raises:
         UnknownNameError: with the nearest names.
     """
-    return target if isinstance(target, Target) else TARGETS.get(target, where="target")
+    found = target if isinstance(target, Target) else TARGETS.get(target, where="target")
+    if found.sums != "host":
+        return found
+    return replace(found, sums="int16_pairs" if saturates_int8_pairs() else "int32")

@@ -46,7 +46,7 @@ class QuantizedModel(nn.Module):
             if spec.parameter is None:
                 self.quantizers[spec.name] = ActivationQuantizer(spec.form)
             else:
-                self.quantizers[spec.name] = WeightQuantizer(spec.form, spec.channels, spec.axis)
+                self.quantizers[spec.name] = WeightQuantizer(spec)
         self.register_buffer("observer_steps_left", torch.tensor(0, dtype=torch.int64))
         self._steps_left: int | None = None
         self._called: set[str] | None = None

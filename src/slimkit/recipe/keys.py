@@ -126,6 +126,8 @@ class Keys:
             }
             if step.settings.sees_eval_batches:
                 value["eval_batch_size"] = self.recipe.data.eval_batch_size
+            if facts := step.settings.facts():
+                value["facts"] = dict(facts)
             if self.smoke:
                 value["smoke"] = True
             self._known[chain] = content_hash(value)

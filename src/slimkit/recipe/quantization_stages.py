@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from slimkit.recipe.fields import OneOf
+from slimkit.recipe.methods import Method, build_method
 from slimkit.recipe.stages import Stage, StageContext, StageResult
 from slimkit.recipe.training_stage import DistillOptions, distilling, train_model, training_facts
 from slimkit.train.settings import TrainSettings
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["PtqStage", "QatStage", "QuantizeOptions"]
+
+
+METHOD = Method("slimkit.quantize:METHODS")
+Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 class QuantizeOptions(BaseModel):
@@ -27,6 +32,7 @@ class QuantizeOptions(BaseModel):
         observer: how ranges of activations are taken from calibration batches.
         skip: patterns of layers that stay in float.
         batches: calibration batches, taken from the training split without augmentation.
+        weight_bits: of all weights, or module pattern → bits; the target's by default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,6 +42,7 @@ class QuantizeOptions(BaseModel):
     observer: Annotated[str, OneOf("slimkit.quantize:OBSERVERS")] = "minmax"
     skip: tuple[str, ...] = ()
     batches: int = Field(default=8, ge=1)
+    weight_bits: Bits | dict[str, Bits] | None = None
 
     def arguments(self, context: StageContext) -> dict[str, Any]:
         """Keyword arguments for :func:`slimkit.quantize.ptq` and ``qat``."""
@@ -45,7 +52,15 @@ class QuantizeOptions(BaseModel):
             "granularity": self.granularity,
             "observer": self.observer,
             "skip": self.skip,
+            "weight_bits": self.weight_bits,
         }
+
+    def facts(self) -> dict[str, Any]:
+        """See :meth:`slimkit.recipe.stages.Stage.facts`: some targets follow the processor."""
+        from slimkit.quantize.targets import resolve_target
+
+        sums = resolve_target(self.target).sums
+        return {} if sums == "int32" else {"sums": sums}
 
 
 class CalibrationBatches:
@@ -68,16 +83,27 @@ class CalibrationBatches:
 
 
 class PtqStage(QuantizeOptions, Stage):
-    """Post-training quantization: calibrated on training images, no training."""
+    """Post-training quantization: calibrated on training images, no training.
+
+    Attributes:
+        methods: what else to do beside calibration, in this order.
+    """
 
     version: ClassVar[int] = 1
     type: Literal["ptq"] = "ptq"
+    methods: tuple[Annotated[Any, METHOD], ...] = ()
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
         from slimkit.quantize import ptq
 
-        quantized = ptq(model.eval(), context.example_inputs, **self.arguments(context))
+        quantized = ptq(
+            model.eval(),
+            context.example_inputs,
+            methods=[build_method(METHOD, choice, {}) for choice in self.methods],
+            progress=context.progress,
+            **self.arguments(context),
+        )
         return StageResult(quantized)
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:

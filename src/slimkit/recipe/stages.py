@@ -118,6 +118,10 @@ class Stage(BaseModel):
         """The teacher or stage that this stage learns from, if any."""
         return None
 
+    def facts(self) -> Mapping[str, Any]:
+        """JSON-able facts beside the settings that a result depends on, for its cache key."""
+        return {}
+
     def training_epochs(self) -> float:
         """Epochs of training, for the estimate of time; 0 for a stage that does not train."""
         return 0.0

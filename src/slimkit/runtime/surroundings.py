@@ -10,12 +10,23 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import slimkit
 from slimkit.runtime.sessions import available_backends
 
-__all__ = ["cpu_instructions", "cpu_name", "environment", "int8_advice", "usable_cores"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "cpu_instructions",
+    "cpu_name",
+    "environment",
+    "int8_advice",
+    "multiplies_bf16",
+    "saturates_int8_pairs",
+    "usable_cores",
+]
 
 _INSTRUCTIONS = {  # what /proc/cpuinfo calls it → what its makers call it
     "avx2": "AVX2",
@@ -31,6 +42,7 @@ _INSTRUCTIONS = {  # what /proc/cpuinfo calls it → what its makers call it
     "i8mm": "NEON I8MM",
     "sve": "SVE",
 }
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
 _DOT_PRODUCTS = {"AVX-512 VNNI", "AVX-VNNI", "AMX INT8", "NEON dot product", "NEON I8MM"}
 _PACKAGES = (
     "torch",
@@ -106,12 +118,41 @@ def int8_advice(instructions: list[str]) -> str:
     have = [name for name in instructions if name in _DOT_PRODUCTS]
     if have:
         return f"int8 runs on {have[0]}: sums of products are exact"
-    if any(name.startswith("AVX") for name in instructions):
+    if saturates_int8_pairs(instructions):
         return (
-            "no VNNI: u8×s8 products are summed in 16 bits and saturate, so int8 results can "
-            "be wrong with full-range weights, and int8 is hardly faster than fp32 here"
+            "no VNNI: pairs of u8×s8 products saturate at 16 bits. Slimkit keeps them smaller on "
+            "this processor (targets onnxruntime, onnxruntime-avx2); int8 files of other makers, "
+            "or made elsewhere, may give wrong results here. int8 gains less speed than with VNNI"
         )
     return "no int8 dot-product instruction was found: measure before relying on int8"
+
+
+def saturates_int8_pairs(instructions: list[str] | None = None) -> bool:
+    """Whether sums of two u8 × s8 products saturate at 16 bits here.
+
+    Args:
+        instructions: as from :func:`cpu_instructions`, this CPU's by default.
+    """
+    names = cpu_instructions() if instructions is None else instructions
+    x86 = any(name.startswith("AVX") for name in names)
+    return x86 and not any(name in _DOT_PRODUCTS for name in names)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 natively, which is then about twice as fast as fp32.
+
+    A CPU that does not may be a hundred times slower at it: torch then has no vector kernel for
+    convolutions in bf16.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    ask = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch we take
+    capabilities = ask() if ask is not None else {}
+    return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
 
 
 def usable_cores() -> int:

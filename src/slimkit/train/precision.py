@@ -1,7 +1,8 @@
 """fp32 or bf16? Timed on the model itself, because it depends on both model and processor.
 
 Dense convolutions run about twice as fast under bf16 autocast where the CPU multiplies bf16
-matrices; depthwise ones run slower. Nothing but a measurement tells.
+matrices; depthwise ones run slower. Nothing but a measurement tells; only where the processor has
+no bf16 instructions at all is there nothing to measure.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from slimkit.runtime.surroundings import multiplies_bf16
 
 __all__ = ["choose_precision"]
 
@@ -32,8 +35,11 @@ def choose_precision(
         device: where it runs.
 
     Returns:
-        The choice, and milliseconds per step of each.
+        The choice, and milliseconds per step of each; fp32 and nothing on a processor without
+        bf16 instructions.
     """
+    if device.type == "cpu" and not multiplies_bf16(device):
+        return "fp32", {}
     held = {name: b.detach().clone() for name, b in model.named_buffers()}
     devices = [device] if device.type == "cuda" else []
     times: dict[str, list[float]] = {"fp32": [], "bf16": []}

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 from slimkit.artifact import PathLike, content_hash
 from slimkit.errors import DataError, InputError, TrainingError
+from slimkit.runtime.surroundings import multiplies_bf16
 from slimkit.train.batch_norm import frozen_batch_norm, reestimate_batch_norm
 from slimkit.train.callbacks import Callback, EpochContext, StepContext
 from slimkit.train.checkpointing import RunState, restore, save_run
@@ -198,6 +200,12 @@ class _Run:
         precision = self.settings.precision
         if precision == "auto":
             precision, self.history.precision_ms = self._timed_precision()
+        elif precision == "bf16" and not multiplies_bf16(self.device.device):
+            warnings.warn(
+                "this processor has no bf16 instructions: training in bf16 takes many times as "
+                "long as in fp32 here; precision: auto chooses what is faster",
+                stacklevel=4,
+            )
         self.history.precision = self.device.agreed(precision)
 
     def _timed_precision(self) -> tuple[Literal["fp32", "bf16"], dict[str, float]]:

@@ -1,0 +1,102 @@
+"""From ranges to scales: the step width of the grid that a tensor is rounded to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkit.quantize.targets import NumberFormat
+
+__all__ = ["affine_parameters", "pair_sums", "weight_scale"]
+
+TINY = 1e-12
+"""No scale is smaller: 1 / scale and bias / scale stay finite."""
+_PAIR_LIMIT = 126
+"""Of the sum of two weights before rounding: with both rounded up, 128 · 255 fits 16 bits."""
+
+
+def affine_parameters(low: Tensor, high: Tensor, form: NumberFormat) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for values in [low, high].
+
+    The range is widened to contain 0, which is represented exactly: zero padding costs no
+    accuracy. A range of no width, as of a dead layer, gives scale 1.
+
+    Args:
+        low: smallest value to represent, shape (), finite.
+        high: largest value, likewise.
+        form: symmetric formats have zero point 0 (signed) and cover ±max(|low|, |high|).
+
+    Returns:
+        scale (float32, > 0) and zero point (int32), both of shape ().
+    """
+    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+    zero = torch.zeros_like(low)
+    if form.symmetric:
+        scale = torch.maximum(-low, high) / form.qmax
+    else:
+        scale = (high - low) / (form.qmax - form.qmin)
+    scale = torch.where(scale > 0, scale.clamp(min=TINY), torch.ones_like(scale))
+    if form.symmetric:
+        return scale, zero.to(torch.int32)
+    point = (form.qmin - low / scale).round().clamp(form.qmin, form.qmax)
+    return scale, point.to(torch.int32)
+
+
+def weight_scale(
+    weight: Tensor, form: NumberFormat, axis: int | None, *, pairs: bool = False
+) -> Tensor:
+    """The scale that maps the largest magnitude onto the largest integer.
+
+    Channels without weights (pruned or dead ones) get the scale of the largest channel, and
+    no scale is more than 2^20 times smaller than that: the bias, whose step is the product of
+    this scale and the input's, must fit into 32 bits.
+
+    Args:
+        weight: any shape, output channels first unless ``axis`` says otherwise.
+        form: a symmetric format.
+        axis: dimension of the output channels; ``None`` for one scale in all.
+        pairs: the runtime sums two products in 16 bits (:func:`pair_sums`): make the scale as
+            much larger as it takes for no pair to overflow.
+
+    Returns:
+        float32, > 0, shape (weight.shape[axis],) or ().
+    """
+    values = weight.detach()
+    scale = _largest(values.abs(), axis) / form.qmax
+    if pairs and form.qmax * 2 > _PAIR_LIMIT:
+        sums = pair_sums(values, axis or 0).abs()
+        scale = torch.maximum(scale, _largest(sums, None if axis is None else 0) / _PAIR_LIMIT)
+    largest = scale.amax()
+    largest = torch.where(largest > 0, largest.clamp(min=TINY), torch.ones_like(largest))
+    floored = torch.maximum(scale, largest * 2.0**-20)
+    return torch.where(scale > 0, floored, largest)
+
+
+def _largest(magnitudes: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return magnitudes.amax().float()
+    return magnitudes.amax(dim=[d for d in range(magnitudes.dim()) if d != axis]).float()
+
+
+def pair_sums(weight: Tensor, axis: int = 0) -> Tensor:
+    """Sums of the weights whose products the x86 instruction VPMADDUBSW adds in 16 bits.
+
+    It multiplies unsigned by signed bytes and adds neighbours with saturation at ±2^15, so
+    255 · (w₁ + w₂) must stay below. Processors with a dot product (VNNI) sum in 32 bits
+    instead. ONNX Runtime and oneDNN lay a filter out as (kernel positions, input channels) and
+    take elements 2j and 2j+1 together; runtimes that fill up odd numbers of channels at each
+    position pair them differently, so then every two neighbours count.
+
+    Args:
+        weight: (out, in, kernel …), or with output channels in dimension ``axis``.
+        axis: of the output channels.
+
+    Returns:
+        (out, pairs), empty in the second dimension for a single weight.
+    """
+    weight = weight.movedim(axis, 0)
+    channels = weight.shape[1] if weight.dim() > 1 else 1
+    flat = (weight.movedim(1, -1) if weight.dim() > 2 else weight).reshape(len(weight), -1)
+    if channels % 2:
+        return flat[:, :-1] + flat[:, 1:] if flat.shape[1] > 1 else flat
+    return flat[:, ::2] + flat[:, 1::2]

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from slimkit.quantize import TARGETS, ptq
+from slimkit.quantize.quantizers import WeightQuantizer
+from slimkit.quantize.scales import affine_parameters, pair_sums, weight_scale
+from slimkit.quantize.targets import NumberFormat, resolve_target
+from slimkit.runtime.fake_quantize import quantized_integers
+
+UINT8 = NumberFormat(8)
+INT8 = NumberFormat(8, signed=True, symmetric=True)
+
+
+def test_scale_and_zero_point_by_hand() -> None:
+    scale, zero_point = affine_parameters(torch.tensor(-1.0), torch.tensor(4.1), UINT8)
+    assert float(scale) == pytest.approx(0.02)
+    assert int(zero_point) == 50
+    scale, zero_point = affine_parameters(torch.tensor(-1.0), torch.tensor(2.54), INT8)
+    assert float(scale) == pytest.approx(0.02)
+    assert int(zero_point) == 0
+
+
+@given(
+    low=st.floats(-1e6, 1e6, width=32),
+    high=st.floats(-1e6, 1e6, width=32),
+    form=st.sampled_from([UINT8, INT8, NumberFormat(4), NumberFormat(4, True, True)]),
+)
+def test_zero_is_exact_and_the_range_is_covered(
+    low: float, high: float, form: NumberFormat
+) -> None:
+    low, high = min(low, high), max(low, high)
+    scale, zero_point = affine_parameters(torch.tensor(low), torch.tensor(high), form)
+    assert torch.isfinite(scale)
+    assert scale > 0
+    assert form.qmin <= int(zero_point) <= form.qmax
+    reach = 0.51 * float(scale)  # rounding the zero point shifts the range by half a step
+    assert (form.qmin - int(zero_point)) * float(scale) <= min(low, 0.0) + reach
+    assert (form.qmax - int(zero_point)) * float(scale) >= max(high, 0.0) - reach
+
+
+def test_a_range_after_relu_has_zero_point_zero() -> None:
+    scale, zero_point = affine_parameters(torch.tensor(0.0), torch.tensor(5.1), UINT8)
+    assert int(zero_point) == 0
+    assert float(scale) == pytest.approx(0.02)
+
+
+def test_weight_scales_per_channel_and_per_tensor() -> None:
+    weight = torch.tensor([[1.27, -0.5], [0.1, -2.54]])
+    assert torch.allclose(weight_scale(weight, INT8, 0), torch.tensor([0.01, 0.02]))
+    assert weight_scale(weight, INT8, None) == pytest.approx(0.02)
+    assert torch.allclose(weight_scale(weight, INT8, 1), torch.tensor([0.01, 0.02]))
+
+
+def test_dead_channels_have_finite_scales() -> None:
+    weight = torch.zeros(3, 4)
+    assert torch.equal(weight_scale(weight, INT8, 0), torch.ones(3))
+    weight[1] = 1.27
+    weight[2] = 1e-30
+    scale = weight_scale(weight, INT8, 0)
+    assert scale[0] == scale[1]
+    assert scale[2] == pytest.approx(float(scale[1]) * 2.0**-20)
+
+
+# --- processors that sum two products in 16 bits ------------------------------------------------
+
+
+def test_pairs_are_neighbours_among_the_input_channels_of_one_kernel_position() -> None:
+    weight = torch.arange(8.0).reshape(1, 4, 1, 2)  # channel c, column k holds 2c + k
+    assert pair_sums(weight).tolist() == [[2.0, 10.0, 4.0, 12.0]]  # 0+2, 4+6, 1+3, 5+7
+    odd = torch.tensor([[1.0, 2.0, 4.0]])
+    assert pair_sums(odd).tolist() == [[3.0, 6.0]]
+    assert pair_sums(torch.tensor([[5.0]])).tolist() == [[5.0]]
+
+
+@given(
+    shape=st.sampled_from([(3, 8), (2, 5), (4, 3, 3, 3), (2, 6, 2, 1), (1, 1), (3, 4, 5)]),
+    seed=st.integers(0, 10_000),
+    spread=st.floats(0.0, 4.0),
+    per_channel=st.booleans(),
+)
+def test_no_pair_of_products_exceeds_sixteen_bits(
+    shape: tuple[int, ...], seed: int, spread: float, per_channel: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator).exp().pow(spread)
+    axis = 0 if per_channel else None
+    scale = weight_scale(weight, INT8, axis, pairs=True)
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    levels = quantized_integers(weight, scale, zero, qmin=-127, qmax=127, axis=axis)
+    if weight[0].numel() > 1:
+        assert 255 * int(pair_sums(levels).abs().max()) < 2**15
+    assert bool((scale >= weight_scale(weight, INT8, axis) * 0.9999).all())
+    assert bool((scale <= weight_scale(weight, INT8, axis) * 2.02).all())
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(self.conv(x))
+
+
+def test_depthwise_filters_keep_their_range(images: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 4, 8, 8)
+    q = ptq(Two(), x, calibration=[x], target="onnxruntime-avx2")
+    pairs = {spec.parameter: spec.pairs for spec in q.plan.quantizers if spec.parameter}
+    assert pairs == {"conv.weight": True, "depthwise.weight": False}
+    assert "16 bits" in q.plan.explain()
+    assert "16 bits" not in ptq(Two(), x, calibration=[x], target="onnxruntime-vnni").plan.explain()
+
+
+def test_the_default_target_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for saturates, sums in ((True, "int16_pairs"), (False, "int32")):
+        monkeypatch.setattr("slimkit.quantize.targets.saturates_int8_pairs", lambda s=saturates: s)
+        assert resolve_target("onnxruntime").sums == sums
+        assert resolve_target("onnxruntime-avx2").sums == "int16_pairs"
+    assert TARGETS.get("onnxruntime").sums == "host"
+
+
+def test_a_fixed_scale_stays() -> None:
+    from slimkit.quantize.scheme import QuantizerSpec
+
+    quantizer = WeightQuantizer(QuantizerSpec("w", INT8, "w", channels=2, scale="fixed"))
+    quantizer.scale.copy_(torch.tensor([0.5, 0.25]))
+    rounded = quantizer(torch.tensor([[0.6, 1.3], [0.3, -0.1]]))
+    assert rounded.tolist() == [[0.5, 1.5], [0.25, 0.0]]
+    assert quantizer.scale.tolist() == [0.5, 0.25]
