@@ -9,16 +9,30 @@ from __future__ import annotations
 
 from slimkit.quantize.aware_training import qat
 from slimkit.quantize.calibration import ptq
-from slimkit.quantize.observers import OBSERVERS, Observer
+from slimkit.quantize.clipping import KL, MSE
+from slimkit.quantize.observers import (
+    OBSERVERS,
+    MeanOfMaxima,
+    MinMax,
+    MovingAverage,
+    Observer,
+    Percentile,
+)
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.targets import TARGETS, NumberFormat, Target
 from slimkit.quantize.wrapper import QuantizedModel
 
 __all__ = [
+    "KL",
+    "MSE",
     "OBSERVERS",
     "TARGETS",
+    "MeanOfMaxima",
+    "MinMax",
+    "MovingAverage",
     "NumberFormat",
     "Observer",
+    "Percentile",
     "QuantPlan",
     "QuantizedModel",
     "Target",

@@ -16,7 +16,7 @@ from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import apply
-from slimkit.quantize.observers import OBSERVERS
+from slimkit.quantize.observers import Observer, describe_observer, new_observer
 from slimkit.quantize.planning import lay_out
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.targets import Target, resolve_target
@@ -34,7 +34,7 @@ def ptq(
     calibration: Iterable[Any],
     target: str | Target = "onnxruntime",
     granularity: str = "channel",
-    observer: str = "minmax",
+    observer: str | Observer = "minmax",
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
 ) -> QuantizedModel:
@@ -47,7 +47,9 @@ def ptq(
             Inputs, prepared as for training. A loader whose ``role`` is ``"test"`` is refused.
         target: name in :data:`~slimkit.quantize.targets.TARGETS`, or a Target.
         granularity: one weight scale per output ``"channel"`` or per ``"tensor"``.
-        observer: ``"minmax"``, ``"moving_average"`` or ``"percentile"``.
+        observer: how ranges of activations are found: a name in
+            :data:`~slimkit.quantize.observers.OBSERVERS`, or an observer with settings such as
+            ``Percentile(percentile=99.9)``.
         skip: modules that stay in float: patterns on module paths or class names.
         batches: use so many batches; all by default.
 
@@ -77,7 +79,7 @@ def attach(
     *,
     target: str | Target,
     granularity: str,
-    observer: str,
+    observer: str | Observer,
     skip: Pattern | Iterable[Pattern],
 ) -> QuantizedModel:
     """Plan, and apply the plan to a copy of ``model``; scales are still unknown.
@@ -86,7 +88,7 @@ def attach(
         UnknownNameError, PatternError, InputError, CaptureError: as for :func:`ptq`.
     """
     chosen = resolve_target(target)
-    OBSERVERS.get(observer, where="observer")
+    new_observer(observer)
     if granularity not in GRANULARITIES:
         hint = nearest(str(granularity), GRANULARITIES)
         raise InputError(f"unknown granularity {granularity!r}", where="granularity", hint=hint)
@@ -104,7 +106,7 @@ def attach(
     plan = QuantPlan(
         target=chosen.name,
         granularity=granularity,
-        observer=observer,
+        observer=describe_observer(observer),
         folds=folds,
         quantizers=tuple(layout.quantizers),
         calls=layout.calls,
@@ -121,7 +123,7 @@ def calibrate(
     example_inputs: ExampleInputs,
     calibration: Iterable[Any],
     *,
-    observer: str,
+    observer: str | Observer,
     batches: int | None = None,
 ) -> None:
     """Find the activation ranges of the float network on ``calibration``, in place.

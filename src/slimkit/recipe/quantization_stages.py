@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from slimkit.recipe.fields import OneOf
+from slimkit.errors import InputError
+from slimkit.recipe.fields import OneOf, wrong
+from slimkit.recipe.methods import Method, build_method
 from slimkit.recipe.stages import Stage, StageContext, StageResult
 from slimkit.recipe.training_stage import DistillOptions, distilling, train_model, training_facts
 from slimkit.train.settings import TrainSettings
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PtqStage", "QatStage", "QuantizeOptions"]
 
+OBSERVER = Method("slimkit.quantize:OBSERVERS")
+
 
 class QuantizeOptions(BaseModel):
     """How a network is quantized.
@@ -24,7 +28,8 @@ class QuantizeOptions(BaseModel):
     Attributes:
         target: the runtime whose integer operators the scheme must fit.
         granularity: weight scales per output channel, or one per tensor.
-        observer: how ranges of activations are taken from calibration batches.
+        observer: how ranges of activations are taken from calibration batches; a name, or a
+            mapping with its settings.
         skip: patterns of layers that stay in float.
         batches: calibration batches, taken from the training split without augmentation.
     """
@@ -33,9 +38,24 @@ class QuantizeOptions(BaseModel):
 
     target: Annotated[str, OneOf("slimkit.quantize:TARGETS")] = "onnxruntime"
     granularity: Literal["channel", "tensor"] = "channel"
-    observer: Annotated[str, OneOf("slimkit.quantize:OBSERVERS")] = "minmax"
+    observer: Annotated[str | BaseModel, OBSERVER] = "minmax"
     skip: tuple[str, ...] = ()
     batches: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _observer_takes_its_settings(self) -> Self:
+        try:
+            self._observer()
+        except InputError as error:
+            raise wrong(error.message, error.hint, path=f"observer.{error.where}") from error
+        return self
+
+    def _observer(self) -> Any:
+        """The name, or an observer with the settings of the recipe."""
+        if isinstance(self.observer, str):
+            return self.observer
+        built = build_method(OBSERVER, self.observer, {})
+        return built() if isinstance(built, type) else built
 
     def arguments(self, context: StageContext) -> dict[str, Any]:
         """Keyword arguments for :func:`slimkit.quantize.ptq` and ``qat``."""
@@ -43,7 +63,7 @@ class QuantizeOptions(BaseModel):
             "calibration": CalibrationBatches(context, self.batches),
             "target": self.target,
             "granularity": self.granularity,
-            "observer": self.observer,
+            "observer": self._observer(),
             "skip": self.skip,
         }
 
