@@ -34,8 +34,8 @@ class KL:
     outweigh everything else.
 
     A range holds at least half of the values, and has at least as many bins as the format has
-    integers, because there is nothing to compare below: however far an outlier lies, ±t does
-    not get narrower than levels / bins of the largest magnitude.
+    integers, because there is nothing to compare below. However far an outlier lies, an 8-bit
+    range of 8192 bins does not get narrower than 1/32 to 1/8 of its magnitude.
 
     Attributes:
         bins: of the :class:`~slimkit.quantize.histograms.Histogram`.

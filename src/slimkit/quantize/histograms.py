@@ -86,7 +86,7 @@ class Histogram:
             return
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._fit(max(-low, high))
-        scale = 1.0 / self.width  # a power of two: the product below is exact
+        scale = 1.0 / self.width  # a power of two: no product is rounded
         for piece in torch.split(_in_memory_order(x.detach()), _PIECE):
             index = torch.mul(piece, scale).floor_().add_(self.zero).to(torch.int32)
             found = torch.bincount(index).to(self.counts.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -83,9 +83,9 @@ def new_observer(choice: str | Observer) -> Observer:
             where="observer",
             hint="such as 'percentile' or Percentile(percentile=99.9)",
         )
-    return (
-        dataclasses.replace(choice) if dataclasses.is_dataclass(choice) else copy.deepcopy(choice)
-    )
+    has_settings: bool = dataclasses.is_dataclass(cast("object", choice))
+    fresh = dataclasses.replace if has_settings else copy.deepcopy
+    return cast("Observer", fresh(cast("Any", choice)))
 
 
 def describe_observer(choice: str | Observer) -> str:
@@ -96,7 +96,7 @@ def describe_observer(choice: str | Observer) -> str:
     """
     if isinstance(choice, str):
         return choice
-    given: Any = choice
+    given = cast("Any", choice)
     kind = type(given)
     names = (name for name in OBSERVERS if OBSERVERS.get(name) is kind)
     name = next(names, f"{kind.__module__}:{kind.__qualname__}")

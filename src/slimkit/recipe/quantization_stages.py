@@ -45,12 +45,13 @@ class QuantizeOptions(BaseModel):
     @model_validator(mode="after")
     def _observer_takes_its_settings(self) -> Self:
         try:
-            self._observer()
+            self.chosen_observer()
         except InputError as error:
-            raise wrong(error.message, error.hint, path=f"observer.{error.where}") from error
+            path = f"observer.{error.where}" if error.where else "observer"
+            raise wrong(error.message, error.hint, path=path) from error
         return self
 
-    def _observer(self) -> Any:
+    def chosen_observer(self) -> Any:
         """The name, or an observer with the settings of the recipe."""
         if isinstance(self.observer, str):
             return self.observer
@@ -63,7 +64,7 @@ class QuantizeOptions(BaseModel):
             "calibration": CalibrationBatches(context, self.batches),
             "target": self.target,
             "granularity": self.granularity,
-            "observer": self._observer(),
+            "observer": self.chosen_observer(),
             "skip": self.skip,
         }
 
