@@ -46,8 +46,9 @@ def test_the_python_on_a_page_runs_from_top_to_bottom(
     assert blocks
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks).replace("224, 224", "64, 64")  # the same, faster
-    with SAMPLERS.scratch():
-        exec(compile(code, page, "exec"), {"__name__": "page"})
+    with SAMPLERS.scratch(), OBSERVERS.scratch():
+        # a dataclass looks its module up
+        exec(compile(code, page, "exec"), {"__name__": "__main__"})
 
 
 def test_the_readme_example_is_short() -> None:

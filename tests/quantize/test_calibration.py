@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.errors import DataError, InputError
-from slimkit.quantize import QuantizedModel, ptq
+from slimkit.quantize import OBSERVERS, NumberFormat, Percentile, QuantizedModel, ptq
 
 Images = Callable[..., Tensor]
 
@@ -22,7 +22,7 @@ def sqnr(reference: Tensor, other: Tensor) -> float:
     return float(10 * torch.log10(reference.square().sum() / (reference - other).square().sum()))
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile"])
+@pytest.mark.parametrize("observer", OBSERVERS.names())
 def test_outputs_stay_near_the_float_network(
     small: nn.Module, images: Images, observer: str
 ) -> None:
@@ -46,6 +46,23 @@ def test_ranges_are_those_of_the_float_network(small: nn.Module, images: Images)
     assert quantizer.low.item() == 0.0
     assert quantizer.high.item() == pytest.approx(values.max().item(), rel=1e-6)
     assert quantizer.scale.item() == pytest.approx(values.max().item() / 255, rel=1e-6)
+
+
+def test_an_observer_with_settings_is_used_for_every_activation_and_named_in_the_plan(
+    small: nn.Module, images: Images, tmp_path: Path
+) -> None:
+    chosen = Percentile(percentile=90.0)
+    q = ptq(small, images(1), calibration=[images(8)], observer=chosen)
+    whole = ptq(small, images(1), calibration=[images(8)], observer=Percentile(percentile=100.0))
+    for name, quantizer in q.activation_quantizers().items():
+        assert quantizer.high < whole.quantizers[name].high
+    assert q.plan.observer == "percentile(percentile=90.0)"
+    sk.save(q, tmp_path / "saved")
+    again = sk.load(tmp_path / "saved", model=type(small)())
+    assert isinstance(again, QuantizedModel)
+    assert again.plan.observer == q.plan.observer
+    with pytest.raises(InputError, match="not seen any data"):  # each quantizer has its own
+        chosen.range(NumberFormat())
 
 
 def test_what_counts_as_a_batch(small: nn.Module, images: Images) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from slimkit.quantize.observers import describe_observer
 from slimkit.recipe import dump_recipe, load_recipe, parse_recipe, recipe_schema
+from slimkit.recipe.quantization_stages import QuantizeOptions
 
 
 def test_a_resolved_recipe_reads_back_as_the_same_recipe(values: dict[str, Any]) -> None:
@@ -37,6 +39,25 @@ def test_overrides_are_yaml_and_reach_lists_and_absent_sections(values: dict[str
     assert recipe.variants["third"] == ("train", "int8")
     assert recipe.model.args == {"width": 8}
     assert recipe.data.augment.flip
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("kl", "kl"),
+        ("{type: percentile, percentile: 99.9}", "percentile(percentile=99.9)"),
+        ("{type: mse}", "mse"),
+        ("{type: 'slimkit.quantize:MSE', bins: 64}", "mse(bins=64)"),
+    ],
+)
+def test_an_observer_is_a_name_or_a_mapping_with_settings(
+    values: dict[str, Any], written: str, meant: str
+) -> None:
+    recipe = parse_recipe(values, [f"stages.int8.observer={written}"])
+    stage = recipe.stages["int8"]
+    assert isinstance(stage, QuantizeOptions)
+    assert describe_observer(stage.chosen_observer()) == meant
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
 
 
 def test_numbers_without_a_decimal_point_and_merged_anchors_are_read(tmp_path: Path) -> None:

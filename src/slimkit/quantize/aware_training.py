@@ -12,6 +12,7 @@ from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.calibration import WeightBits, attach, calibrate
+from slimkit.quantize.observers import Observer
 from slimkit.quantize.targets import Target
 from slimkit.quantize.wrapper import QuantizedModel
 
@@ -25,7 +26,7 @@ def qat(
     calibration: Iterable[Any] | None = None,
     target: str | Target = "onnxruntime",
     granularity: str = "channel",
-    observer: str = "moving_average",
+    observer: str | Observer = "moving_average",
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
     observe_steps: int | None = None,
@@ -43,7 +44,7 @@ def qat(
         calibration: batches of training data for the first activation ranges.
         target: name in :data:`~slimkit.quantize.targets.TARGETS`, or a Target.
         granularity: one weight scale per output ``"channel"`` or per ``"tensor"``.
-        observer: how ``calibration`` is summarised.
+        observer: how ``calibration`` is summarised; as for :func:`~slimkit.quantize.ptq`.
         skip: modules that stay in float: patterns on module paths or class names.
         batches: use so many of its batches; all by default.
         observe_steps: number of training forwards during which the ranges follow a moving

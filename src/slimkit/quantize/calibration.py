@@ -18,7 +18,7 @@ from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import apply
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.methods import Method, Work, resolve_methods, run_methods
-from slimkit.quantize.observers import OBSERVERS
+from slimkit.quantize.observers import Observer, describe_observer, new_observer
 from slimkit.quantize.planning import lay_out
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.targets import Target, resolve_target
@@ -39,7 +39,7 @@ def ptq(
     calibration: Iterable[Any],
     target: str | Target = "onnxruntime",
     granularity: str = "channel",
-    observer: str = "minmax",
+    observer: str | Observer = "minmax",
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
     weight_bits: WeightBits | None = None,
@@ -55,7 +55,9 @@ def ptq(
             Inputs, prepared as for training. A loader whose ``role`` is ``"test"`` is refused.
         target: name in :data:`~slimkit.quantize.targets.TARGETS`, or a Target.
         granularity: one weight scale per output ``"channel"`` or per ``"tensor"``.
-        observer: ``"minmax"``, ``"moving_average"`` or ``"percentile"``.
+        observer: how ranges of activations are found: a name in
+            :data:`~slimkit.quantize.observers.OBSERVERS`, or an observer with settings such as
+            ``Percentile(percentile=99.9)``.
         skip: modules that stay in float: patterns on module paths or class names.
         batches: use so many batches; all by default.
         weight_bits: 2 to 8 for all weights, or module pattern → bits (the first that matches);
@@ -102,7 +104,7 @@ def attach(
     *,
     target: str | Target,
     granularity: str,
-    observer: str,
+    observer: str | Observer,
     skip: Pattern | Iterable[Pattern],
     weight_bits: WeightBits | None = None,
 ) -> QuantizedModel:
@@ -112,7 +114,7 @@ def attach(
         UnknownNameError, PatternError, InputError, CaptureError: as for :func:`ptq`.
     """
     chosen = resolve_target(target)
-    OBSERVERS.get(observer, where="observer")
+    new_observer(observer)
     if granularity not in GRANULARITIES:
         hint = nearest(str(granularity), GRANULARITIES)
         raise InputError(f"unknown granularity {granularity!r}", where="granularity", hint=hint)
@@ -134,7 +136,7 @@ def attach(
     plan = QuantPlan(
         target=chosen.name,
         granularity=granularity,
-        observer=observer,
+        observer=describe_observer(observer),
         folds=folds,
         quantizers=tuple(layout.quantizers),
         calls=layout.calls,
@@ -162,7 +164,9 @@ def _bits_by_module(model: nn.Module, weight_bits: WeightBits | None) -> dict[st
     return found
 
 
-def calibrate(quantized: QuantizedModel, batches: Iterable[Inputs], *, observer: str) -> None:
+def calibrate(
+    quantized: QuantizedModel, batches: Iterable[Inputs], *, observer: str | Observer
+) -> None:
     """Find the activation ranges of the float network on ``batches``, in place.
 
     Calls that no batch reaches are taken out of the plan with a warning.

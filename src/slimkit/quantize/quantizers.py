@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.quantize.observers import OBSERVERS, MovingAverage, Observer
+from slimkit.quantize.observers import MovingAverage, Observer, new_observer
 from slimkit.quantize.scales import affine_parameters, weight_scale
 from slimkit.quantize.scheme import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
@@ -56,9 +56,9 @@ class ActivationQuantizer(nn.Module):
             self._known_ready = bool(self.observed.item() > 0)
         return self._known_ready
 
-    def observe_with(self, observer: str | None) -> None:
-        """Start observing with a new observer of that name, or stop with ``None``."""
-        self._observer = OBSERVERS.get(observer, where="observer")() if observer else None
+    def observe_with(self, observer: str | Observer | None) -> None:
+        """Start observing with a new observer like that one, or stop with ``None``."""
+        self._observer = None if observer is None else new_observer(observer)
         self.observing = observer is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class ActivationQuantizer(nn.Module):
     def adopt_range(self) -> None:
         """Take scale and zero point from what the observer has seen so far."""
         if self._observer is not None and self.ready:
-            self._set_range(*self._observer.range())
+            self._set_range(*self._observer.range(self.form))
 
     def _rounded(self, x: Tensor) -> Tensor:
         return fake_quantize(
@@ -87,7 +87,7 @@ class ActivationQuantizer(nn.Module):
         self.observed.add_(1)
         self._known_ready = True
         if self.rounding:
-            self._set_range(*self._observer.range())
+            self._set_range(*self._observer.range(self.form))
 
     @torch.no_grad()
     def _set_range(self, low: Tensor, high: Tensor) -> None:

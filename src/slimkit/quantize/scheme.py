@@ -87,7 +87,8 @@ class QuantPlan(Plan):
     Attributes:
         target: name of the target that it was made for.
         granularity: of the weights, ``"channel"`` or ``"tensor"``.
-        observer: how ranges of activations were found.
+        observer: how ranges of activations were found, with settings that are not the default:
+            ``"minmax"``, ``"percentile(percentile=99.9)"``.
         folds: (layer, batch norm) pairs that are folded first.
         quantizers: all quantizers by name.
         calls: call address → what is rounded there.

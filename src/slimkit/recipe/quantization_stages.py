@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from slimkit.recipe.fields import OneOf
+from slimkit.errors import InputError
+from slimkit.recipe.fields import OneOf, wrong
 from slimkit.recipe.methods import Method, build_method
 from slimkit.recipe.stages import Stage, StageContext, StageResult
 from slimkit.recipe.training_stage import DistillOptions, distilling, train_model, training_facts
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["PtqStage", "QatStage", "QuantizeOptions"]
+
+OBSERVER = Method("slimkit.quantize:OBSERVERS")
 
 
 METHOD = Method("slimkit.quantize:METHODS")
@@ -29,7 +32,8 @@ class QuantizeOptions(BaseModel):
     Attributes:
         target: the runtime whose integer operators the scheme must fit.
         granularity: weight scales per output channel, or one per tensor.
-        observer: how ranges of activations are taken from calibration batches.
+        observer: how ranges of activations are taken from calibration batches; a name, or a
+            mapping with its settings.
         skip: patterns of layers that stay in float.
         batches: calibration batches, taken from the training split without augmentation.
         weight_bits: of all weights, or module pattern → bits; the target's by default.
@@ -39,10 +43,26 @@ class QuantizeOptions(BaseModel):
 
     target: Annotated[str, OneOf("slimkit.quantize:TARGETS")] = "onnxruntime"
     granularity: Literal["channel", "tensor"] = "channel"
-    observer: Annotated[str, OneOf("slimkit.quantize:OBSERVERS")] = "minmax"
+    observer: Annotated[str | BaseModel, OBSERVER] = "minmax"
     skip: tuple[str, ...] = ()
     batches: int = Field(default=8, ge=1)
     weight_bits: Bits | dict[str, Bits] | None = None
+
+    @model_validator(mode="after")
+    def _observer_takes_its_settings(self) -> Self:
+        try:
+            self.chosen_observer()
+        except InputError as error:
+            path = f"observer.{error.where}" if error.where else "observer"
+            raise wrong(error.message, error.hint, path=path) from error
+        return self
+
+    def chosen_observer(self) -> Any:
+        """The name, or an observer with the settings of the recipe."""
+        if isinstance(self.observer, str):
+            return self.observer
+        built = build_method(OBSERVER, self.observer, {})
+        return built() if isinstance(built, type) else built
 
     def arguments(self, context: StageContext) -> dict[str, Any]:
         """Keyword arguments for :func:`slimkit.quantize.ptq` and ``qat``."""
@@ -50,7 +70,7 @@ class QuantizeOptions(BaseModel):
             "calibration": CalibrationBatches(context, self.batches),
             "target": self.target,
             "granularity": self.granularity,
-            "observer": self.observer,
+            "observer": self.chosen_observer(),
             "skip": self.skip,
             "weight_bits": self.weight_bits,
         }
@@ -89,7 +109,7 @@ class PtqStage(QuantizeOptions, Stage):
         methods: what else to do beside calibration, in this order.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     type: Literal["ptq"] = "ptq"
     methods: tuple[Annotated[Any, METHOD], ...] = ()
 
@@ -121,7 +141,7 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     need the digits of float32 (``precision``), and little is left to learn (``epochs``).
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     type: Literal["qat"] = "qat"
     epochs: Annotated[float, Field(gt=0)] = 2
     lr: Annotated[float, Field(gt=0)] = 5e-4
