@@ -15,15 +15,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,77 +27,14 @@ import torch
 from torch import nn
 
 import slimkit as sk
+from benchmarks.networks import LARGEST, build, names_of, records_of, shake, supervise, work
 from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.graph.equivalence import check_equivalence
-from slimkit.inputs import as_inputs
-from slimkit.models import example_input
 from slimkit.prune.allocation import uniform
 from slimkit.prune.targets import Target
 
-LARGEST = 150e6
-TIME_LIMIT = 600
 RATIO = 0.3
 MUST_FALL = 0.2
-
-
-# --- the networks ------------------------------------------------------------------------
-
-
-def torchvision_names() -> list[str]:
-    """All networks but the quantized ones, which are other's int8 copies of the same."""
-    from torchvision.models import list_models
-
-    return [f"torchvision:{n}" for n in list_models() if not n.startswith("quantized_")]
-
-
-def smallest_of_timm() -> list[str]:
-    """The smallest network of every timm module, by parameters."""
-    import timm
-
-    found = []
-    for module in timm.list_modules():
-        sizes = {}
-        for name in timm.list_models(module=module):
-            try:
-                with torch.device("meta"):
-                    model = timm.create_model(name)
-            except Exception:
-                continue
-            sizes[name] = sum(p.numel() for p in model.parameters())
-        if sizes:
-            found.append("timm:" + min(sizes, key=lambda n: (sizes[n], n)))
-    return list(dict.fromkeys(found))
-
-
-def build(name: str) -> tuple[nn.Module, Any]:
-    """The network, with random weights, and an example input."""
-    library, _, rest = name.partition(":")
-    torch.manual_seed(0)
-    if library == "transformers":
-        from transformers import BertConfig, BertModel
-
-        model = BertModel(BertConfig(attn_implementation=rest.rpartition("-")[2]))
-        return model, {"input_ids": torch.arange(1, 33).reshape(2, 16) * 7}
-    extra: dict[str, Any] = {}
-    if rest in ("googlenet", "inception_v3"):
-        extra = {"init_weights": True, "aux_logits": False}
-    model = sk.build_model(name, **extra)
-    return model, as_inputs(example_input(name, model)).map(torch.rand_like)
-
-
-def shake(model: nn.Module) -> None:
-    """Nothing constant: zero scales and equal statistics would hide a wrong channel."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        flat = parameter.data.flatten()
-        if parameter.is_floating_point() and len(flat) > 1 and bool((flat == flat[0]).all()):
-            noise = torch.empty(parameter.shape).uniform_(-0.1, 0.1, generator=generator)
-            parameter.data.add_(noise.to(parameter.dtype))
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.data.normal_(0, 0.1, generator=generator)
-        elif name.endswith("running_var"):
-            buffer.data.uniform_(0.5, 1.5, generator=generator)
 
 
 # --- one network -------------------------------------------------------------------------
@@ -190,59 +123,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     )
 
 
-class TookTooLongError(Exception):
-    """The time limit of one network."""
-
-
-def guarded(name: str, *, ratio: float, proof: bool) -> dict[str, Any]:
-    """:func:`measure` with a time limit and every exception as a record."""
-
-    def late(*_: object) -> None:
-        raise TookTooLongError
-
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(TIME_LIMIT)
-    try:
-        return measure(name, ratio=ratio, proof=proof)
-    except TookTooLongError:
-        return {"name": name, "status": f"took longer than {TIME_LIMIT} s"}
-    except Exception as error:
-        return {"name": name, "status": f"{type(error).__name__}: {error}"[:400]}
-    finally:
-        signal.alarm(0)
-
-
 # --- all networks ------------------------------------------------------------------------
-
-
-def names_of(folder: Path) -> list[str]:
-    """All names; timm's are looked up once."""
-    cache = folder / "names.json"
-    if not cache.exists():
-        bert = ["transformers:bert-eager", "transformers:bert-sdpa"]
-        cache.write_text(json.dumps([*torchvision_names(), *smallest_of_timm(), *bert]))
-    return list(json.loads(cache.read_text()))
-
-
-def work(names: list[str], folder: Path, options: argparse.Namespace) -> None:
-    """Measure, in this process, what has no record yet."""
-    for name in names:
-        path = folder / f"{name.replace(':', '_')}.json"
-        if path.exists():
-            continue
-        path.write_text(json.dumps({"name": name, "status": "the process died"}))
-        record = guarded(name, ratio=options.ratio, proof=not options.no_proof)
-        path.write_text(json.dumps(record))
-        print(f"{name}: {record['status']}", flush=True)
-
-
-def supervise(folder: Path, options: argparse.Namespace) -> None:
-    """Run workers until every name has a record, also if one is killed."""
-    command = [sys.executable, "-m", "benchmarks.prune_coverage", "--worker", *sys.argv[1:]]
-    while subprocess.run(command, cwd=ROOT, env=os.environ, check=False).returncode != 0:
-        print("a worker died; going on with the next network", flush=True)
-    records = [json.loads(p.read_text()) for p in sorted(folder.glob("*_*.json"))]
-    print(f"wrote {page(records, options)}")
 
 
 def page(records: list[dict[str, Any]], options: argparse.Namespace) -> Path:
@@ -312,9 +193,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.worker:
         names = [name for name in names_of(options.out) if options.only in name]
-        work(names, options.out, options)
+        work(names, options.out, partial(measure, ratio=options.ratio, proof=not options.no_proof))
     else:
-        supervise(options.out, options)
+        supervise("benchmarks.prune_coverage")
+        print(f"wrote {page(records_of(options.out), options)}")
 
 
 if __name__ == "__main__":

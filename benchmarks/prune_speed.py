@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import prune_coverage
+from benchmarks import networks
 from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.graph.capturing import capture
 from slimkit.inputs import as_inputs
@@ -54,7 +54,7 @@ def build(name: str) -> tuple[Any, Any]:
     import torchvision
 
     if not name.startswith("vit:"):
-        model, example = prune_coverage.build(name)
+        model, example = networks.build(name)
         return model.eval(), example
     torch.manual_seed(0)
     depth = int(name.partition(":")[2])
@@ -177,7 +177,7 @@ def screen(folder: Path, limit: float) -> dict[str, dict[str, Any]]:
     found = json.loads(file.read_text()) if file.exists() else {}
     warm, example = build("torchvision:resnet18")
     peers(warm, example)
-    for name in prune_coverage.names_of(folder):
+    for name in networks.names_of(folder):
         if name in found:
             continue
         found[name] = _forked(name, limit)
@@ -208,7 +208,7 @@ def _screened(name: str, send: Any) -> None:
     try:
         model, example = build(name)
         params = sum(p.numel() for p in model.parameters())
-        if params > prune_coverage.LARGEST:
+        if params > networks.LARGEST:
             send.send({"error": "larger than 150 M parameters"})
             return
         record = peers(model, example)
