@@ -180,8 +180,8 @@ def main() -> None:
             table(found),
             (__doc__ or "").split("::")[0].partition("\n\n")[2] + ".",
             "One image is 0.5 %. Slimkit quantizes for the processor it runs on: without VNNI, "
-            "sums of two products saturate, and weights leave room for them; the peers' remedies for "
-            "that (``reduce_range``, ``overflow_fix``) are rows of their own.",
+            "sums of two products saturate, and weights leave room for that; the peers' remedies "
+            "(``reduce_range``, ``overflow_fix``) are rows of their own.",
         ],
     )
     print(f"wrote {page}")
