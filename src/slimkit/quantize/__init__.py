@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from slimkit.quantize.aware_training import qat
 from slimkit.quantize.calibration import ptq
+from slimkit.quantize.evaluating import EvaluationError
 from slimkit.quantize.methods import METHODS, Method
 from slimkit.quantize.observers import OBSERVERS, Observer
 from slimkit.quantize.scheme import QuantPlan
+from slimkit.quantize.sensitivity_analysis import sensitivity
+from slimkit.quantize.sensitivity_table import LayerSensitivity
 from slimkit.quantize.targets import TARGETS, NumberFormat, Target
 from slimkit.quantize.wrapper import QuantizedModel
 
@@ -19,6 +22,8 @@ __all__ = [
     "METHODS",
     "OBSERVERS",
     "TARGETS",
+    "EvaluationError",
+    "LayerSensitivity",
     "Method",
     "NumberFormat",
     "Observer",
@@ -27,4 +32,5 @@ __all__ = [
     "Target",
     "ptq",
     "qat",
+    "sensitivity",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from slimkit.errors import InputError
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated, refuse_test_data
 from slimkit.quantize.layer_sensitivity import measure_sensitivity, noise_scorer, units_of
-from slimkit.quantize.layer_switches import LayerSwitches
+from slimkit.quantize.layer_switches import LayerSwitches, float_parameters
 from slimkit.quantize.scheme import QuantPlan
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ class AccuracyLimit:
     base: float
     file: PathLike | None = None
 
+    def remembered(self, work: Work) -> dict[str, Tensor]:
+        """Parameters of the integer layers and the float outputs, before methods adjust them."""
+        _ = work.reference  # a copy is made when it is first asked for
+        return float_parameters(work.quantized)
+
     def keep(
         self, work: Work, *, float_outputs: Collection[str], originals: Mapping[str, Tensor]
     ) -> QuantizedModel:
@@ -62,9 +67,7 @@ class AccuracyLimit:
         Raises:
             EvaluationError: see there; its ``model`` is ``work.quantized`` with every layer integer.
         """
-        switches = LayerSwitches(
-            work.quantized, float_outputs=float_outputs, originals=originals
-        )
+        switches = LayerSwitches(work.quantized, float_outputs=float_outputs, originals=originals)
         trials = _Trials(self, switches)
         most = len(switches.layers) + 2
         try:
@@ -113,13 +116,13 @@ class AccuracyLimit:
         if reached and len(in_float) == len(switches.layers):
             told += "; no layer is left to quantize"
         if not reached or len(in_float) == len(switches.layers):
-            warnings.warn(told, stacklevel=5)
+            warnings.warn(told, stacklevel=4)
         return replace(plan, warnings=(*plan.warnings, told))
 
 
 def accuracy_limit(
     evaluate: Evaluate | None,
-    max_drop: float | None,
+    max_drop: Any,
     model: QuantizedModel,
     file: PathLike | None,
 ) -> AccuracyLimit | None:
@@ -161,7 +164,9 @@ class _Trials:
         key = frozenset(in_float)
         if key not in self.drops:
             number = len(in_float)
-            what = f"{number} layer{'' if number == 1 else 's'} in float" if number else "all integer"
+            what = (
+                f"{number} layer{'' if number == 1 else 's'} in float" if number else "all integer"
+            )
             with self.switches.set(in_float) as network:
                 value = evaluated(self.limit.evaluate, network, what)
             self.drops[key] = self.limit.base - value

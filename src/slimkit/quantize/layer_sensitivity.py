@@ -1,4 +1,4 @@
-"""Which layers lose most by being quantized: one at a time, the others in float."""
+"""The measurement behind a sensitivity analysis: one unit at a time, resumed from a file."""
 
 from __future__ import annotations
 
@@ -13,132 +13,24 @@ from torch import nn
 from slimkit.artifact import PathLike, content_hash, tensors_hash
 from slimkit.errors import InputError
 from slimkit.graph.patterns import Pattern, match_modules
-from slimkit.inputs import ExampleInputs, as_inputs
+from slimkit.inputs import Inputs
 from slimkit.progress import ProgressDisplay
-from slimkit.quantize.batches import Batches
-from slimkit.quantize.calibration import attach, calibrate
-from slimkit.quantize.evaluating import Evaluate, evaluated, refuse_test_data
+from slimkit.quantize.evaluating import Evaluate, evaluated
 from slimkit.quantize.layer_switches import LayerSwitches
 from slimkit.quantize.output_distance import OutputDistance
 from slimkit.quantize.sensitivity_table import PLANNED, LayerSensitivity
-from slimkit.quantize.targets import Target, resolve_target
-from slimkit.quantize.wrapper import QuantizedModel
 
 __all__ = [
     "Scorer",
     "Units",
-    "calibrated",
     "measure_sensitivity",
     "metric_scorer",
     "noise_scorer",
-    "sensitivity",
     "units_of",
 ]
 
 Units = Mapping[str, Sequence[str]]
 """Name → paths of the layers that are switched together."""
-
-
-def sensitivity(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    *,
-    calibration: Iterable[Any],
-    evaluate: Evaluate | None = None,
-    bits: int | Sequence[int] = 8,
-    groups: Mapping[str, Pattern | Iterable[Pattern]] | None = None,
-    leave_one_out: bool = False,
-    target: str | Target = "onnxruntime",
-    granularity: str = "channel",
-    observer: str = "minmax",
-    skip: Pattern | Iterable[Pattern] = (),
-    batches: int | None = None,
-    file: PathLike | None = None,
-    progress: bool = False,
-) -> LayerSensitivity:
-    """Quantize every layer alone and see what the network loses.
-
-    The network is captured and calibrated once. A layer takes its activations along: its input
-    and output are rounded as well as its weight. The cost is one evaluation per layer and
-    width, and two more.
-
-    Args:
-        model: any module; it is copied, not changed.
-        example_inputs: one call; see :class:`slimkit.Inputs`.
-        calibration: batches of training data, as for :func:`~slimkit.quantize.ptq`.
-        evaluate: network → metric on validation data, higher is better. Without it outputs are
-            compared with those of the float network on the calibration batches, which are then
-            held in memory: signal to quantization noise (SQNR), no labels needed.
-        bits: widths of the weights to measure at, each 2 to 8.
-        groups: name → patterns of the layers that are switched together, such as the layers of
-            a block; every other layer is one by itself.
-        leave_one_out: the other way round: everything is quantized but the layer.
-        target, granularity, observer, skip, batches: as for :func:`~slimkit.quantize.ptq`.
-        file: JSON that every point is added to as soon as it is measured; what it holds is not
-            measured again. None keeps nothing.
-        progress: show progress on standard error.
-
-    Returns:
-        A table, most damaging layers first when printed.
-
-    Raises:
-        UnknownNameError, PatternError, InputError, DataError, CaptureError: as for
-            :func:`~slimkit.quantize.ptq`; also if ``file`` belongs to another network.
-        EvaluationError: ``evaluate`` failed or gave no finite number; ``file`` keeps the rest.
-        ArtifactError: the file cannot be read or written.
-    """
-    if evaluate is not None:
-        refuse_test_data(evaluate)
-    widths = (bits,) if isinstance(bits, int) else tuple(bits)
-    resolved = resolve_target(target)
-    quantized, data = calibrated(
-        model,
-        example_inputs,
-        calibration,
-        target=resolved,
-        granularity=granularity,
-        observer=observer,
-        skip=skip,
-        batches=batches,
-    )
-    switches = LayerSwitches(quantized, float_outputs=resolved.float_outputs)
-    return measure_sensitivity(
-        switches,
-        noise_scorer(quantized.model, data) if evaluate is None else metric_scorer(evaluate),
-        measure="sqnr" if evaluate is None else "metric",
-        units=units_of(switches, groups),
-        bits=widths,
-        leave_one_out=leave_one_out,
-        file=file,
-        progress=progress,
-    )
-
-
-def calibrated(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    calibration: Iterable[Any],
-    *,
-    target: Target,
-    granularity: str,
-    observer: str,
-    skip: Pattern | Iterable[Pattern],
-    batches: int | None,
-) -> tuple[QuantizedModel, list[Any]]:
-    """The network with every layer integer, and the batches on its device, held in memory."""
-    quantized = attach(
-        model,
-        example_inputs,
-        target=target,
-        granularity=granularity,
-        observer=observer,
-        skip=skip,
-    ).eval()
-    device = next((p.device for p in quantized.parameters()), torch.device("cpu"))
-    data = [batch.to(device) for batch in Batches(calibration, as_inputs(example_inputs), batches)]
-    calibrate(quantized, data, observer=observer)
-    return quantized, data
-
 
 Scorer = Callable[[nn.Module, str], float]
 """Network, and the network in words → its metric, or its noise-to-signal ratio."""
@@ -149,7 +41,7 @@ def metric_scorer(evaluate: Evaluate) -> Scorer:
     return lambda model, what: evaluated(evaluate, model, what)
 
 
-def noise_scorer(reference: nn.Module, batches: Iterable[Any]) -> Scorer:
+def noise_scorer(reference: nn.Module, batches: Iterable[Inputs]) -> Scorer:
     """By the noise in the outputs, against ``reference``, the float network."""
     distance = OutputDistance(reference.eval(), batches)
     return lambda model, _what: distance.noise(model)
@@ -172,9 +64,7 @@ def units_of(
             raise InputError("no integer layer is in it", where=f"groups.{name}")
         for layer in inside:
             if layer in owner:
-                raise InputError(
-                    f"{layer} is in {owner[layer]!r} as well", where=f"groups.{name}"
-                )
+                raise InputError(f"{layer} is in {owner[layer]!r} as well", where=f"groups.{name}")
             owner[layer] = name
     units: dict[str, list[str]] = {}
     for layer in switches.layers:
@@ -193,7 +83,9 @@ def measure_sensitivity(
     file: PathLike | None = None,
     progress: bool = False,
 ) -> LayerSensitivity:
-    """Measure what ``file`` does not hold yet; see :func:`sensitivity`.
+    """Measure what ``file`` does not hold yet, one unit at a time.
+
+    :func:`~slimkit.quantize.sensitivity` says what it means and what can go wrong.
 
     Args:
         switches: of the calibrated network.

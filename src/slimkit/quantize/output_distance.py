@@ -39,7 +39,9 @@ class OutputDistance:
             )
         self._signal = [self._power(place) for place in range(len(self._reference[0]))]
         if not all(math.isfinite(power) for power in self._signal) or not any(self._signal):
-            raise DataError("the outputs of the float network are zero or not finite", where="model")
+            raise DataError(
+                "the outputs of the float network are zero or not finite", where="model"
+            )
 
     def noise(self, model: nn.Module) -> float:
         """Σ difference² / Σ output² over all batches; of several outputs the mean of theirs."""

@@ -53,9 +53,7 @@ def leave_in_float(
         decisions.append(kept)
     wanted = {name for d in decisions if d.integer for name in d.reads}
     wanted |= {
-        d.writes
-        for d in decisions
-        if d.integer and d.writes and _function(d) not in float_outputs
+        d.writes for d in decisions if d.integer and d.writes and _function(d) not in float_outputs
     }
     return _using(plan, [_with_output(d, wanted) for d in decisions], wanted)
 
