@@ -109,3 +109,38 @@ def test_a_plan_for_another_model_changes_nothing() -> None:
     with pytest.raises(PlanError, match="5 channels"):
         sk.apply(model, FusePlan((("up", "up_norm"), ("shared", "linear_norm"))))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+class NormThenAct(nn.BatchNorm2d):
+    """As timm's: an activation function lives inside the batch norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU6()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))
+
+
+class ActThenNorm(NormThenAct):
+    """The other way round: the children alone do not say what it does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.BatchNorm2d.forward(self, self.act(x)) - 1
+
+
+@pytest.mark.parametrize(("norm", "folds"), [(NormThenAct, 1), (ActThenNorm, 0)])
+def test_what_else_a_batch_norm_does_is_kept(norm: type[NormThenAct], folds: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Conv2d(4, 2, 1))
+    model[1].weight.data.uniform_(3, 9)
+    model[1].running_var.uniform_(0.2, 3)
+    model.eval()
+    x = 4 * torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    assert expected.abs().max() > 0.1
+    pairs = batch_norm_pairs(model, capture(model, x))
+    assert len(pairs) == folds
+    folded = FusePlan(tuple(pairs)).apply_to(model)
+    assert torch.allclose(folded(x), expected, atol=1e-5)
+    assert not folds or isinstance(folded[1].act, nn.ReLU6)

@@ -2,17 +2,22 @@
 
 In evaluation mode ``BN(W x + b) = (γ/σ) W x + (γ/σ)(b − μ) + β`` with
 ``σ = sqrt(running_var + eps)``, so scaled weights and one bias give the same outputs.
+
+Some libraries derive modules from batch norm that do more: timm's ``BatchNormAct2d`` has dropout
+and an activation function as children. What is left of such a module are its children, in order.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import copy
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
@@ -51,7 +56,13 @@ def batch_norm_pairs(model: nn.Module, graph: Graph) -> list[tuple[str, str]]:
             continue
         layer, norm = modules[producer.module], modules[call.module]
         once = runs[producer.module] == 1 and runs[call.module] == 1
-        if once and _foldable(layer, norm) and _alone(graph, producer, call):
+        shape = graph.tensors[call.inputs[0]].shape
+        if (
+            once
+            and _foldable(layer, norm)
+            and _alone(graph, producer, call)
+            and _is_norm_then_children(norm, shape)
+        ):
             pairs.append((producer.module, call.module))
     return pairs
 
@@ -62,6 +73,30 @@ def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
     if norm.running_mean is None or norm.running_var is None:
         return False
     return not (parametrize.is_parametrized(layer) or layer._parameters.get("weight") is None)
+
+
+@torch.no_grad()
+def _is_norm_then_children(norm: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether it computes a batch norm and then its children in the order they are listed."""
+    norm = cast("_BatchNorm", norm)
+    if type(norm).forward is _BatchNorm.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *shape[1:], generator=generator).to(cast("Tensor", norm.running_mean))
+    trial = copy.deepcopy(norm).eval()
+    plain = F.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+    )
+    try:
+        return torch.allclose(trial(x), _without_norm(trial)(plain), rtol=1e-4, atol=1e-5)
+    except Exception:  # a module of the user's may raise anything
+        return False
+
+
+def _without_norm(norm: nn.Module) -> nn.Module:
+    """What is left of a batch norm that was folded: nothing, or its children."""
+    children = OrderedDict(norm.named_children())
+    return nn.Sequential(children).train(norm.training) if children else nn.Identity()
 
 
 def _alone(graph: Graph, layer: Call, norm: Call) -> bool:
@@ -80,8 +115,9 @@ class FusePlan(Plan):
     """Folds batch norms into the layers in front of them.
 
     Attributes:
-        pairs: (layer path, batch norm path). The layer gets a bias if it has none, the
-            batch norm becomes ``nn.Identity``; outputs in evaluation mode stay the same.
+        pairs: (layer path, batch norm path). The layer gets a bias if it has none; the
+            batch norm becomes ``nn.Identity``, or a sequence of its children if it has some.
+            Outputs in evaluation mode stay the same.
     """
 
     kind: ClassVar[str] = "fuse"
@@ -132,7 +168,7 @@ class FusePlan(Plan):
         for layer_path, norm_path in self.pairs:
             _fold(modules[layer_path], modules[norm_path])
             parent, _, name = norm_path.rpartition(".")
-            setattr(model.get_submodule(parent), name, nn.Identity())
+            setattr(model.get_submodule(parent), name, _without_norm(modules[norm_path]))
         return model
 
 
