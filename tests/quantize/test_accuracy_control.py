@@ -59,9 +59,7 @@ def test_the_poisoned_layer_alone_goes_back_to_float(
     assert len(q.plan.warnings) == 1
     assert q.plan.warnings[0].startswith(f"pointwise {reason}: it falls by ")
     assert reason in q.plan.explain()
-    expected = ptq(
-        poisoned, images(1), calibration=batches, granularity="tensor", skip="pointwise"
-    )
+    expected = ptq(poisoned, images(1), calibration=batches, granularity="tensor", skip="pointwise")
     with torch.no_grad():
         assert torch.equal(q(images(8, 3)), expected(images(8, 3)))
     assert quality(q) >= 35
@@ -201,9 +199,7 @@ class _Module(nn.Module):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.integers(0, 60), st.randoms())
-def test_no_layer_is_left_in_float_without_need(
-    costs: list[int], limit: int, random: Any
-) -> None:
+def test_no_layer_is_left_in_float_without_need(costs: list[int], limit: int, random: Any) -> None:
     layers = tuple(f"layer{number}" for number in range(len(costs)))
     cost = dict(zip(layers, costs, strict=True))
 
@@ -238,5 +234,9 @@ def test_nothing_is_said_when_all_is_well(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ptq(
-            small, images(1), calibration=batches, evaluate=Quality(small, images(8, 9)), max_drop=52
+            small,
+            images(1),
+            calibration=batches,
+            evaluate=Quality(small, images(8, 9)),
+            max_drop=52,
         )

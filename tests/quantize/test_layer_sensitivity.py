@@ -122,17 +122,13 @@ def test_the_metric_is_what_counts_where_there_is_one(
     alone = sensitivity(small, images(1), calibration=batches, evaluate=metric)
     assert alone.base == 90.0
     assert {name: alone.damage(name) for name in LAYERS} == {n: len(n) for n in LAYERS}
-    others = sensitivity(
-        small, images(1), calibration=batches, evaluate=metric, leave_one_out=True
-    )
+    others = sensitivity(small, images(1), calibration=batches, evaluate=metric, leave_one_out=True)
     assert others.ranking() == alone.ranking() == sorted(LAYERS, key=lambda n: -len(n))
     assert "wins back" in str(others)
     assert "float 90" in str(alone)
 
 
-def test_narrow_weights_cost_more(
-    small: nn.Module, images: Images, batches: list[Tensor]
-) -> None:
+def test_narrow_weights_cost_more(small: nn.Module, images: Images, batches: list[Tensor]) -> None:
     table = sensitivity(small, images(1), calibration=batches, bits=(8, 4))
     assert table.bits == (8, 4)
     assert all(table.damage(name, 4) > table.damage(name, 8) for name in LAYERS)

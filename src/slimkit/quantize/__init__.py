@@ -8,6 +8,7 @@ into integer kernels.
 from __future__ import annotations
 
 from slimkit.quantize.aware_training import qat
+from slimkit.quantize.bit_allocation import BitAllocation, mixed_precision
 from slimkit.quantize.calibration import ptq
 from slimkit.quantize.evaluating import EvaluationError
 from slimkit.quantize.methods import METHODS, Method
@@ -22,6 +23,7 @@ __all__ = [
     "METHODS",
     "OBSERVERS",
     "TARGETS",
+    "BitAllocation",
     "EvaluationError",
     "LayerSensitivity",
     "Method",
@@ -30,6 +32,7 @@ __all__ = [
     "QuantPlan",
     "QuantizedModel",
     "Target",
+    "mixed_precision",
     "ptq",
     "qat",
     "sensitivity",

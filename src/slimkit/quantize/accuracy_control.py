@@ -65,7 +65,7 @@ class AccuracyLimit:
             ``work.quantized``, whose plan says what was left in float and why.
 
         Raises:
-            EvaluationError: see there; its ``model`` is ``work.quantized`` with every layer integer.
+            EvaluationError: its ``model`` is ``work.quantized`` with every layer integer.
         """
         switches = LayerSwitches(work.quantized, float_outputs=float_outputs, originals=originals)
         trials = _Trials(self, switches)

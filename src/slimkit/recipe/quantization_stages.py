@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from slimkit.errors import DataError
 from slimkit.recipe.fields import OneOf
 from slimkit.recipe.methods import Method, build_method
 from slimkit.recipe.stages import Stage, StageContext, StageResult
@@ -16,7 +17,9 @@ from slimkit.train.settings import TrainSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["PtqStage", "QatStage", "QuantizeOptions"]
+    from slimkit.quantize import QuantizedModel
+
+__all__ = ["PtqStage", "QatStage", "QuantizeOptions", "ValidationMetric"]
 
 
 METHOD = Method("slimkit.quantize:METHODS")
@@ -82,33 +85,72 @@ class CalibrationBatches:
             yield images
 
 
+class ValidationMetric:
+    """The task's metric on the validation images; of a smoke run on the first batch.
+
+    Attributes:
+        role: the split it reads, which the quantizer checks.
+
+    Raises:
+        DataError: there is no validation split.
+    """
+
+    def __init__(self, context: StageContext) -> None:
+        loader = context.splits.validation
+        if loader is None:
+            raise DataError(
+                "it is measured on validation images, and there are none",
+                where="max_drop",
+                hint="data.validation: 0.1",
+            )
+        self._loader = loader
+        self._task = context.task
+        self._count = len(loader) if context.max_steps is None else 1
+        self.role = loader.role
+
+    def __call__(self, model: nn.Module) -> float:
+        """In percent."""
+        return self._task.evaluate(model, self._loader.batches(self._count))[self._task.metric]
+
+
 class PtqStage(QuantizeOptions, Stage):
     """Post-training quantization: calibrated on training images, no training.
 
     Attributes:
         methods: what else to do beside calibration, in this order.
+        max_drop: as few layers stay in float as it takes for the task's metric on validation
+            images to fall by no more than so many points; null quantizes everything.
     """
 
     version: ClassVar[int] = 1
     type: Literal["ptq"] = "ptq"
     methods: tuple[Annotated[Any, METHOD], ...] = ()
+    max_drop: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
         from slimkit.quantize import ptq
 
+        limit: dict[str, Any] = {}
+        if self.max_drop is not None:
+            limit = {"evaluate": ValidationMetric(context), "max_drop": self.max_drop}
+            if context.work is not None:
+                limit["sensitivity"] = context.work / "sensitivity.json"
         quantized = ptq(
             model.eval(),
             context.example_inputs,
             methods=[build_method(METHOD, choice, {}) for choice in self.methods],
             progress=context.progress,
+            **limit,
             **self.arguments(context),
         )
-        return StageResult(quantized)
+        return StageResult(quantized, _told(quantized, context))
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
-        """See the base class. Checks the ``skip`` patterns."""
+        """See the base class. Checks the ``skip`` patterns, and that there is data to judge by."""
         _check_skip(model, self.skip)
+        if self.max_drop is not None:
+            ValidationMetric(context)
         return model
 
 
@@ -158,3 +200,11 @@ def _check_skip(model: nn.Module, skip: tuple[str, ...]) -> None:
 
     if skip:
         match_modules(model, skip, where="skip")
+
+
+def _told(quantized: QuantizedModel, context: StageContext) -> dict[str, Any]:
+    """The warnings of the plan, for the log and the report."""
+    warnings = list(quantized.plan.warnings)
+    for text in warnings:
+        context.emit({"event": "warning", "message": text})
+    return {"warnings": warnings} if warnings else {}
