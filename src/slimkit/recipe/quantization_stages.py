@@ -24,6 +24,8 @@ __all__ = ["PtqStage", "QatStage", "QuantizeOptions", "ValidationMetric"]
 
 METHOD = Method("slimkit.quantize:METHODS")
 Bits = Annotated[int, Field(ge=2, le=8)]
+PICTURED_IMAGES = 8
+"""Whose activations the report shows before and after rounding; both are held in memory."""
 
 
 class QuantizeOptions(BaseModel):
@@ -144,7 +146,7 @@ class PtqStage(QuantizeOptions, Stage):
             **limit,
             **self.arguments(context),
         )
-        return StageResult(quantized, _told(quantized, context))
+        return StageResult(quantized, _told(quantized, context, original=model))
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
         """See the base class. Checks the ``skip`` patterns, and that there is data to judge by."""
@@ -176,7 +178,7 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
 
         quantized = qat(model.eval(), context.example_inputs, **self.arguments(context))
         history = train_model(quantized, self, self, context, student=quantized.model)
-        return StageResult(quantized, training_facts(history))
+        return StageResult(quantized, {**training_facts(history), **_told(quantized, context)})
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
         """See the base class. Checks the ``skip`` patterns and the teacher."""
@@ -202,9 +204,20 @@ def _check_skip(model: nn.Module, skip: tuple[str, ...]) -> None:
         match_modules(model, skip, where="skip")
 
 
-def _told(quantized: QuantizedModel, context: StageContext) -> dict[str, Any]:
-    """The warnings of the plan, for the log and the report."""
-    warnings = list(quantized.plan.warnings)
-    for text in warnings:
-        context.emit({"event": "warning", "message": text})
-    return {"warnings": warnings} if warnings else {}
+def _told(
+    quantized: QuantizedModel, context: StageContext, *, original: nn.Module | None = None
+) -> dict[str, Any]:
+    """Facts for the report: warnings of the plan, and what rounding does to each layer."""
+    from slimkit.inputs import Inputs
+    from slimkit.quantize.layer_noise import layer_noise
+
+    images = next(iter(CalibrationBatches(context, 1)))[:PICTURED_IMAGES]
+    device = next((p.device for p in quantized.parameters()), images.device)
+    facts: dict[str, Any] = {
+        "rounding": layer_noise(quantized, Inputs((images.to(device),)), original=original)
+    }
+    if quantized.plan.warnings:
+        facts["warnings"] = list(quantized.plan.warnings)
+        for text in quantized.plan.warnings:
+            context.emit({"event": "warning", "message": text})
+    return facts
