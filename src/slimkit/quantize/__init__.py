@@ -16,6 +16,7 @@ from slimkit.quantize.observers import OBSERVERS, Observer
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.sensitivity_analysis import sensitivity
 from slimkit.quantize.sensitivity_table import LayerSensitivity
+from slimkit.quantize.settings_search import SettingsSearch, search_settings
 from slimkit.quantize.targets import TARGETS, NumberFormat, Target
 from slimkit.quantize.wrapper import QuantizedModel
 
@@ -31,9 +32,11 @@ __all__ = [
     "Observer",
     "QuantPlan",
     "QuantizedModel",
+    "SettingsSearch",
     "Target",
     "mixed_precision",
     "ptq",
     "qat",
+    "search_settings",
     "sensitivity",
 ]
