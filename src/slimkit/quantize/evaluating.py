@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -85,6 +86,8 @@ def refuse_test_data(evaluate: object) -> None:
             hint="evaluate=fn, model → accuracy on validation data",
         )
     for held in _held(evaluate):
+        if inspect.ismodule(held):  # some import what they are asked for
+            continue
         for holder in (held, getattr(held, "dataset", None)):
             if getattr(holder, "role", None) == "test":
                 raise DataError(
@@ -103,6 +106,7 @@ def _held(thing: Any) -> Iterator[Any]:
     yield from getattr(getattr(thing, "__self__", thing), "__dict__", {}).values()
     function = getattr(thing, "__func__", thing)
     if inspect.isfunction(function):
-        seen = inspect.getclosurevars(function)
-        yield from (*seen.nonlocals.values(), *seen.globals.values())
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            seen = inspect.getclosurevars(function)
+            yield from (*seen.nonlocals.values(), *seen.globals.values())
         yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())

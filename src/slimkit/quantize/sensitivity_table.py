@@ -136,8 +136,8 @@ class LayerSensitivity:
         difference = first_difference(there, here)
         if difference is not None:
             raise InputError(
-                f"{where} belongs to another analysis: {difference}",
-                where="file",
+                f"it belongs to another analysis: {difference}",
+                where=where,
                 hint="give a new file",
             )
         base = other.base if self.base is None else self.base

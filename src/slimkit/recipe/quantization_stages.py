@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from slimkit.errors import DataError
+from slimkit.errors import DataError, InputError
 from slimkit.recipe.fields import OneOf
 from slimkit.recipe.methods import Method, build_method
 from slimkit.recipe.stages import Stage, StageContext, StageResult
@@ -15,6 +15,8 @@ from slimkit.recipe.training_stage import DistillOptions, distilling, train_mode
 from slimkit.train.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from slimkit.quantize import QuantizedModel
@@ -131,22 +133,33 @@ class PtqStage(QuantizeOptions, Stage):
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
+        file = None if context.work is None else context.work / "sensitivity.json"
+        try:
+            quantized = self._quantized(model.eval(), context, file)
+        except InputError as error:
+            if file is None or error.where != str(file):
+                raise
+            file.unlink()  # an interrupted run whose sums were rounded otherwise: begin again
+            quantized = self._quantized(model, context, file)
+        return StageResult(quantized, _told(quantized, context, original=model))
+
+    def _quantized(
+        self, model: nn.Module, context: StageContext, file: Path | None
+    ) -> QuantizedModel:
         from slimkit.quantize import ptq
 
         limit: dict[str, Any] = {}
         if self.max_drop is not None:
             limit = {"evaluate": ValidationMetric(context), "max_drop": self.max_drop}
-            if context.work is not None:
-                limit["sensitivity"] = context.work / "sensitivity.json"
-        quantized = ptq(
-            model.eval(),
+        return ptq(
+            model,
             context.example_inputs,
             methods=[build_method(METHOD, choice, {}) for choice in self.methods],
+            sensitivity=file,
             progress=context.progress,
             **limit,
             **self.arguments(context),
         )
-        return StageResult(quantized, _told(quantized, context, original=model))
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
         """See the base class. Checks the ``skip`` patterns, and that there is data to judge by."""
