@@ -202,6 +202,30 @@ def test_quantize_writes_an_int8_file_and_says_what_is_integer(
     assert not (tmp_path / "other.onnx").exists()
 
 
+def test_quantize_takes_bits_methods_a_target_and_a_limit(
+    cli: Cli, recipe: Path, tmp_path: Path
+) -> None:
+    common = ["quantize", "cli_network:build", "--data", "digits", "--image-size", "8", "--out"]
+    code, out, err = cli(
+        *common, tmp_path / "a.onnx", "--target", "onnxruntime-vnni", "--weight-bits", "4",
+        "--max-drop", "100",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "target onnxruntime-vnni" in out
+    assert "accuracy 1/" in err
+    for option, value, message in (
+        ("--weight-bits", "four", "--weight-bits: expected a number, or PATTERN=NUMBER"),
+        ("--weight-bits", "nothing=4", "weight_bits: the pattern 'nothing' matches no"),
+        ("--weight-bits", "12", "12 bits are not supported"),
+        ("--method", "magic", "unknown quantization method 'magic'"),
+        ("--target", "onxruntime", "did you mean 'onnxruntime'"),
+        ("--max-drop", "-1", "max_drop: expected a number ≥ 0"),
+    ):
+        code, _, err = cli(*common, tmp_path / "b.onnx", option, value)
+        assert code == 2
+        assert message in " ".join(err.split())
+
+
 def test_ctrl_c_says_that_the_next_run_goes_on(
     cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,21 @@ def small() -> nn.Module:
     return trained_like(Small())
 
 
+@pytest.fixture
+def poisoned() -> nn.Module:
+    """``small`` with one huge weight, so that one scale for the whole tensor rounds away the rest.
+
+    It meets an input channel that is all but dead, so the float network hardly changes.
+    """
+    torch.manual_seed(0)
+    model = trained_like(Small())
+    with torch.no_grad():
+        model.bn2.weight[0] = model.bn2.bias[0] = 1e-4
+        model.pointwise.weight[:, 0] = 0
+        model.pointwise.weight[0, 0] = 60.0
+    return model
+
+
 @pytest.fixture(scope="session")
 def small_quantized() -> QuantizedModel:
     torch.manual_seed(0)

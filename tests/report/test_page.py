@@ -177,6 +177,29 @@ def test_page_does_without_a_missing_piece(quick: dict[str, Any], missing: str) 
     assert Page(build_html(quick)).text.count("final") >= 1
 
 
+def test_rounding_of_each_layer_is_shown_with_histograms(quick: dict[str, Any]) -> None:
+    counts = {"low": -0.2, "high": 0.3, "before": [1, 0, 5, 2], "after": [0, 2, 5, 1]}
+    layer = {"bits": 4, "weight_sqnr_db": 18.5, "output_sqnr_db": None}
+    quick["variants"][-1]["stages"][-1]["rounding"] = {
+        "layers": [
+            {"layer": "conv1", "sqnr_db": 36.4, **layer},
+            {"layer": "<b>fc", "sqnr_db": None, **layer},
+        ],
+        "histograms": [{"layer": "<b>fc", "weights": counts, "outputs": counts}],
+    }
+    plain = Page(build_html({**quick, "variants": quick["variants"][:-1]}))
+    html = build_html(quick)
+    page = Page(html)
+    assert "What rounding does to each layer" not in plain.text
+    assert "What rounding does to each layer" in page.text
+    assert page.svgs == plain.svgs + 1
+    assert len(set(page.ids)) == len(page.ids)
+    assert "36 dB" in page.text.replace("\u202f", " ").replace("\xa0", " ")
+    assert "exact" in page.text
+    assert "<b>fc" in page.text
+    assert "weights and outputs of &lt;b&gt;fc" in html
+
+
 def test_page_of_a_single_bare_variant(report: dict[str, Any]) -> None:
     bare = {"schema_version": 1, "variants": [{"name": "baseline"}]}
     assert "one variant" in Page(build_html(bare)).text

@@ -20,8 +20,8 @@ def list_command(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="models, stages, criteria, allocations, losses, observers, targets, data, "
-            "backends; or torchvision, timm for all models of theirs.",
+            help="models, stages, criteria, allocations, losses, observers, methods, targets, "
+            "data, backends; or torchvision, timm for all models of theirs.",
             show_default="everything",
         ),
     ] = None,
@@ -101,6 +101,7 @@ _KINDS: dict[str, Callable[[], Rows]] = {
     "allocations": _registered("slimkit.prune.allocation:ALLOCATIONS"),
     "losses": _registered("slimkit.distill:DISTILL_LOSSES"),
     "observers": _registered("slimkit.quantize.observers:OBSERVERS"),
+    "methods": _registered("slimkit.quantize:METHODS"),
     "targets": _registered("slimkit.quantize.targets:TARGETS"),
     "data": _registered("slimkit.tasks.data:SOURCES"),
     "backends": _backends,

@@ -9,7 +9,7 @@ from slimkit.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["model_and_input", "parse_arguments", "parse_shape"]
+__all__ = ["model_and_input", "parse_arguments", "parse_shape", "parse_weight_bits"]
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -51,6 +51,29 @@ def parse_arguments(given: list[str] | None) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise InputError(f"cannot read the value {text!r}", where=f"--arg {name}") from error
     return arguments
+
+
+def parse_weight_bits(given: list[str] | None) -> int | dict[str, int] | None:
+    """``["4"]`` → 4; ``["layer4.*=4", "fc=8"]`` → pattern → bits; None without any.
+
+    Raises:
+        InputError: an entry is neither, or both kinds are mixed.
+    """
+    if not given:
+        return None
+    pairs = [entry.rpartition("=") for entry in given]
+    try:
+        bits = [int(text) for _, _, text in pairs]
+    except ValueError:
+        bits = []
+    patterns = [pattern for pattern, _, _ in pairs]
+    if not bits or (len(pairs) > 1 and not all(patterns)):
+        raise InputError(
+            f"expected a number, or PATTERN=NUMBER as often as you like, got {' '.join(given)!r}",
+            where="--weight-bits",
+            hint="--weight-bits 4, or --weight-bits 'layer4.*=4'",
+        )
+    return dict(zip(patterns, bits, strict=True)) if patterns[0] else bits[0]
 
 
 def model_and_input(

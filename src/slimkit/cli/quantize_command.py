@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slimkit.cli.options import Arguments, Checkpoint, ModelName
+
+if TYPE_CHECKING:
+    from slimkit.quantize.evaluating import Evaluate
+    from slimkit.tasks.data import Splits
 
 __all__ = ["quantize_command"]
 
@@ -30,12 +34,35 @@ def quantize_command(
     skip: Annotated[
         list[str] | None, typer.Option(help="Layers that stay in float; repeatable.")
     ] = None,
+    target: Annotated[
+        str, typer.Option(help="Runtime to quantize for; see: slimkit list targets.")
+    ] = "onnxruntime",
+    weight_bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BITS | PATTERN=BITS",
+            help="Bits of all weights, or of some layers; repeatable.",
+            show_default="of the target",
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="What else to do, in this order; see: slimkit list methods; repeatable."),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of accuracy on validation images that may go; as few layers as possible "
+            "stay in float for it.",
+            show_default="everything is quantized",
+        ),
+    ] = None,
 ) -> None:
     """Turn a trained network into an int8 ONNX file, without training (static PTQ)."""
     import torch
 
     from slimkit.cli.console import output
-    from slimkit.cli.models import parse_arguments
+    from slimkit.cli.models import parse_arguments, parse_weight_bits
     from slimkit.models import build_model, load_checkpoint
     from slimkit.quantize import ptq
     from slimkit.recipe.prediction import model_metadata
@@ -58,6 +85,12 @@ def quantize_command(
         observer=observer,
         skip=skip or (),
         batches=batches,
+        target=target,
+        weight_bits=parse_weight_bits(weight_bits),
+        methods=method or (),
+        evaluate=None if max_drop is None else _on_validation_images(splits),
+        max_drop=max_drop,
+        progress=True,
     )
     metadata = model_metadata(splits.preprocessing, splits.classes)
     written = export(quantized, out, example, metadata=metadata)
@@ -66,3 +99,12 @@ def quantize_command(
     output.print(f"{out}: {written.bytes / 1000:,.1f} kB")
     output.print(f"in ONNX Runtime: {fusion_report(out)}", markup=False)
     output.print(f"against the float network on training images: {agreement}", markup=False)
+
+
+def _on_validation_images(splits: Splits) -> Evaluate:
+    """Accuracy in percent."""
+    from slimkit.tasks import ClassificationTask
+
+    task, images = ClassificationTask(), splits.validation
+    assert images is not None  # a tenth of the training images, unless a recipe says otherwise
+    return lambda model: task.evaluate(model, images)[task.metric]

@@ -8,8 +8,10 @@ into integer kernels.
 from __future__ import annotations
 
 from slimkit.quantize.aware_training import qat
+from slimkit.quantize.bit_allocation import BitAllocation, mixed_precision
 from slimkit.quantize.calibration import ptq
 from slimkit.quantize.clipping import KL, MSE
+from slimkit.quantize.evaluating import EvaluationError
 from slimkit.quantize.methods import METHODS, Method
 from slimkit.quantize.observers import (
     OBSERVERS,
@@ -20,6 +22,9 @@ from slimkit.quantize.observers import (
     Percentile,
 )
 from slimkit.quantize.scheme import QuantPlan
+from slimkit.quantize.sensitivity_analysis import sensitivity
+from slimkit.quantize.sensitivity_table import LayerSensitivity
+from slimkit.quantize.settings_search import SettingsSearch, search_settings
 from slimkit.quantize.targets import TARGETS, NumberFormat, Target
 from slimkit.quantize.wrapper import QuantizedModel
 
@@ -29,6 +34,9 @@ __all__ = [
     "MSE",
     "OBSERVERS",
     "TARGETS",
+    "BitAllocation",
+    "EvaluationError",
+    "LayerSensitivity",
     "MeanOfMaxima",
     "Method",
     "MinMax",
@@ -38,7 +46,11 @@ __all__ = [
     "Percentile",
     "QuantPlan",
     "QuantizedModel",
+    "SettingsSearch",
     "Target",
+    "mixed_precision",
     "ptq",
     "qat",
+    "search_settings",
+    "sensitivity",
 ]

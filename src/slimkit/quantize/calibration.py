@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimkit.artifact import PathLike
 from slimkit.errors import DataError, InputError, SlimkitError, nearest
 from slimkit.graph.capturing import capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import apply
+from slimkit.quantize.accuracy_control import accuracy_limit
 from slimkit.quantize.batches import Batches
+from slimkit.quantize.evaluating import Evaluate
 from slimkit.quantize.methods import Method, Work, resolve_methods, run_methods
 from slimkit.quantize.observers import Observer, describe_observer, new_observer
 from slimkit.quantize.planning import lay_out
@@ -44,6 +47,9 @@ def ptq(
     batches: int | None = None,
     weight_bits: WeightBits | None = None,
     methods: Iterable[str | Method] = (),
+    evaluate: Evaluate | None = None,
+    max_drop: float | None = None,
+    sensitivity: PathLike | None = None,
     progress: bool = False,
 ) -> QuantizedModel:
     """Quantize a trained network without training it.
@@ -64,28 +70,37 @@ def ptq(
             what is not named has the target's.
         methods: what else to do, in this order: names in
             :data:`~slimkit.quantize.methods.METHODS`, or methods with settings of their own.
+        evaluate: network → metric on validation data, higher is better; for ``max_drop``.
+        max_drop: as few layers stay in float as it takes for the metric to fall by no more than
+            this, in its own unit (0.5 points of a metric in percent); the plan names them.
+        sensitivity: file for what ``max_drop`` measures of every layer, so that an interrupted
+            call need not measure it again.
         progress: show on standard error how far it is.
 
     Returns:
         A copy in evaluation mode; its ``plan.explain()`` says what is integer and what not.
 
     Raises:
+        EvaluationError: ``evaluate`` failed or gave no finite number; what was quantized by then
+            is in its ``model``.
         UnknownNameError, PatternError, InputError: an argument is not valid.
         DataError: calibration data is empty, of another shape, not finite, or test data.
         CaptureError: the network fails on ``example_inputs``.
     """
     chosen = resolve_methods(methods)
+    resolved = resolve_target(target)
     example = as_inputs(example_inputs)
     quantized = attach(
         model,
         example_inputs,
-        target=target,
+        target=resolved,
         granularity=granularity,
         observer=observer,
         skip=skip,
         weight_bits=weight_bits,
     )
-    data = Batches(calibration, example, batches, keep=bool(chosen))
+    limit = accuracy_limit(evaluate, max_drop, quantized, sensitivity)
+    data = Batches(calibration, example, batches, keep=bool(chosen) or limit is not None)
 
     def ranges() -> None:
         calibrate(quantized, data, observer=observer)
@@ -94,7 +109,10 @@ def ptq(
     work = Work(quantized, example, data, ranges, progress)
     run_methods(chosen, "before", work)
     ranges()
+    originals = limit.remembered(work) if limit is not None and chosen else {}
     run_methods(chosen, "after", work)
+    if limit is not None:
+        limit.keep(work, float_outputs=resolved.float_outputs, originals=originals)
     return quantized.eval()
 
 

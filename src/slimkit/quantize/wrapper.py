@@ -101,6 +101,15 @@ class QuantizedModel(nn.Module):
         finally:
             self._called = None
 
+    @contextmanager
+    def using(self, plan: QuantPlan) -> Iterator[None]:
+        """Inside, it computes as ``plan`` says, which uses a part of the quantizers."""
+        before, self.plan = self.plan, plan
+        try:
+            yield
+        finally:
+            self.plan = before
+
     def replace_plan(self, plan: QuantPlan) -> None:
         """Go on with ``plan``, which uses a part of the quantizers; the others are removed."""
         self.slimkit_plans = [plan if p is self.plan else p for p in applied_plans(self)]

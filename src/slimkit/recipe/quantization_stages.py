@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from slimkit.errors import InputError
+from slimkit.errors import DataError, InputError
 from slimkit.recipe.fields import OneOf, wrong
 from slimkit.recipe.methods import Method, build_method
 from slimkit.recipe.stages import Stage, StageContext, StageResult
@@ -15,15 +15,21 @@ from slimkit.recipe.training_stage import DistillOptions, distilling, train_mode
 from slimkit.train.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
-__all__ = ["PtqStage", "QatStage", "QuantizeOptions"]
+    from slimkit.quantize import QuantizedModel
+
+__all__ = ["PtqStage", "QatStage", "QuantizeOptions", "ValidationMetric"]
 
 OBSERVER = Method("slimkit.quantize:OBSERVERS")
 
 
 METHOD = Method("slimkit.quantize:METHODS")
 Bits = Annotated[int, Field(ge=2, le=8)]
+PICTURED_IMAGES = 8
+"""Whose activations the report shows before and after rounding; both are held in memory."""
 
 
 class QuantizeOptions(BaseModel):
@@ -102,33 +108,83 @@ class CalibrationBatches:
             yield images
 
 
+class ValidationMetric:
+    """The task's metric on the validation images; of a smoke run on the first batch.
+
+    Attributes:
+        role: the split it reads, which the quantizer checks.
+
+    Raises:
+        DataError: there is no validation split.
+    """
+
+    def __init__(self, context: StageContext) -> None:
+        loader = context.splits.validation
+        if loader is None:
+            raise DataError(
+                "it is measured on validation images, and there are none",
+                where="max_drop",
+                hint="data.validation: 0.1",
+            )
+        self._loader = loader
+        self._task = context.task
+        self._count = len(loader) if context.max_steps is None else 1
+        self.role = loader.role
+
+    def __call__(self, model: nn.Module) -> float:
+        """In percent."""
+        return self._task.evaluate(model, self._loader.batches(self._count))[self._task.metric]
+
+
 class PtqStage(QuantizeOptions, Stage):
     """Post-training quantization: calibrated on training images, no training.
 
     Attributes:
         methods: what else to do beside calibration, in this order.
+        max_drop: as few layers stay in float as it takes for the task's metric on validation
+            images to fall by no more than so many points; null quantizes everything.
     """
 
     version: ClassVar[int] = 2
     type: Literal["ptq"] = "ptq"
     methods: tuple[Annotated[Any, METHOD], ...] = ()
+    max_drop: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
+        file = None if context.work is None else context.work / "sensitivity.json"
+        try:
+            quantized = self._quantized(model.eval(), context, file)
+        except InputError as error:
+            if file is None or error.where != str(file):
+                raise
+            file.unlink()  # an interrupted run whose sums were rounded otherwise: begin again
+            quantized = self._quantized(model, context, file)
+        return StageResult(quantized, _told(quantized, context, original=model))
+
+    def _quantized(
+        self, model: nn.Module, context: StageContext, file: Path | None
+    ) -> QuantizedModel:
         from slimkit.quantize import ptq
 
-        quantized = ptq(
-            model.eval(),
+        limit: dict[str, Any] = {}
+        if self.max_drop is not None:
+            limit = {"evaluate": ValidationMetric(context), "max_drop": self.max_drop}
+        return ptq(
+            model,
             context.example_inputs,
             methods=[build_method(METHOD, choice, {}) for choice in self.methods],
+            sensitivity=file,
             progress=context.progress,
+            **limit,
             **self.arguments(context),
         )
-        return StageResult(quantized)
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
-        """See the base class. Checks the ``skip`` patterns."""
+        """See the base class. Checks the ``skip`` patterns, and that there is data to judge by."""
         _check_skip(model, self.skip)
+        if self.max_drop is not None:
+            ValidationMetric(context)
         return model
 
 
@@ -154,7 +210,7 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
 
         quantized = qat(model.eval(), context.example_inputs, **self.arguments(context))
         history = train_model(quantized, self, self, context, student=quantized.model)
-        return StageResult(quantized, training_facts(history))
+        return StageResult(quantized, {**training_facts(history), **_told(quantized, context)})
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
         """See the base class. Checks the ``skip`` patterns and the teacher."""
@@ -178,3 +234,22 @@ def _check_skip(model: nn.Module, skip: tuple[str, ...]) -> None:
 
     if skip:
         match_modules(model, skip, where="skip")
+
+
+def _told(
+    quantized: QuantizedModel, context: StageContext, *, original: nn.Module | None = None
+) -> dict[str, Any]:
+    """Facts for the report: warnings of the plan, and what rounding does to each layer."""
+    from slimkit.inputs import Inputs
+    from slimkit.quantize.layer_noise import layer_noise
+
+    images = next(iter(CalibrationBatches(context, 1)))[:PICTURED_IMAGES]
+    device = next((p.device for p in quantized.parameters()), images.device)
+    facts: dict[str, Any] = {
+        "rounding": layer_noise(quantized, Inputs((images.to(device),)), original=original)
+    }
+    if quantized.plan.warnings:
+        facts["warnings"] = list(quantized.plan.warnings)
+        for text in quantized.plan.warnings:
+            context.emit({"event": "warning", "message": text})
+    return facts

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from slimkit.report import words
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Point", "scatter", "training_curves"]
+__all__ = ["Point", "histograms", "scatter", "training_curves"]
 
 INK, MUTED, RULE, ACCENT, PAPER = "#101112", "#707172", "#d0d1d2", "#3061c2", "#fefdfc"
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", PAPER: "paper"}
@@ -217,3 +218,34 @@ def training_curves(
         panel.yaxis.set_major_locator(MaxNLocator(4))
         panel.set_xlabel("epoch")
     return _svg(figure, name, f"training of {name}")
+
+
+def histograms(row: Mapping[str, Any], *, name: str) -> str:
+    """Weights and outputs of one layer before rounding (filled) and after (a line).
+
+    Args:
+        row: ``weights`` and ``outputs``, each with ``low``, ``high`` and counts ``before`` and
+            ``after`` in bins of equal width.
+        name: unique among the pictures of a page.
+
+    Returns:
+        An ``<svg>`` element. Counts are on a logarithmic scale, so that tails show.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(name, 5.4, 1.5, 2)
+    for panel, title in zip(axes, ("weights", "outputs"), strict=True):
+        part = row[title]
+        bins = len(part["before"])
+        edges = [part["low"] + (part["high"] - part["low"]) * n / bins for n in range(bins + 1)]
+        panel.stairs(part["before"], edges, baseline=0.5, fill=True, color=RULE)
+        panel.stairs(part["after"], edges, baseline=0.5, color=ACCENT, linewidth=1.1)
+        panel.set_yscale("log")
+        panel.set_ylim(bottom=0.5)
+        panel.yaxis.set_ticks([])
+        panel.yaxis.set_ticks([], minor=True)
+        panel.spines["left"].set_visible(False)
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.grid(visible=False)
+        panel.set_title(title, loc="left", color=MUTED)
+    return _svg(figure, name, f"weights and outputs of {escape(str(row['layer']))}")

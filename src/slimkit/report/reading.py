@@ -58,6 +58,7 @@ class StageRun:
     history: tuple[Mapping[str, Any], ...]
     channels: tuple[Mapping[str, Any], ...]
     measured: Mapping[str, Any]
+    rounding: Mapping[str, Any]
     warnings: tuple[str, ...]
 
 
@@ -206,6 +207,7 @@ def _stage(entry: Mapping[str, Any]) -> StageRun:
         history=_rows(entry.get("history")),
         channels=_rows(entry.get("channels")),
         measured=entry.get("measured") or {},
+        rounding=entry.get("rounding") or {},
         warnings=_texts(entry.get("warnings")),
     )
 

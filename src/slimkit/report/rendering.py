@@ -8,7 +8,7 @@ from typing import Any
 
 from slimkit.artifact import PathLike, read_json, write_text
 from slimkit.report import words
-from slimkit.report.charts import Point, scatter, training_curves
+from slimkit.report.charts import Point, histograms, scatter, training_curves
 from slimkit.report.reading import Report, StageRun, Variant, parse_report
 
 __all__ = ["build_html", "write_report"]
@@ -62,6 +62,7 @@ def build_html(report: Mapping[str, Any]) -> str:
         estimates=_estimates(parsed),
         curves=_curves(parsed),
         channels=_channels(parsed),
+        rounding=_rounding(parsed),
         gates=[_gate(gate) for gate in parsed.gates],
         warnings=_warnings(parsed),
         facts=_facts(parsed),
@@ -258,8 +259,8 @@ def _runs(report: Report) -> list[tuple[str, StageRun]]:
     for variant in report.variants:
         for stage in variant.stages:
             for names, known in found:
-                same = (known.name, known.history, known.channels)
-                if same == (stage.name, stage.history, stage.channels):
+                same = (known.name, known.history, known.channels, known.rounding)
+                if same == (stage.name, stage.history, stage.channels, stage.rounding):
                     names.append(variant.name)
                     break
             else:
@@ -303,6 +304,43 @@ def _channels(report: Report) -> list[dict[str, Any]]:
                     "measured": _measured(stage.measured),
                 }
             )
+    return result
+
+
+def _rounding(report: Report) -> list[dict[str, Any]]:
+    """What rounding did to each layer: bars of decibels, histograms of the most damaged ones."""
+
+    def written(row: Mapping[str, Any], key: str) -> str:
+        return _decibels(row.get(key), exact=row.get(key) is None)
+
+    result = []
+    for number, (variants, stage) in enumerate(_runs(report)):
+        rows = [row for row in stage.rounding.get("layers") or () if row.get("layer")]
+        known = [row["sqnr_db"] for row in rows if row.get("sqnr_db") is not None]
+        if not known:
+            continue
+        scale = max(*known, 40.0)
+        layers = [
+            {
+                "layer": str(row["layer"]),
+                "bits": row.get("bits"),
+                "sqnr": written(row, "sqnr_db"),
+                "weights": written(row, "weight_sqnr_db"),
+                "outputs": written(row, "output_sqnr_db"),
+                "percent": round(100 * max(0.0, row.get("sqnr_db") or scale) / scale, 1),
+            }
+            for row in rows
+        ]
+        pictures = [
+            {
+                "layer": str(row["layer"]),
+                "svg": histograms(row, name=f"rounding{number}-{place}"),
+            }
+            for place, row in enumerate(stage.rounding.get("histograms") or ())
+        ]
+        result.append(
+            {"stage": stage.name, "variants": variants, "layers": layers, "pictures": pictures}
+        )
     return result
 
 

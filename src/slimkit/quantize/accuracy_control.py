@@ -1,0 +1,205 @@
+"""Quantization within a limit: the most damaging layers stay in float until the metric is kept."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from slimkit.artifact import PathLike
+from slimkit.errors import InputError
+from slimkit.progress import ProgressDisplay
+from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated, refuse_test_data
+from slimkit.quantize.layer_sensitivity import measure_sensitivity, noise_scorer, units_of
+from slimkit.quantize.layer_switches import LayerSwitches, float_parameters
+from slimkit.quantize.scheme import QuantPlan
+
+if TYPE_CHECKING:
+    from slimkit.quantize.methods import Work
+    from slimkit.quantize.wrapper import QuantizedModel
+
+__all__ = ["AccuracyLimit", "accuracy_limit"]
+
+
+@dataclass(frozen=True)
+class AccuracyLimit:
+    """How much of a metric quantization may cost.
+
+    Attributes:
+        evaluate: the metric; higher is better.
+        max_drop: in the unit of the metric, at least 0.
+        base: metric of the float network.
+        file: where the sensitivity of the layers is kept; None keeps it nowhere.
+    """
+
+    evaluate: Evaluate
+    max_drop: float
+    base: float
+    file: PathLike | None = None
+
+    def remembered(self, work: Work) -> dict[str, Tensor]:
+        """Parameters of the integer layers and the float outputs, before methods adjust them."""
+        _ = work.reference  # a copy is made when it is first asked for
+        return float_parameters(work.quantized)
+
+    def keep(
+        self, work: Work, *, float_outputs: Collection[str], originals: Mapping[str, Tensor]
+    ) -> QuantizedModel:
+        """Put as few layers back to float as it takes.
+
+        Layers are ranked by the noise that each alone makes in the outputs, on the calibration
+        batches. The smallest number of them, from the top, that meets the limit is found by
+        doubling and bisection; then those that turn out not to be needed become integer again.
+        Every candidate is evaluated for real.
+
+        Args:
+            work: what is quantized, in every layer.
+            float_outputs: of the target.
+            originals: parameters that methods adjusted to the rounding, as they were before.
+
+        Returns:
+            ``work.quantized``, whose plan says what was left in float and why.
+
+        Raises:
+            EvaluationError: its ``model`` is ``work.quantized`` with every layer integer.
+        """
+        switches = LayerSwitches(work.quantized, float_outputs=float_outputs, originals=originals)
+        trials = _Trials(self, switches)
+        most = len(switches.layers) + 2
+        try:
+            with ProgressDisplay(most, 0, label="accuracy", enabled=work.progress) as show:
+                trials.show = show
+                if not switches.layers or trials.meets(()):
+                    return work.quantized
+                found = _fewest(trials, self._ranked(work, switches))
+        except EvaluationError as error:
+            error.model = work.quantized
+            raise
+        in_float = trials.best if found is None else found
+        plan = self._told(switches, trials, in_float, reached=found is not None)
+        return switches.leave(in_float, plan)
+
+    def _ranked(self, work: Work, switches: LayerSwitches) -> list[str]:
+        table = measure_sensitivity(
+            switches,
+            noise_scorer(work.reference, work.inputs()),
+            measure="sqnr",
+            units=units_of(switches),
+            file=self.file,
+            progress=work.progress,
+        )
+        return table.ranking()
+
+    def _told(
+        self, switches: LayerSwitches, trials: _Trials, in_float: Sequence[str], *, reached: bool
+    ) -> QuantPlan:
+        """The final plan, with a sentence on what was left in float."""
+        reason = f"left in float to keep the metric within {self.max_drop:g}"
+        plan = switches.plan(in_float, reason)
+        drop, whole = trials.drops[frozenset(in_float)], trials.drops[frozenset()]
+        names = ", ".join(in_float) or "no layer"
+        fell = (
+            f"it falls by {drop:.4g} from {self.base:.6g}, and by {whole:.4g} "
+            "with every layer quantized"
+        )
+        if reached:
+            told = f"{names} {reason}: {fell}"
+        else:
+            told = (
+                f"the metric cannot be kept within {self.max_drop:g}, not even in float: "
+                f"with {names} in float {fell}"
+            )
+        if reached and len(in_float) == len(switches.layers):
+            told += "; no layer is left to quantize"
+        if not reached or len(in_float) == len(switches.layers):
+            warnings.warn(told, stacklevel=4)
+        return replace(plan, warnings=(*plan.warnings, told))
+
+
+def accuracy_limit(
+    evaluate: Evaluate | None,
+    max_drop: Any,
+    model: QuantizedModel,
+    file: PathLike | None,
+) -> AccuracyLimit | None:
+    """Check the arguments of :func:`~slimkit.quantize.ptq`, and evaluate the float network.
+
+    Returns:
+        None if no limit was given.
+
+    Raises:
+        InputError: one of the two is missing or wrong.
+        DataError: ``evaluate`` holds test data.
+        EvaluationError: it failed on the float network.
+    """
+    if max_drop is None:
+        if evaluate is not None:
+            raise InputError("evaluate needs it", where="max_drop", hint="max_drop=0.5")
+        return None
+    numeric = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
+    if not numeric or not math.isfinite(max_drop) or max_drop < 0:
+        raise InputError(f"expected a number ≥ 0, got {max_drop!r}", where="max_drop")
+    refuse_test_data(evaluate)
+    assert evaluate is not None
+    base = evaluated(evaluate, model.model, "the float network")
+    return AccuracyLimit(evaluate, float(max_drop), base, file)
+
+
+@dataclass
+class _Trials:
+    """Candidates that were evaluated: layers in float → fall of the metric."""
+
+    limit: AccuracyLimit
+    switches: LayerSwitches
+    drops: dict[frozenset[str], float] = field(default_factory=dict)
+    tried: list[tuple[str, ...]] = field(default_factory=list)
+    show: ProgressDisplay | None = None
+
+    def meets(self, in_float: Sequence[str]) -> bool:
+        """Whether the limit holds with these layers in float; evaluated once."""
+        key = frozenset(in_float)
+        if key not in self.drops:
+            number = len(in_float)
+            what = (
+                f"{number} layer{'' if number == 1 else 's'} in float" if number else "all integer"
+            )
+            with self.switches.set(in_float) as network:
+                value = evaluated(self.limit.evaluate, network, what)
+            self.drops[key] = self.limit.base - value
+            self.tried.append(tuple(in_float))
+            if self.show is not None:
+                self.show.step(len(self.tried), f"{what}: {value:.5g}")
+        return self.drops[key] <= self.limit.max_drop
+
+    @property
+    def best(self) -> tuple[str, ...]:
+        """The candidate that lost least; of several the one with the fewest layers in float."""
+        return min(self.tried, key=lambda layers: (self.drops[frozenset(layers)], len(layers)))
+
+
+def _fewest(trials: _Trials, ranked: Sequence[str]) -> tuple[str, ...] | None:
+    """Layers to leave in float so that the limit holds; None if that is out of reach.
+
+    The whole network is known not to meet it.
+    """
+    fails, count = 0, 1
+    while count < len(ranked) and not trials.meets(ranked[:count]):
+        fails, count = count, min(2 * count, len(ranked))
+    if not trials.meets(ranked[:count]):
+        return None
+    while count - fails > 1:
+        middle = (count + fails) // 2
+        if trials.meets(ranked[:middle]):
+            count = middle
+        else:
+            fails = middle
+    needed = list(ranked[:count])
+    for layer in reversed(ranked[: count - 1]):  # the last one is known to be needed
+        fewer = [other for other in needed if other != layer]
+        if trials.meets(fewer):
+            needed = fewer
+    return tuple(needed)

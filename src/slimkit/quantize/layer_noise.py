@@ -1,0 +1,182 @@
+"""What rounding does to the weights and outputs of each layer, as compact facts for a report."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.graph.folding import FusePlan
+from slimkit.inputs import Inputs
+from slimkit.quantize.output_distance import decibels
+from slimkit.quantize.scheme import Decision
+from slimkit.quantize.wrapper import QuantizedModel
+
+__all__ = ["layer_noise"]
+
+BINS = 48
+
+
+def layer_noise(
+    quantized: QuantizedModel,
+    batch: Inputs,
+    *,
+    original: nn.Module | None = None,
+    pictured: int = 4,
+) -> dict[str, Any]:
+    """Signal to noise of every integer layer, and histograms of the most damaged ones.
+
+    Two forwards: one of the float network, whose activations are held in memory, and one of the
+    quantized network.
+
+    Args:
+        quantized: calibrated.
+        batch: a few examples, on the device of the network.
+        original: the network before quantization, which is not changed; without it the
+            quantized one with all rounding off.
+        pictured: histograms of so many layers.
+
+    Returns:
+        JSON-able. ``layers``: per layer in order of execution ``layer``, ``bits`` of its weights,
+        ``sqnr_db`` of its output (behind the activation function, noise of the layers before it
+        included), and of its own rounding alone ``weight_sqnr_db`` and ``output_sqnr_db``; None
+        where nothing changed. ``histograms``: of the layers whose own rounding makes most noise
+        ``weights`` and ``outputs``: ``low``, ``high``, and counts ``before`` and ``after`` in
+        bins of equal width.
+    """
+    training = quantized.training
+    quantized.eval()
+    layers = {d.module: d for d in quantized.plan.decisions if d.integer and d.weight is not None}
+    before, weights = _float_side(quantized, batch, layers, original)
+    after = _outputs(quantized, batch, layers)
+    rounded = _weights(quantized, layers)
+    quantized.train(training)
+    bits = quantized.plan.bit_widths()
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": layer,
+            "bits": bits[layer][0],
+            "sqnr_db": _sqnr(before[layer], after[layer]),
+            "weight_sqnr_db": _sqnr(weights[layer], rounded[layer]),
+            "output_sqnr_db": _sqnr(before[layer], _rounded(quantized, layers[layer], before)),
+        }
+        for layer in layers
+        if layer in before and layer in after
+    ]
+    damaged = sorted(rows, key=lambda row: -_own_noise(row))
+    pictures = [
+        {
+            "layer": name,
+            "weights": _histogram(weights[name], rounded[name]),
+            "outputs": _histogram(before[name], after[name]),
+        }
+        for name in [row["layer"] for row in damaged[:pictured]]
+    ]
+    return {"layers": rows, "histograms": pictures}
+
+
+def _float_side(
+    quantized: QuantizedModel,
+    batch: Inputs,
+    layers: Mapping[str, Decision],
+    original: nn.Module | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs and weights of the float network."""
+    network = quantized
+    if original is not None:  # its activation quantizers have no scale: values pass unchanged
+        folded = FusePlan(quantized.plan.folds).apply_to(copy.deepcopy(original))
+        network = QuantizedModel(folded, quantized.plan).eval()
+    network.set_rounding(False)
+    try:
+        return _outputs(network, batch, layers), _weights(network, layers)
+    finally:
+        network.set_rounding(True)
+
+
+@torch.no_grad()
+def _weights(network: QuantizedModel, layers: Mapping[str, Decision]) -> dict[str, Tensor]:
+    """Layer → its weight as the layer multiplies with it."""
+    parameters = dict(network.model.named_parameters(remove_duplicate=False))
+    names = {spec.name: spec.parameter for spec in network.plan.quantizers}
+    found: dict[str, Tensor] = {}
+    for layer, decision in layers.items():
+        parameter = names[str(decision.weight)]
+        assert parameter is not None
+        found[layer] = network.quantizers[str(decision.weight)](parameters[parameter]).detach()
+    return found
+
+
+@torch.no_grad()
+def _outputs(
+    network: QuantizedModel, batch: Inputs, layers: Mapping[str, Decision]
+) -> dict[str, Tensor]:
+    """Layer → its output: what its quantizer passes on, or what leaves in float."""
+    found: dict[str, list[Tensor]] = {}
+    with _hooks(network, layers, found):
+        batch.call(network)
+    return {
+        layer: torch.cat([value.detach().reshape(-1) for value in values])
+        for layer, values in found.items()
+    }
+
+
+@contextmanager
+def _hooks(
+    network: QuantizedModel, layers: Mapping[str, Decision], found: dict[str, list[Tensor]]
+) -> Iterator[None]:
+    handles = []
+    for layer, decision in layers.items():
+        inside = decision.writes is None
+        module = network.model if inside else network.quantizers
+        module = module.get_submodule(layer if inside else str(decision.writes))
+
+        def keep(
+            _module: nn.Module, _args: Any, output: Any, layer: str = layer, inside: bool = inside
+        ) -> None:
+            if isinstance(output, Tensor):  # what is computed inside of the network is addressed
+                found.setdefault(layer, []).append(output if inside else output.clone())
+
+        handles.append(module.register_forward_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _rounded(quantized: QuantizedModel, decision: Decision, before: Mapping[str, Tensor]) -> Tensor:
+    """The float output of a layer, rounded by its quantizer."""
+    output = before[decision.module]
+    return output if decision.writes is None else quantized.quantizers[decision.writes](output)
+
+
+def _own_noise(row: Mapping[str, Any]) -> float:
+    """Noise / signal of weights and output of a layer, summed."""
+    both = (row["weight_sqnr_db"], row["output_sqnr_db"])
+    return float(sum(10.0 ** (-value / 10.0) for value in both if value is not None))
+
+
+def _sqnr(before: Tensor, after: Tensor) -> float | None:
+    """In dB; None where nothing changed, or there is no signal."""
+    signal = float(before.double().square().sum())
+    noise = float((after.double() - before.double()).square().sum())
+    return round(decibels(noise / signal), 2) if signal > 0 and noise > 0 else None
+
+
+def _histogram(before: Tensor, after: Tensor) -> dict[str, Any]:
+    """Both on the same bins."""
+    low = float(min(before.min(), after.min()))
+    high = float(max(before.max(), after.max()))
+    if high <= low:
+        high = low + 1.0
+
+    def counts(values: Tensor) -> list[int]:
+        found = torch.histc(values.detach().float().cpu(), BINS, low, high)
+        return [int(count) for count in found]
+
+    return {"low": low, "high": high, "before": counts(before), "after": counts(after)}

@@ -1,0 +1,242 @@
+"""Post-training quantization that keeps a metric: few layers in float, each candidate evaluated."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import slimkit as sk
+from slimkit.errors import InputError
+from slimkit.quantize import METHODS, EvaluationError, LayerSensitivity, ptq
+from slimkit.quantize.accuracy_control import AccuracyLimit, _fewest, _Trials
+from slimkit.quantize.output_distance import OutputDistance, decibels
+from slimkit.quantize.partial_plans import integer_layers
+
+Images = Callable[..., Tensor]
+LAYERS = ("conv1", "depthwise", "pointwise", "branch", "fc")
+
+
+@pytest.fixture
+def batches(images: Images) -> list[Tensor]:
+    return [images(8, seed) for seed in range(2)]
+
+
+class Quality:
+    """Decibels above the quantization noise on other images, at most 100; higher is better."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.distance = OutputDistance(model, [sk.Inputs((x,))])
+        self.seen: list[tuple[str, ...]] = []
+
+    def __call__(self, model: nn.Module) -> float:
+        plan = getattr(model, "plan", None)
+        self.seen.append(integer_layers(plan) if plan is not None else ())
+        return min(100.0, decibels(self.distance.noise(model)))
+
+
+def test_the_poisoned_layer_alone_goes_back_to_float(
+    poisoned: nn.Module, images: Images, batches: list[Tensor], tmp_path: Path
+) -> None:
+    quality = Quality(poisoned, images(16, 9))
+    q = ptq(
+        poisoned, images(1), calibration=batches, granularity="tensor",
+        evaluate=quality, max_drop=65, sensitivity=tmp_path / "layers.json",
+    )  # fmt: skip
+    reason = "left in float to keep the metric within 65"
+    assert {d.module: d.reason for d in q.plan.decisions if d.reason == reason} == {
+        "pointwise": reason
+    }
+    assert integer_layers(q.plan) == ("conv1", "depthwise", "branch", "fc")
+    assert len(q.plan.warnings) == 1
+    assert q.plan.warnings[0].startswith(f"pointwise {reason}: it falls by ")
+    assert reason in q.plan.explain()
+    expected = ptq(poisoned, images(1), calibration=batches, granularity="tensor", skip="pointwise")
+    with torch.no_grad():
+        assert torch.equal(q(images(8, 3)), expected(images(8, 3)))
+    assert quality(q) >= 35
+    assert len(LayerSensitivity.load(tmp_path / "layers.json").points) == 5
+    sk.save(q, tmp_path / "saved")
+    again = sk.load(tmp_path / "saved", model=poisoned)
+    with torch.no_grad():
+        assert torch.equal(again(images(8, 3)), expected(images(8, 3)))
+
+
+def test_where_the_limit_holds_everything_stays_integer(
+    small: nn.Module, images: Images, batches: list[Tensor]
+) -> None:
+    quality = Quality(small, images(8, 9))
+    q = ptq(small, images(1), calibration=batches, evaluate=quality, max_drop=80)
+    expected = ptq(small, images(1), calibration=batches)
+    assert q.plan == expected.plan
+    assert quality.seen == [(), LAYERS]
+    with torch.no_grad():
+        assert torch.equal(q(images(4)), expected(images(4)))
+
+
+def test_a_limit_that_only_float_meets_is_met_with_a_warning(
+    small: nn.Module, images: Images, batches: list[Tensor]
+) -> None:
+    with pytest.warns(UserWarning, match="no layer is left to quantize"):
+        q = ptq(
+            small, images(1), calibration=batches, evaluate=Quality(small, images(8, 9)), max_drop=0
+        )
+    assert integer_layers(q.plan) == ()
+
+
+def test_a_limit_out_of_reach_gives_the_best_and_says_so(
+    small: nn.Module, images: Images, batches: list[Tensor]
+) -> None:
+    def evaluate(model: nn.Module) -> float:  # no candidate is as good as the float network
+        if not hasattr(model, "plan"):
+            return 90.0
+        return 70.0 + (10.0 if integer_layers(model.plan) == LAYERS[:4] else 0.0)
+
+    with pytest.warns(UserWarning, match="cannot be kept within 1, not even in float: with fc in"):
+        q = ptq(small, images(1), calibration=batches, evaluate=evaluate, max_drop=1)
+    assert "falls by 10 from 90, and by 20 with every layer quantized" in q.plan.warnings[0]
+    assert integer_layers(q.plan) == LAYERS[:4]
+
+
+@pytest.mark.parametrize("answer", [float("nan"), float("inf"), RuntimeError("out of luck")])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_failing_evaluation_loses_nothing(
+    small: nn.Module, images: Images, batches: list[Tensor], answer: Any, at: int
+) -> None:
+    calls: Iterator[int] = iter(range(10))
+
+    def evaluate(model: nn.Module) -> float:
+        if next(calls) < at:
+            return 90.0 if not hasattr(model, "plan") else 10.0
+        if isinstance(answer, Exception):
+            raise answer
+        return float(answer)
+
+    named = ("the float network", "all integer", "1 layer in float")[at]
+    with pytest.raises(EvaluationError, match=named) as caught:
+        ptq(small, images(1), calibration=batches, evaluate=evaluate, max_drop=1)
+    if at == 0:
+        assert caught.value.model is None
+        return
+    expected = ptq(small, images(1), calibration=batches)
+    assert caught.value.model is not None
+    with torch.no_grad():
+        assert torch.equal(caught.value.model(images(4)), expected(images(4)))
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"max_drop": 1}, "evaluate"),
+        ({"evaluate": len}, "max_drop"),
+        ({"evaluate": len, "max_drop": -1}, "max_drop"),
+        ({"evaluate": len, "max_drop": float("nan")}, "max_drop"),
+        ({"evaluate": "accuracy", "max_drop": 1}, "evaluate"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(
+    small: nn.Module, images: Images, options: Any, where: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{where}"):
+        ptq(small, images(1), calibration=[images(4)], **options)
+
+
+def test_a_layer_in_float_gets_back_what_methods_changed(
+    poisoned: nn.Module, images: Images, batches: list[Tensor]
+) -> None:
+    @dataclass(frozen=True)
+    class Shift:
+        """Adds a little to every bias, as a bias correction does."""
+
+        when: ClassVar[Literal["before", "after"]] = "after"
+
+        def run(self, work: Any) -> None:
+            with torch.no_grad():
+                for layer in integer_layers(work.quantized.plan):
+                    work.quantized.model.get_submodule(layer).bias.add_(1e-4)
+
+    with METHODS.scratch():
+        METHODS.register("shift")(Shift)
+        plain = ptq(poisoned, images(1), calibration=batches, granularity="tensor")
+        q = ptq(
+            poisoned, images(1), calibration=iter(batches), granularity="tensor",
+            methods=["shift"], evaluate=Quality(poisoned, images(16, 9)), max_drop=65,
+        )  # fmt: skip
+    assert "pointwise" not in integer_layers(q.plan)
+    for layer in LAYERS:
+        before, after = (m.model.get_submodule(layer).bias for m in (plain, q))
+        assert torch.equal(before, after) == (layer == "pointwise"), layer
+
+
+# --- the search for the fewest layers --------------------------------------------------------
+
+
+class Network:
+    """Stands for the switches: what is on is all there is to know."""
+
+    def __init__(self, layers: tuple[str, ...]) -> None:
+        self.layers = layers
+
+    def set(self, in_float: Any) -> Any:
+        import contextlib
+
+        return contextlib.nullcontext(_Module(frozenset(in_float)))
+
+
+class _Module(nn.Module):
+    def __init__(self, in_float: frozenset[str]) -> None:
+        super().__init__()
+        self.in_float = in_float
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.integers(0, 60), st.randoms())
+def test_no_layer_is_left_in_float_without_need(costs: list[int], limit: int, random: Any) -> None:
+    layers = tuple(f"layer{number}" for number in range(len(costs)))
+    cost = dict(zip(layers, costs, strict=True))
+
+    def evaluate(model: Any) -> float:
+        return 100.0 - sum(cost[name] for name in layers if name not in model.in_float)
+
+    trials = _Trials(AccuracyLimit(evaluate, limit, 100.0), Network(layers))  # type: ignore[arg-type]
+    if trials.meets(()):
+        return
+    ranked = sorted(layers, key=lambda name: -cost[name])
+    fewest = _fewest(trials, ranked)
+    assert fewest is not None
+    dropped = sum(costs) - sum(cost[name] for name in fewest)
+    assert dropped <= limit
+    by_size = sorted(costs, reverse=True)
+    assert len(fewest) == next(k for k in range(10) if sum(by_size[k:]) <= limit)
+    shuffled = random.sample(ranked, len(ranked))  # a ranking that is wrong wastes no layer either
+    some = _fewest(trials, shuffled)
+    assert some is not None
+    assert sum(costs) - sum(cost[name] for name in some) <= limit
+    for name in some:
+        assert dropped_without(cost, some, name) > limit
+
+
+def dropped_without(cost: dict[str, int], kept: tuple[str, ...], name: str) -> int:
+    return sum(cost.values()) - sum(cost[other] for other in kept if other != name)
+
+
+def test_nothing_is_said_when_all_is_well(
+    small: nn.Module, images: Images, batches: list[Tensor]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ptq(
+            small,
+            images(1),
+            calibration=batches,
+            evaluate=Quality(small, images(8, 9)),
+            max_drop=52,
+        )
