@@ -155,6 +155,7 @@ class WeightQuantizer(nn.Module):
             qmin=self.form.qmin,
             qmax=self.form.qmax,
             axis=self.axis,
+            clips=self.fixed,
         )
 
     @torch.no_grad()

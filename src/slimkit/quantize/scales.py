@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkit.quantize.targets import NumberFormat
 
-__all__ = ["affine_parameters", "pair_sums", "weight_scale"]
+__all__ = ["affine_parameters", "pair_scale", "pair_sums", "weight_scale"]
 
 TINY = 1e-12
 """No scale is smaller: 1 / scale and bias / scale stay finite."""
@@ -62,20 +62,33 @@ def weight_scale(
         float32, > 0, shape (weight.shape[axis],) or ().
     """
     values = weight.detach()
-    scale = _largest(values.abs(), axis) / form.qmax
+    scale = _largest(values, axis) / form.qmax
     if pairs and form.qmax * 2 > _PAIR_LIMIT:
-        sums = pair_sums(values, axis or 0).abs()
-        scale = torch.maximum(scale, _largest(sums, None if axis is None else 0) / _PAIR_LIMIT)
+        scale = torch.maximum(scale, pair_scale(values, axis))
     largest = scale.amax()
     largest = torch.where(largest > 0, largest.clamp(min=TINY), torch.ones_like(largest))
     floored = torch.maximum(scale, largest * 2.0**-20)
     return torch.where(scale > 0, floored, largest)
 
 
-def _largest(magnitudes: Tensor, axis: int | None) -> Tensor:
-    if axis is None:
-        return magnitudes.amax().float()
-    return magnitudes.amax(dim=[d for d in range(magnitudes.dim()) if d != axis]).float()
+def pair_scale(weight: Tensor, axis: int | None) -> Tensor:
+    """The smallest scale of 8-bit weights at which no pair of products exceeds 16 bits.
+
+    Args:
+        weight: as for :func:`weight_scale`.
+        axis: likewise.
+
+    Returns:
+        float32, ≥ 0, shape (weight.shape[axis],) or ().
+    """
+    sums = pair_sums(weight.detach(), axis or 0)
+    return _largest(sums, None if axis is None else 0) / _PAIR_LIMIT
+
+
+def _largest(values: Tensor, axis: int | None) -> Tensor:
+    """The largest magnitude; without the copy that ``abs`` would make."""
+    dims = [d for d in range(values.dim()) if d != axis]
+    return torch.maximum(values.amax(dims), values.amin(dims).neg_()).float()
 
 
 def pair_sums(weight: Tensor, axis: int = 0) -> Tensor:

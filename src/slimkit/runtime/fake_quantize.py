@@ -27,7 +27,14 @@ __all__ = ["fake_quantize", "quantized_integers"]
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, *, qmin: int, qmax: int, axis: int | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    clips: bool = True,
 ) -> Tensor:
     """``x`` rounded to the grid that ``scale`` and ``zero_point`` span.
 
@@ -38,6 +45,7 @@ def fake_quantize(
         qmin: smallest integer, such as 0 or −127.
         qmax: largest integer, such as 255 or 127.
         axis: dimension of ``x`` that ``scale`` belongs to; ``None`` for one scale in all.
+        clips: false promises that the range covers all of ``x``, so that every gradient passes.
 
     Returns:
         A tensor like ``x``; gradients reach ``x`` where it was not clipped.
@@ -46,7 +54,7 @@ def fake_quantize(
     if torch.compiler.is_exporting():
         exported: Tensor = torch.ops.slimkit.fake_quantize(x, scale, zero_point, dim, qmin, qmax)
         return exported
-    result: Tensor = _StraightThrough.apply(x, scale, zero_point, dim, qmin, qmax)
+    result: Tensor = _StraightThrough.apply(x, scale, zero_point, dim, qmin, qmax, clips)
     return result
 
 
@@ -69,12 +77,14 @@ def _aligned(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> tuple[T
 
 
 def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    levels = torch.div(x if x.dtype == torch.float32 else x.float(), scale)
-    if zero_point.dim() == 0 and zero_point.device.type == "cpu" and not zero_point.item():
-        levels.round_().clamp_(qmin, qmax)  # two passes over memory less, after every ReLU
-        return levels.mul_(scale).to(x.dtype)
-    levels.round_().add_(zero_point).clamp_(qmin, qmax)
-    return levels.sub_(zero_point).mul_(scale).to(x.dtype)
+    """Rounded without adding the zero point and taking it off again: two passes less."""
+    levels = torch.div(x if x.dtype == torch.float32 else x.float(), scale).round_()
+    if zero_point.device.type == "cpu" and (zero_point.dim() == 0 or not zero_point.any()):
+        zero = int(zero_point) if zero_point.dim() == 0 else 0  # reading costs nothing here
+        levels.clamp_(qmin - zero, qmax - zero)
+    else:
+        levels.clamp_(qmin - zero_point, qmax - zero_point)
+    return levels.mul_(scale).to(x.dtype)
 
 
 def _clipped_gradient(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -92,17 +102,26 @@ def _bounds(scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Te
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, qmin: int, qmax: int
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        axis: int,
+        qmin: int,
+        qmax: int,
+        clips: bool,
     ) -> Tensor:
         scale, zero_point = _aligned(x, scale, zero_point, axis)
-        if ctx.needs_input_grad[0]:
+        if clips and ctx.needs_input_grad[0]:
             # The bounds are new tensors: an observer may change the scale before backward.
             ctx.save_for_backward(x, *_bounds(scale, zero_point, qmin, qmax))
         return _rounded(x, scale, zero_point, qmin, qmax)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _clipped_gradient(grads[0], *ctx.saved_tensors), None, None, None, None, None
+        bounds = ctx.saved_tensors
+        grad = _clipped_gradient(grads[0], *bounds) if bounds else grads[0]
+        return grad, None, None, None, None, None, None
 
 
 @torch.library.custom_op("slimkit::fake_quantize", mutates_args=())
