@@ -31,12 +31,13 @@ def qat(
     batches: int | None = None,
     observe_steps: int | None = None,
     weight_bits: WeightBits | None = None,
+    scales: str = "observed",
 ) -> QuantizedModel:
     """Attach quantizers to a copy of ``model`` that then trains in any loop.
 
     Batch norms are folded first, so fine-tune with a small learning rate (about a hundredth
-    of that of the original training). Weight scales always follow the weights; zeros of a
-    pruned weight stay zero as long as the weight is zero.
+    of that of the original training). Zeros of a pruned weight stay zero as long as the weight is
+    zero.
 
     Args:
         model: any module; it is copied, not changed.
@@ -51,6 +52,12 @@ def qat(
             average of the data; then they are frozen. Default: 0 with ``calibration``, else
             200. :meth:`~slimkit.quantize.wrapper.QuantizedModel.freeze_observers` ends it.
         weight_bits: as for :func:`~slimkit.quantize.ptq`.
+        scales: ``"observed"``: ranges of activations as observed, of weights their largest
+            magnitude. ``"lsq"``: all scales (and zero points of activations with negative
+            values) start there and are parameters, trained with the weights (LSQ, Esser et al.,
+            2020, https://arxiv.org/abs/1902.08153; LSQ+, Bhalgat et al., 2020,
+            https://arxiv.org/abs/2004.09576). ``"pact"``: the upper bounds behind ReLUs are
+            (PACT, Choi et al., 2018, https://arxiv.org/abs/1805.06085).
 
     Returns:
         A copy in training mode.
@@ -73,6 +80,7 @@ def qat(
         observer=observer,
         skip=skip,
         weight_bits=weight_bits,
+        scales=scales,
     )
     if calibration is not None:
         data = Batches(calibration, as_inputs(example_inputs), batches)

@@ -20,6 +20,7 @@ from slimkit.plan import apply
 from slimkit.quantize.accuracy_control import accuracy_limit
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.evaluating import Evaluate
+from slimkit.quantize.learned_quantizers import with_scales
 from slimkit.quantize.methods import Method, Work, resolve_methods, run_methods
 from slimkit.quantize.observers import Observer, describe_observer, new_observer
 from slimkit.quantize.planning import lay_out
@@ -125,6 +126,7 @@ def attach(
     observer: str | Observer,
     skip: Pattern | Iterable[Pattern],
     weight_bits: WeightBits | None = None,
+    scales: str = "observed",
 ) -> QuantizedModel:
     """Plan, and apply the plan to a copy of ``model``; scales are still unknown.
 
@@ -160,7 +162,7 @@ def attach(
         calls=layout.calls,
         decisions=tuple(layout.decisions),
     )
-    quantized = apply(original, plan)
+    quantized = apply(original, with_scales(plan, scales))
     if not isinstance(quantized, QuantizedModel):  # what QuantPlan.apply_to returns
         raise InputError("the plan gave no quantized model", where="model")
     return quantized

@@ -69,6 +69,9 @@ class ActivationQuantizer(nn.Module):
             self._observe(x.detach())
         return self._rounded(x) if self.rounding and self.ready else x
 
+    def refresh(self) -> None:
+        """Bring scale and zero point up to date with trained parameters, where there are any."""
+
     def adopt_range(self) -> None:
         """Take scale and zero point from what the observer has seen so far."""
         if self._observer is not None and self.ready:
@@ -122,6 +125,7 @@ class WeightQuantizer(nn.Module):
         form: a symmetric number format.
         axis: dimension of the weight that holds output channels; ``None`` for one scale in all.
         fixed: whether ``scale`` stays as it is.
+        may_clip: whether weights can lie outside of what ``scale`` covers.
         rounding: round; else the weight passes unchanged.
     """
 
@@ -133,6 +137,7 @@ class WeightQuantizer(nn.Module):
         self.form: NumberFormat = spec.form
         self.axis = None if spec.channels is None else spec.axis
         self.fixed = spec.scale == "fixed"
+        self.may_clip = spec.scale != "follows"
         shape = () if spec.channels is None else (spec.channels,)
         self.rounding = True
         self._pairs = spec.pairs
@@ -143,11 +148,11 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Round ``weight``."""
         if torch.compiler.is_exporting():
-            scale = self.scale
-        else:
-            scale = self.refresh(weight)
-            if not self.rounding:
-                return weight
+            return self._rounded(weight, self.scale)
+        scale = self.refresh(weight)
+        return self._rounded(weight, scale) if self.rounding else weight
+
+    def _rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
         return fake_quantize(
             weight,
             scale,
@@ -155,7 +160,7 @@ class WeightQuantizer(nn.Module):
             qmin=self.form.qmin,
             qmax=self.form.qmax,
             axis=self.axis,
-            clips=self.fixed,
+            clips=self.may_clip,
         )
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkit.quantize.targets import NumberFormat
 
-__all__ = ["affine_parameters", "pair_scale", "pair_sums", "weight_scale"]
+__all__ = ["affine_parameters", "pair_scale", "pair_sums", "pairs_can_overflow", "weight_scale"]
 
 TINY = 1e-12
 """No scale is smaller: 1 / scale and bias / scale stay finite."""
@@ -63,12 +63,17 @@ def weight_scale(
     """
     values = weight.detach()
     scale = _largest(values, axis) / form.qmax
-    if pairs and form.qmax * 2 > _PAIR_LIMIT:
+    if pairs and pairs_can_overflow(form):
         scale = torch.maximum(scale, pair_scale(values, axis))
     largest = scale.amax()
     largest = torch.where(largest > 0, largest.clamp(min=TINY), torch.ones_like(largest))
     floored = torch.maximum(scale, largest * 2.0**-20)
     return torch.where(scale > 0, floored, largest)
+
+
+def pairs_can_overflow(form: NumberFormat) -> bool:
+    """Whether two weights of this format, times 255, may exceed 16 bits."""
+    return form.qmax * 2 > _PAIR_LIMIT
 
 
 def pair_scale(weight: Tensor, axis: int | None) -> Tensor:

@@ -31,7 +31,9 @@ class QuantizerSpec:
         axis: dimension of the weight that the channels lie on.
         pairs: no two products with it may exceed 16 bits; see
             :func:`slimkit.quantize.scales.pair_sums`.
-        scale: of a weight: ``"follows"`` its largest magnitude at every call, or is ``"fixed"``.
+        scale: ``"follows"`` the largest magnitude of a weight at every call, or what is observed
+            of an activation; of a weight ``"fixed"``; ``"learned"`` as a parameter (LSQ); of an
+            activation ``"clip"``: up to a learned bound (PACT).
     """
 
     name: str
@@ -40,7 +42,7 @@ class QuantizerSpec:
     channels: int | None = None
     axis: int = 0
     pairs: bool = False
-    scale: Literal["follows", "fixed"] = "follows"
+    scale: Literal["follows", "fixed", "learned", "clip"] = "follows"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimkit.graph.addressing import AddressMode
 from slimkit.plan import applied_plans
 from slimkit.quantize.integer_arithmetic import IntegerCall, integer_call
+from slimkit.quantize.learned_quantizers import build_quantizer
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
 from slimkit.quantize.scheme import QuantPlan
 
@@ -43,10 +44,7 @@ class QuantizedModel(nn.Module):
         self.plan = plan
         self.quantizers = nn.ModuleDict()
         for spec in plan.quantizers:
-            if spec.parameter is None:
-                self.quantizers[spec.name] = ActivationQuantizer(spec.form)
-            else:
-                self.quantizers[spec.name] = WeightQuantizer(spec)
+            self.quantizers[spec.name] = build_quantizer(spec)
         self.register_buffer("observer_steps_left", torch.tensor(0, dtype=torch.int64))
         self._steps_left: int | None = None
         self._called: set[str] | None = None
@@ -65,6 +63,9 @@ class QuantizedModel(nn.Module):
         if self.training and not torch.compiler.is_exporting():
             self._count_step()
         exact = not (self.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
+        if exact:  # a kernel needs the scale of its output before that is rounded
+            for quantizer in self.activation_quantizers().values():
+                quantizer.refresh()
         with _Attachment(self, self._called, exact=exact):
             return self.model(*args, **kwargs)
 
@@ -72,6 +73,11 @@ class QuantizedModel(nn.Module):
         """Name → quantizer of an activation."""
         quantizers = self.quantizers.items()
         return {name: q for name, q in quantizers if isinstance(q, ActivationQuantizer)}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay would harm: LSQ's step sizes and offsets."""
+        names = (name for name, _ in self.quantizers.named_parameters())
+        return {f"quantizers.{n}" for n in names if n.endswith((".step_size", ".offset"))}
 
     def bit_widths(self) -> Mapping[str, tuple[int, int]]:
         """Module path in this wrapper → (weight bits, activation bits) of integer layers."""

@@ -195,6 +195,9 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     can be named as in ``type: train``. Four have defaults of their own: batch norms are folded,
     so weights are larger and nothing rescales gradients (``lr``, ``clip_grad_norm``), scales
     need the digits of float32 (``precision``), and little is left to learn (``epochs``).
+
+    Attributes:
+        scales: observed, or trained with the weights; see :func:`slimkit.quantize.qat`.
     """
 
     version: ClassVar[int] = 2
@@ -203,12 +206,14 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     lr: Annotated[float, Field(gt=0)] = 5e-4
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    scales: Literal["observed", "lsq", "pact"] = "observed"
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
         from slimkit.quantize import qat
 
-        quantized = qat(model.eval(), context.example_inputs, **self.arguments(context))
+        arguments = self.arguments(context)
+        quantized = qat(model.eval(), context.example_inputs, scales=self.scales, **arguments)
         history = train_model(quantized, self, self, context, student=quantized.model)
         return StageResult(quantized, {**training_facts(history), **_told(quantized, context)})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -15,10 +16,17 @@ from slimkit.train.settings import TrainSettings
 __all__ = ["build_optimizer", "learning_rate"]
 
 
+@runtime_checkable
+class _Sparing(Protocol):
+    def no_weight_decay(self) -> set[str]: ...
+
+
 def build_optimizer(
     model: nn.Module, settings: TrainSettings, extra: Iterable[nn.Parameter] = ()
 ) -> Optimizer:
     """SGD or AdamW over all parameters that require gradients.
+
+    Names that a method ``no_weight_decay()`` of the model returns are not decayed.
 
     Args:
         model: its parameters, tied ones once.
@@ -31,11 +39,15 @@ def build_optimizer(
     seen: set[int] = set()
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    named = dict(model.named_parameters())
+    names = model.no_weight_decay() if isinstance(model, _Sparing) else set()
+    undecayed = {id(named[name]) for name in names if name in named}
     for parameter in (*model.parameters(), *extra):
         if not parameter.requires_grad or id(parameter) in seen:
             continue
         seen.add(id(parameter))
         spared = parameter.dim() <= 1 and not settings.decay_norms
+        spared = spared or id(parameter) in undecayed
         (plain if spared else decayed).append(parameter)
     if not seen:
         raise TrainingError(
