@@ -115,3 +115,7 @@ def run_methods(methods: Sequence[Method], when: Literal["before", "after"], wor
     for method in methods:
         if method.when == when:
             method.run(work)
+
+
+METHODS.register_lazy("equalize", "slimkit.quantize.equalization:Equalize")
+METHODS.register_lazy("smoothquant", "slimkit.quantize.smoothing:SmoothQuant")
