@@ -26,7 +26,7 @@ def qat(
     calibration: Iterable[Any] | None = None,
     target: str | Target = "onnxruntime",
     granularity: str = "channel",
-    observer: str | Observer = "moving_average",
+    observer: str | Observer | None = None,
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
     observe_steps: int | None = None,
@@ -36,8 +36,8 @@ def qat(
     """Attach quantizers to a copy of ``model`` that then trains in any loop.
 
     Batch norms are folded first, so fine-tune with a small learning rate (about a hundredth
-    of that of the original training). Zeros of a pruned weight stay zero as long as the weight is
-    zero.
+    of that of the original training; with four bits or fewer, up to half of it). Zeros of a
+    pruned weight stay zero as long as the weight is zero.
 
     Args:
         model: any module; it is copied, not changed.
@@ -46,6 +46,8 @@ def qat(
         target: name in :data:`~slimkit.quantize.targets.TARGETS`, or a Target.
         granularity: one weight scale per output ``"channel"`` or per ``"tensor"``.
         observer: how ``calibration`` is summarised; as for :func:`~slimkit.quantize.ptq`.
+            Default: ``"moving_average"``; for learned scales ``"mse"``, since with few bits they
+            do not find the way back from too wide a range.
         skip: modules that stay in float: patterns on module paths or class names.
         batches: use so many of its batches; all by default.
         observe_steps: number of training forwards during which the ranges follow a moving
@@ -65,6 +67,9 @@ def qat(
     Raises:
         UnknownNameError, PatternError, InputError, DataError, CaptureError: as for ptq.
     """
+    if observer is None:
+        learned = scales != "observed" and calibration is not None
+        observer = "mse" if learned else "moving_average"
     if observe_steps is None:
         observe_steps = 200 if calibration is None else 0
     if observe_steps < 0 or (observe_steps == 0 and calibration is None):

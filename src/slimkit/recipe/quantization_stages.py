@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -197,7 +197,8 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     need the digits of float32 (``precision``), and little is left to learn (``epochs``).
 
     Attributes:
-        scales: observed, or trained with the weights; see :func:`slimkit.quantize.qat`.
+        scales: observed, or trained with the weights; see :func:`slimkit.quantize.qat`. Trained
+            ones start from the ``mse`` observer unless the recipe names another.
     """
 
     version: ClassVar[int] = 2
@@ -207,6 +208,12 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     scales: Literal["observed", "lsq", "pact"] = "observed"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _learned_scales_start_from_small_errors(cls, data: Any) -> Any:
+        learned = isinstance(data, Mapping) and data.get("scales", "observed") != "observed"
+        return {"observer": "mse", **data} if learned else data
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
