@@ -214,6 +214,7 @@ def calibrate(
             quantizer.observe_with(None)
         quantized.set_rounding(True)
         quantized.train(training)
+    quantized.refresh_weights()
     _restrict(quantized, called)
 
 

@@ -149,8 +149,7 @@ class WeightQuantizer(nn.Module):
         """Round ``weight``."""
         if torch.compiler.is_exporting():
             return self._rounded(weight, self.scale)
-        scale = self.refresh(weight)
-        return self._rounded(weight, scale) if self.rounding else weight
+        return self._rounded(weight, self.refresh(weight)) if self.rounding else weight
 
     def _rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
         return fake_quantize(

@@ -98,6 +98,14 @@ class QuantizedModel(nn.Module):
             if isinstance(quantizer, ActivationQuantizer | WeightQuantizer):
                 quantizer.rounding = enabled
 
+    def refresh_weights(self) -> None:
+        """Bring the scales of all weights up to date, as a forward does."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for spec in self.plan.quantizers:
+            quantizer = self.quantizers[spec.name]
+            if spec.parameter is not None and isinstance(quantizer, WeightQuantizer):
+                quantizer.refresh(parameters[spec.parameter])
+
     @contextmanager
     def recording_calls(self, called: set[str]) -> Iterator[None]:
         """Inside, the addresses of the calls that run are added to ``called``."""
