@@ -24,7 +24,9 @@ def qat(
     *,
     calibration: Iterable[Any] | None = None,
     target: str | Target = "onnxruntime",
+    mode: str = "static",
     granularity: str = "channel",
+    group_size: int | None = None,
     observer: str = "moving_average",
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
@@ -42,7 +44,9 @@ def qat(
         example_inputs: one call; see :class:`slimkit.Inputs`.
         calibration: batches of training data for the first activation ranges.
         target: name in :data:`~slimkit.quantize.targets.TARGETS`, or a Target.
-        granularity: one weight scale per output ``"channel"`` or per ``"tensor"``.
+        mode: as for :func:`~slimkit.quantize.ptq`; only ``"static"`` observes ranges.
+        granularity: as for :func:`~slimkit.quantize.ptq`.
+        group_size: as for :func:`~slimkit.quantize.ptq`.
         observer: how ``calibration`` is summarised.
         skip: modules that stay in float: patterns on module paths or class names.
         batches: use so many of its batches; all by default.
@@ -58,8 +62,9 @@ def qat(
         UnknownNameError, PatternError, InputError, DataError, CaptureError: as for ptq.
     """
     if observe_steps is None:
-        observe_steps = 200 if calibration is None else 0
-    if observe_steps < 0 or (observe_steps == 0 and calibration is None):
+        observe_steps = 200 if calibration is None and mode == "static" else 0
+    blind = observe_steps == 0 and calibration is None and mode == "static"
+    if observe_steps < 0 or blind:
         raise InputError(
             f"{observe_steps} steps give no activation ranges without calibration data",
             where="observe_steps",
@@ -68,12 +73,14 @@ def qat(
         model,
         example_inputs,
         target=target,
+        mode=mode,
         granularity=granularity,
+        group_size=group_size,
         observer=observer,
         skip=skip,
         weight_bits=weight_bits,
     )
-    if calibration is not None:
+    if calibration is not None and mode == "static":
         data = Batches(calibration, as_inputs(example_inputs), batches)
         calibrate(quantized, data, observer=observer)
     quantized.observe_for(observe_steps)

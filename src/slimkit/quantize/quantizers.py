@@ -24,6 +24,7 @@ class ActivationQuantizer(nn.Module):
 
     Args:
         form: number format.
+        bounds: the range when it is known: then nothing is observed.
 
     Attributes:
         observing: update the range from the values that pass.
@@ -36,9 +37,10 @@ class ActivationQuantizer(nn.Module):
     high: Tensor
     observed: Tensor
 
-    def __init__(self, form: NumberFormat) -> None:
+    def __init__(self, form: NumberFormat, bounds: tuple[float, float] | None = None) -> None:
         super().__init__()
         self.form = form
+        self.bounds = bounds
         self.observing = False
         self.rounding = True
         self._observer: Observer | None = None
@@ -48,6 +50,9 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("low", torch.tensor(0.0))
         self.register_buffer("high", torch.tensor(0.0))
         self.register_buffer("observed", torch.tensor(0, dtype=torch.int64))
+        if bounds is not None:
+            self._set_range(*(torch.tensor(bound) for bound in bounds))
+            self.observed.fill_(1)
 
     @property
     def ready(self) -> bool:
@@ -65,13 +70,13 @@ class ActivationQuantizer(nn.Module):
         """Round ``x``, any shape."""
         if torch.compiler.is_exporting():
             return self._rounded(x) if self._known_ready else x
-        if self.observing and x.numel():
+        if self.observing and self.bounds is None and x.numel():
             self._observe(x.detach())
         return self._rounded(x) if self.rounding and self.ready else x
 
     def adopt_range(self) -> None:
         """Take scale and zero point from what the observer has seen so far."""
-        if self._observer is not None and self.ready:
+        if self._observer is not None and self.bounds is None and self.ready:
             self._set_range(*self._observer.range())
 
     def _rounded(self, x: Tensor) -> Tensor:
@@ -121,6 +126,7 @@ class WeightQuantizer(nn.Module):
     Attributes:
         form: a symmetric number format.
         axis: dimension of the weight that holds output channels; ``None`` for one scale in all.
+        blocks: number of scales per output channel, ``None`` for one.
         fixed: whether ``scale`` stays as it is.
         rounding: round; else the weight passes unchanged.
     """
@@ -133,7 +139,10 @@ class WeightQuantizer(nn.Module):
         self.form: NumberFormat = spec.form
         self.axis = None if spec.channels is None else spec.axis
         self.fixed = spec.scale == "fixed"
-        shape = () if spec.channels is None else (spec.channels,)
+        self.blocks = spec.blocks
+        shape: tuple[int, ...] = () if spec.channels is None else (spec.channels,)
+        if spec.blocks is not None:
+            shape = (*shape, spec.blocks)
         self.rounding = True
         self._pairs = spec.pairs
         self.register_buffer("scale", torch.ones(shape))
@@ -162,7 +171,7 @@ class WeightQuantizer(nn.Module):
         """Bring the scale up to date with ``weight``, unless it is fixed; returns it."""
         if self.fixed:
             return self.scale
-        scale = weight_scale(weight, self.form, self.axis, pairs=self._pairs)
+        scale = weight_scale(weight, self.form, self.axis, pairs=self._pairs, blocks=self.blocks)
         self.scale.copy_(scale)
         return scale
 

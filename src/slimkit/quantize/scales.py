@@ -43,7 +43,12 @@ def affine_parameters(low: Tensor, high: Tensor, form: NumberFormat) -> tuple[Te
 
 
 def weight_scale(
-    weight: Tensor, form: NumberFormat, axis: int | None, *, pairs: bool = False
+    weight: Tensor,
+    form: NumberFormat,
+    axis: int | None,
+    *,
+    pairs: bool = False,
+    blocks: int | None = None,
 ) -> Tensor:
     """The scale that maps the largest magnitude onto the largest integer.
 
@@ -57,11 +62,15 @@ def weight_scale(
         axis: dimension of the output channels; ``None`` for one scale in all.
         pairs: the runtime sums two products in 16 bits (:func:`pair_sums`): make the scale as
             much larger as it takes for no pair to overflow.
+        blocks: of a weight (out, in …): so many scales for each output channel.
 
     Returns:
-        float32, > 0, shape (weight.shape[axis],) or ().
+        float32, > 0, shape (weight.shape[axis],) or (), or (out, blocks).
     """
     values = weight.detach()
+    if blocks is not None:
+        rows = values.reshape(len(values) * blocks, -1)
+        return weight_scale(rows, form, 0).reshape(-1, blocks)
     scale = _largest(values.abs(), axis) / form.qmax
     if pairs and form.qmax * 2 > _PAIR_LIMIT:
         sums = pair_sums(values, axis or 0).abs()

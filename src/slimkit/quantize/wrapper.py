@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from slimkit.graph.addressing import AddressMode
 from slimkit.plan import applied_plans
-from slimkit.quantize.integer_arithmetic import IntegerCall, integer_call
+from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
+from slimkit.quantize.integer_arithmetic import IntegerCall, gated, integer_call
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
-from slimkit.quantize.scheme import QuantPlan
+from slimkit.quantize.scheme import CallRule, QuantizerSpec, QuantPlan
+from slimkit.runtime.export_hooks import BIASES, OPSET
 
 __all__ = ["QuantizedModel"]
 
@@ -43,10 +45,7 @@ class QuantizedModel(nn.Module):
         self.plan = plan
         self.quantizers = nn.ModuleDict()
         for spec in plan.quantizers:
-            if spec.parameter is None:
-                self.quantizers[spec.name] = ActivationQuantizer(spec.form)
-            else:
-                self.quantizers[spec.name] = WeightQuantizer(spec)
+            self.quantizers[spec.name] = _quantizer(spec)
         self.register_buffer("observer_steps_left", torch.tensor(0, dtype=torch.int64))
         self._steps_left: int | None = None
         self._called: set[str] | None = None
@@ -69,13 +68,17 @@ class QuantizedModel(nn.Module):
             return self.model(*args, **kwargs)
 
     def activation_quantizers(self) -> dict[str, ActivationQuantizer]:
-        """Name → quantizer of an activation."""
+        """Name → quantizer of an activation whose scale is stored."""
         quantizers = self.quantizers.items()
         return {name: q for name, q in quantizers if isinstance(q, ActivationQuantizer)}
 
     def bit_widths(self) -> Mapping[str, tuple[int, int]]:
         """Module path in this wrapper → (weight bits, activation bits) of integer layers."""
         return {f"model.{path}": bits for path, bits in self.plan.bit_widths().items()}
+
+    def export_hints(self) -> dict[str, str]:
+        """What the export has to know of the target (:mod:`slimkit.runtime.qdq`)."""
+        return {BIASES: self.plan.biases, OPSET: str(self.plan.opset)}
 
     def observe_for(self, steps: int) -> None:
         """Let activation ranges follow the next ``steps`` training forwards, then freeze."""
@@ -89,7 +92,7 @@ class QuantizedModel(nn.Module):
     def set_rounding(self, enabled: bool) -> None:
         """Turn all rounding on, or off for the plain float network."""
         for quantizer in self.quantizers.values():
-            if isinstance(quantizer, ActivationQuantizer | WeightQuantizer):
+            if isinstance(quantizer, ActivationQuantizer | DynamicQuantizer | WeightQuantizer):
                 quantizer.rounding = enabled
 
     @contextmanager
@@ -112,7 +115,10 @@ class QuantizedModel(nn.Module):
         """Call address → the integer kernel's arithmetic, for the calls that have one."""
         found: dict[str, IntegerCall] = {}
         for decision in self.plan.decisions:
-            kernel = integer_call(decision, self.quantizers) if decision.integer else None
+            if not decision.integer:
+                continue
+            rule = self.plan.calls.get(decision.address)
+            kernel = integer_call(decision, self.quantizers, None if rule is None else rule.gate)
             if kernel is not None:
                 found[decision.address] = kernel
         return found
@@ -138,6 +144,14 @@ class QuantizedModel(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._steps_left = None
+
+
+def _quantizer(spec: QuantizerSpec) -> nn.Module:
+    if spec.parameter is not None:
+        return WeightQuantizer(spec)
+    if spec.dynamic:
+        return DynamicQuantizer(spec.form)
+    return ActivationQuantizer(spec.form, spec.bounds)
 
 
 def _is_inplace(func: Callable[..., Any]) -> bool:
@@ -176,6 +190,8 @@ class _Attachment(AddressMode):
         if rule is None and integer is None:
             return func(*args, **kwargs)
         inputs, outputs = (rule.inputs, rule.outputs) if rule is not None else ({}, {})
+        if rule is not None and rule.gate is not None:
+            return self._rounded(self._gated(address, func, (args, kwargs), rule), outputs)
         result = None
         if integer is not None:
             data = {position: name for position, name in inputs.items() if self._is_data(name)}
@@ -187,8 +203,21 @@ class _Attachment(AddressMode):
             result = func(*args, **kwargs)
         return self._rounded(result, outputs)
 
+    def _gated(
+        self, address: str, func: Callable[..., Any], arguments: Any, rule: CallRule
+    ) -> Tensor:
+        """``x · g(x)`` with both factors rounded."""
+        function = address.rpartition(":")[2].partition("#")[0]
+        args, kwargs = self._rounded(arguments, rule.inputs)
+        factors = gated(function, self._quantizers[str(rule.gate)], args)
+        integer = self._integer.get(address)
+        result = None if integer is None else integer(torch.mul, factors, {})
+        result = factors[0] * factors[1] if result is None else result
+        in_place = _is_inplace(func) or kwargs.get("inplace") is True or True in args[1:2]
+        return args[0].copy_(result) if in_place else result
+
     def _is_data(self, name: str) -> bool:
-        return isinstance(self._quantizers[name], ActivationQuantizer)
+        return isinstance(self._quantizers[name], ActivationQuantizer | DynamicQuantizer)
 
     def _rounded(self, values: Any, names: Mapping[int, str]) -> Any:
         if not names:

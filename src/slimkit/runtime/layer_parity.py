@@ -140,7 +140,7 @@ def parity_per_layer(path: PathLike, batches: Iterable[Any], *, threads: int = 1
 
 @dataclass(frozen=True)
 class _Group:
-    """DequantizeLinear nodes → layer → (activation) → QuantizeLinear."""
+    """DequantizeLinear nodes, what they are made from → layer → (activation) → QuantizeLinear."""
 
     nodes: tuple[NodeProto, ...]
     layer: NodeProto
@@ -162,7 +162,9 @@ def _quantized_groups(graph: GraphProto) -> list[_Group]:
         sources = _sources(node, producers, constants)
         tail = _tail(node, readers)
         if sources is not None and tail is not None:
-            dynamic = tuple(dq.input[0] for dq in sources if dq.input[0] not in constants)
+            made = {name for source in sources for name in source.output}
+            dequantized = [dq.input[0] for dq in sources if dq.op_type == "DequantizeLinear"]
+            dynamic = tuple(name for name in dequantized if name not in constants | made)
             chain = (*sources, node, *tail)
             groups.append(_Group(chain, node, tuple(dict.fromkeys(dynamic)), tail[-1].output[0]))
     return groups
@@ -171,15 +173,38 @@ def _quantized_groups(graph: GraphProto) -> list[_Group]:
 def _sources(
     node: NodeProto, producers: Mapping[str, NodeProto], constants: set[str]
 ) -> list[NodeProto] | None:
-    """The DequantizeLinear before every input but a constant bias; None if one is missing."""
-    found = []
+    """The DequantizeLinear before every input but a constant bias; None if one is missing.
+
+    In front of each are the nodes that make its constants.
+    """
+    found: list[NodeProto] = []
     for position, name in enumerate(node.input):
         before = producers.get(name)
         if before is not None and before.op_type == "DequantizeLinear":
+            for needed in before.input:
+                found += _makers(needed, producers, constants) or []
             found.append(before)
         elif position < 2 or (name and name not in constants):
             return None
     return found
+
+
+def _makers(
+    value: str, producers: Mapping[str, NodeProto], constants: set[str]
+) -> list[NodeProto] | None:
+    """The nodes that make ``value`` from constants alone, in order; None if it depends on more."""
+    if value in constants:
+        return []
+    node = producers.get(value)
+    if node is None or not node.input:
+        return None
+    made: list[NodeProto] = []
+    for name in node.input:
+        before = _makers(name, producers, constants)
+        if before is None:
+            return None
+        made += before
+    return [*made, node]
 
 
 def _tail(node: NodeProto, readers: Mapping[str, list[NodeProto]]) -> list[NodeProto] | None:
@@ -333,6 +358,10 @@ def _evaluate(node: NodeProto, arguments: list[Array | None]) -> Array:
         limits = np.iinfo(kind)
         steps = np.clip(np.rint(first / scale) + zero, limits.min, limits.max)
         return np.asarray(steps, np.int64)
+    if node.op_type == "Mul" and arguments[1] is not None:
+        return np.asarray(first * arguments[1])
+    if node.op_type == "Cast":
+        return np.asarray(first, helper.tensor_dtype_to_np_dtype(options["to"]))
     if node.op_type == "Relu":
         return np.maximum(first, 0)
     if node.op_type == "Clip":
