@@ -159,7 +159,7 @@ def attach(
         warnings=tuple(layout.warnings),
         mode=mode,
         opset=chosen.opset,
-        biases=chosen.biases,
+        biases="float16" if chosen.compact else chosen.biases,
     )
     quantized = apply(original, plan)
     if not isinstance(quantized, QuantizedModel):  # what QuantPlan.apply_to returns

@@ -134,6 +134,7 @@ class Draft:
             axis=axis,
             pairs=pairs,
             blocks=self._blocks(call, shape),
+            compact=self._target.compact,
         )
 
     def _blocks(self, call: Call, shape: tuple[int, ...]) -> int | None:

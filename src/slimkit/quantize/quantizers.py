@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.quantize.observers import OBSERVERS, MovingAverage, Observer
-from slimkit.quantize.scales import affine_parameters, weight_scale
+from slimkit.quantize.scales import affine_parameters, on_grid, weight_scale
 from slimkit.quantize.scheme import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
 from slimkit.runtime.fake_quantize import fake_quantize
@@ -127,6 +127,7 @@ class WeightQuantizer(nn.Module):
         form: a symmetric number format.
         axis: dimension of the weight that holds output channels; ``None`` for one scale in all.
         blocks: number of scales per output channel, ``None`` for one.
+        compact: scales are powers of 2^(1/16).
         fixed: whether ``scale`` stays as it is.
         rounding: round; else the weight passes unchanged.
     """
@@ -144,6 +145,7 @@ class WeightQuantizer(nn.Module):
         if spec.blocks is not None:
             shape = (*shape, spec.blocks)
         self.rounding = True
+        self.compact = spec.compact
         self._pairs = spec.pairs
         self.register_buffer("scale", torch.ones(shape))
         zeros = torch.zeros(shape, dtype=torch.int32)
@@ -172,6 +174,7 @@ class WeightQuantizer(nn.Module):
         if self.fixed:
             return self.scale
         scale = weight_scale(weight, self.form, self.axis, pairs=self._pairs, blocks=self.blocks)
+        scale = on_grid(scale) if self.compact else scale
         self.scale.copy_(scale)
         return scale
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkit.quantize.targets import NumberFormat
 
-__all__ = ["affine_parameters", "pair_sums", "weight_scale"]
+__all__ = ["affine_parameters", "on_grid", "pair_sums", "weight_scale"]
 
 TINY = 1e-12
 """No scale is smaller: 1 / scale and bias / scale stay finite."""
@@ -79,6 +79,20 @@ def weight_scale(
     largest = torch.where(largest > 0, largest.clamp(min=TINY), torch.ones_like(largest))
     floored = torch.maximum(scale, largest * 2.0**-20)
     return torch.where(scale > 0, floored, largest)
+
+
+def on_grid(scale: Tensor) -> Tensor:
+    """The next larger power of 2^(1/16): a network then has so few scales that a byte names one.
+
+    The step is at most 4.4 % wider than it had to be, 2.2 % on average, which costs 0.2 dB.
+
+    Args:
+        scale: any shape, float32, > 0.
+    """
+    mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
+    steps = torch.tensor([2.0 ** (k / 16 - 1) for k in range(17)], device=scale.device)
+    snapped = torch.ldexp(steps[torch.searchsorted(steps, mantissa).clamp(max=16)], exponent)
+    return torch.where(torch.isfinite(scale), snapped, scale)
 
 
 def _largest(magnitudes: Tensor, axis: int | None) -> Tensor:

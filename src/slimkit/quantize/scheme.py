@@ -34,6 +34,8 @@ class QuantizerSpec:
         scale: of a weight: ``"follows"`` its largest magnitude at every call, or is ``"fixed"``.
         blocks: a weight has so many scales per output channel, each for equally many inputs.
         dynamic: of an activation: scale and zero point are computed from each tensor.
+        compact: of a weight: scales are powers of 2^(1/16), see
+            :func:`slimkit.quantize.scales.on_grid`.
         bounds: of an activation: a range known beforehand, such as that of a sigmoid.
     """
 
@@ -46,6 +48,7 @@ class QuantizerSpec:
     scale: Literal["follows", "fixed"] = "follows"
     blocks: int | None = None
     dynamic: bool = False
+    compact: bool = False
     bounds: tuple[float, float] | None = None
 
     @property
@@ -134,7 +137,7 @@ class QuantPlan(Plan):
         warnings: what a user should know, one sentence each.
         mode: ``"static"``, ``"dynamic"`` or ``"weights"``.
         opset: the oldest ONNX operator set that its file may have.
-        biases: how its file holds them, ``"int32"`` or ``"float"``.
+        biases: how its file holds them, ``"int32"``, ``"float16"`` or ``"float"``.
     """
 
     kind: ClassVar[str] = "quantize"

@@ -14,7 +14,7 @@ import torch
 
 from slimkit.graph.capturing import Call, Graph
 from slimkit.quantize.drafting import Draft, Layout
-from slimkit.quantize.integer_arithmetic import GATES
+from slimkit.quantize.integer_activations import GATES
 from slimkit.quantize.roles import Roles
 from slimkit.quantize.targets import Target
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from slimkit.graph.addressing import AddressMode
 from slimkit.plan import applied_plans
 from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
-from slimkit.quantize.integer_arithmetic import IntegerCall, gated, integer_call
+from slimkit.quantize.integer_activations import GATES
+from slimkit.quantize.integer_calls import IntegerCall, integer_call
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
 from slimkit.quantize.scheme import CallRule, QuantizerSpec, QuantPlan
-from slimkit.runtime.export_hooks import BIASES, OPSET
+from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
 
 __all__ = ["QuantizedModel"]
 
@@ -78,7 +79,9 @@ class QuantizedModel(nn.Module):
 
     def export_hints(self) -> dict[str, str]:
         """What the export has to know of the target (:mod:`slimkit.runtime.qdq`)."""
-        return {BIASES: self.plan.biases, OPSET: str(self.plan.opset)}
+        compact = any(spec.compact for spec in self.plan.quantizers)
+        scales = {SCALES: "bytes"} if compact else {}
+        return {BIASES: self.plan.biases, OPSET: str(self.plan.opset), **scales}
 
     def observe_for(self, steps: int) -> None:
         """Let activation ranges follow the next ``steps`` training forwards, then freeze."""
@@ -207,12 +210,12 @@ class _Attachment(AddressMode):
         self, address: str, func: Callable[..., Any], arguments: Any, rule: CallRule
     ) -> Tensor:
         """``x · g(x)`` with both factors rounded."""
-        function = address.rpartition(":")[2].partition("#")[0]
         args, kwargs = self._rounded(arguments, rule.inputs)
-        factors = gated(function, self._quantizers[str(rule.gate)], args)
         integer = self._integer.get(address)
-        result = None if integer is None else integer(torch.mul, factors, {})
-        result = factors[0] * factors[1] if result is None else result
+        result = None if integer is None else integer(func, args, kwargs)
+        if result is None:
+            curve = GATES[address.rpartition(":")[2].partition("#")[0]]
+            result = args[0] * self._quantizers[str(rule.gate)](curve(args[0]))
         in_place = _is_inplace(func) or kwargs.get("inplace") is True or True in args[1:2]
         return args[0].copy_(result) if in_place else result
 

@@ -20,12 +20,23 @@ from slimkit.registry import Registry
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["BIASES", "GRAPH_PASSES", "OPSET", "TRANSLATIONS", "GraphPass", "graph_pass", "translation_table"]
+__all__ = [
+    "BIASES",
+    "GRAPH_PASSES",
+    "OPSET",
+    "SCALES",
+    "TRANSLATIONS",
+    "GraphPass",
+    "graph_pass",
+    "translation_table",
+]
 
 BIASES = "slimkit.biases"
-"""Export hint: a quantized model holds its biases as ``"int32"`` (the default) or ``"float"``."""
+"""Export hint: biases between integers are ``"int32"`` (the default), ``"float16"``, ``"float"``."""
 OPSET = "slimkit.opset"
 """Export hint: the oldest operator set that the target reads."""
+SCALES = "slimkit.scales"
+"""Export hint: scales of weights may be ``"bytes"`` that a table is looked up with."""
 
 GraphPass = Callable[["ModelProto"], None]
 """Changes the model in place. Shapes of all values (``value_info``) are still there."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from slimkit.runtime.export_hooks import GRAPH_PASSES, TRANSLATIONS
 
-__all__ = ["dynamic_fake_quantize", "fake_quantize", "quantized_integers"]
+__all__ = ["dynamic_fake_quantize", "fake_quantize", "fits_half", "quantized_integers"]
 
 
 def fake_quantize(
@@ -70,6 +70,19 @@ def quantized_integers(
     scale, zero_point = _aligned(x, scale, zero_point, -1 if axis is None else axis)
     levels = torch.div(x.float(), scale).round_().add_(zero_point).clamp_(qmin, qmax)
     return levels.to(torch.int32)
+
+
+def fits_half(bias: Tensor) -> bool:
+    """Whether 16-bit floats are good enough for ``bias``, the bias of an 8-bit layer.
+
+    Their 11 digits are far more than the step of an 8-bit output asks for; the largest bias has to
+    lie between 2^−8 and 65504, though, so that the small ones keep theirs.
+
+    Args:
+        bias: float32.
+    """
+    largest = float(bias.detach().abs().amax()) if bias.numel() else 0.0
+    return 2.0**-8 <= largest <= 65504.0
 
 
 def _aligned(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimkit.artifact import PathLike
 from slimkit.errors import ArtifactError, BackendError
+from slimkit.runtime.onnx_graph import GraphEditor
 from slimkit.runtime.sessions import open_session
 
 if TYPE_CHECKING:
@@ -237,6 +238,9 @@ def _float_values(graph: GraphProto) -> set[str]:
         name = node.op_type
         if name in ("DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"):
             floats.update(node.output)
+        elif name == "Cast":
+            if GraphEditor.attribute(node, "to") in kinds:
+                floats.update(node.output)
         elif name in ("QuantizeLinear", "Shape") or name.startswith("QLinear"):
             continue
         elif name == "QGemm":  # with 9 inputs it returns integers, with fewer floats

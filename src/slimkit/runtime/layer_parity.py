@@ -184,8 +184,11 @@ def _sources(
             for needed in before.input:
                 found += _makers(needed, producers, constants) or []
             found.append(before)
-        elif position < 2 or (name and name not in constants):
+            continue
+        made = _makers(name, producers, constants) if name else []
+        if position < 2 or made is None:
             return None
+        found += made
     return found
 
 
@@ -360,6 +363,10 @@ def _evaluate(node: NodeProto, arguments: list[Array | None]) -> Array:
         return np.asarray(steps, np.int64)
     if node.op_type == "Mul" and arguments[1] is not None:
         return np.asarray(first * arguments[1])
+    if node.op_type == "Gather" and arguments[1] is not None:
+        return np.asarray(first[arguments[1]])
+    if node.op_type == "ConstantOfShape":
+        return np.zeros(tuple(first), np.int64)
     if node.op_type == "Cast":
         return np.asarray(first, helper.tensor_dtype_to_np_dtype(options["to"]))
     if node.op_type == "Relu":

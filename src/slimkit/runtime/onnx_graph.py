@@ -117,7 +117,11 @@ class GraphEditor:
 
     @staticmethod
     def node(
-        operator: str, inputs: list[str], output: str | list[str], like: NodeProto, **attributes: Any
+        operator: str,
+        inputs: list[str],
+        output: str | list[str],
+        like: NodeProto,
+        **attributes: Any,
     ) -> NodeProto:
         """A new node that keeps the annotations (module path) of ``like``; not yet placed."""
         from onnx import helper
@@ -137,23 +141,23 @@ class GraphEditor:
 
     def replace(self, old: NodeProto, *new: NodeProto) -> None:
         """Put ``new`` where ``old`` is."""
-        position = self._position(old)
+        position = self.position(old)
         self.remove(old)
         self._insert(position, new)
 
     def insert_after(self, node: NodeProto, *new: NodeProto) -> None:
         """Place ``new`` right after ``node``, whose outputs may have been renamed."""
-        self._insert(self._position(node) + 1, new)
+        self._insert(self.position(node) + 1, new)
         self.link(node)
 
     def insert_before(self, node: NodeProto, *new: NodeProto) -> None:
         """Place ``new`` right before ``node``."""
-        self._insert(self._position(node), new)
+        self._insert(self.position(node), new)
         self.link(node)
 
     def remove(self, node: NodeProto) -> None:
         """Take ``node`` out; its readers must have been redirected."""
-        del self.nodes[self._position(node)]
+        del self.nodes[self.position(node)]
         for name in node.output:
             if self._producers.get(name) is node:
                 del self._producers[name]
@@ -180,7 +184,8 @@ class GraphEditor:
         self._graph.node.extend(nodes)
         self._graph.initializer.extend(tensors)
 
-    def _position(self, node: NodeProto) -> int:
+    def position(self, node: NodeProto) -> int:
+        """Where ``node`` stands among :attr:`nodes`."""
         return next(index for index, item in enumerate(self.nodes) if item is node)
 
     def _insert(self, position: int, new: Iterable[NodeProto]) -> None:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimkit.errors import ExportError
-from slimkit.runtime.export_hooks import BIASES, OPSET
+from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
 from slimkit.runtime.onnx_graph import GraphEditor
-from slimkit.runtime.qdq_biases import biases_to_int32
+from slimkit.runtime.qdq_biases import write_biases
+from slimkit.runtime.qdq_compact import looked_up
 from slimkit.runtime.qdq_weights import place_weight
 
 if TYPE_CHECKING:
@@ -104,9 +105,12 @@ def to_qdq(model: ModelProto) -> None:
     _drop_saturated_activations(graph)
     _keep_scale_through(graph)
     newer = [place_weight(graph, node) for node in weights]
-    if hints.get(BIASES, "int32") == "int32":
-        biases_to_int32(graph)
+    biases = hints.get(BIASES, "int32")
+    if biases != "float":
+        write_biases(graph, short=biases == "float16")
     _hard_sigmoids(graph)
+    if hints.get(SCALES) == "bytes":
+        looked_up(graph)
     graph.commit()
     for opset in [entry for entry in model.opset_import if entry.domain == DOMAIN]:
         model.opset_import.remove(opset)
@@ -161,7 +165,9 @@ def _place_static(graph: GraphEditor, node: NodeProto, pairs: dict[tuple[str, ..
         return
     clip = []
     if qmax - qmin < 254:  # the runtime would use all of the 8 bits
-        bounds = [graph.shared(((q - zero_point) * scale).astype(np.float32), "b") for q in (qmin, qmax)]
+        bounds = [
+            graph.shared(((q - zero_point) * scale).astype(np.float32), "b") for q in (qmin, qmax)
+        ]
         clip = [graph.node("Clip", [x, *bounds], graph.fresh("p"), node)]
         x = clip[0].output[0]
     quantized = graph.fresh("q")
@@ -213,9 +219,11 @@ def _hard_sigmoids(graph: GraphEditor) -> None:
         readers = graph.consumers(node.output[0])
         if node.op_type != "HardSigmoid" or source is None or pair is None or len(readers) != 1:
             continue
+        if readers[0].op_type != "QuantizeLinear":
+            continue
         scale, zero = (graph.constant(name) for name in readers[0].input[1:3])
         step = graph.constant(pair[0])
-        if readers[0].op_type != "QuantizeLinear" or scale is None or zero is None or step is None:
+        if scale is None or zero is None or step is None:
             continue
         if float(scale) * 256 != 1 or int(zero) != np.iinfo(zero.dtype).min:
             continue
@@ -309,5 +317,3 @@ def _keep_scale_through(graph: GraphEditor) -> None:
                 graph.node("QuantizeLinear", [plain, *pair], quantized, node),
                 graph.node("DequantizeLinear", [quantized, *pair], value, node),
             )
-
-

@@ -1,26 +1,34 @@
-"""Biases of integer layers: int32 on the scale of the sums that they are added to."""
+"""Biases of integer layers: whole numbers on the scale of the sums that they are added to."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from slimkit.runtime.fake_quantize import fits_half
 from slimkit.runtime.onnx_graph import GraphEditor
+from slimkit.runtime.qdq_compact import zeros
 
 if TYPE_CHECKING:
     from onnx import NodeProto
 
-__all__ = ["biases_to_int32"]
+__all__ = ["write_biases"]
 
 Array = np.ndarray[Any, Any]
 
 
-def biases_to_int32(graph: GraphEditor) -> None:
+def write_biases(graph: GraphEditor, *, short: bool) -> None:
     """Constant biases of Conv and Gemm between integer input and integer weight.
 
-    Their scale ``s_x · s_w`` is a product in the file, not a third number for every channel:
-    runtimes compute it when they load the file.
+    As int32 their scale ``s_x · s_w`` is a product in the file, not a third number for every
+    channel: runtimes compute it when they load the file. Of a 16-bit float ONNX Runtime makes the
+    same int32 then, if the output is quantized.
+
+    Args:
+        graph: with its weights in place.
+        short: write 16-bit floats where they suffice.
     """
     for node in list(graph.nodes):
         if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
@@ -35,6 +43,10 @@ def biases_to_int32(graph: GraphEditor) -> None:
             continue
         wide = np.broadcast_to(scale_w, bias.shape).astype(np.float64)
         excess = np.abs(bias) / (float(scale_x) * wide * (2**31 - 1))
+        half = short and _meets_quantizer(graph, node) and (excess <= 1).all()
+        if half and fits_half(torch.from_numpy(bias)):
+            _place_half(graph, node, bias.astype(np.float16))
+            continue
         if (excess > 1).any():
             if scale_w.ndim == 0 or graph.attribute(weight, "axis") not in (0, None):
                 continue  # it stays in float, and so does this layer
@@ -57,7 +69,7 @@ def _place(
     if weight_scale is not None and weight_scale.ndim:
         axis = {"axis": 0}
         if node.op_type == "Gemm":  # fused only with explicit zero points
-            inputs.append(graph.shared(np.zeros_like(values), "z"))
+            inputs.append(zeros(graph, node, len(values), np.int32))
     elif node.op_type == "Gemm":
         inputs.append(graph.shared(np.asarray(0, np.int32), "z"))
     graph.insert_before(
@@ -65,6 +77,24 @@ def _place(
         graph.node("Mul", [scale_x, scale_w], product, node),
         graph.node("DequantizeLinear", inputs, output, node, **axis),
     )
+    node.input[2] = output
+
+
+def _meets_quantizer(graph: GraphEditor, node: NodeProto) -> bool:
+    """Whether QuantizeLinear follows, perhaps behind a clipping activation function."""
+    readers = graph.consumers(node.output[0])
+    while len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        readers = graph.consumers(readers[0].output[0])
+    return len(readers) == 1 and readers[0].op_type == "QuantizeLinear"
+
+
+def _place_half(graph: GraphEditor, node: NodeProto, half: Array) -> None:
+    from onnx import TensorProto
+
+    only = graph.consumers(node.input[2]) == [node]
+    name = graph.overwrite(node.input[2], half) if only else graph.shared(half, "b")
+    output = graph.fresh("d")
+    graph.insert_before(node, graph.node("Cast", [name], output, node, to=TensorProto.FLOAT))
     node.input[2] = output
 
 

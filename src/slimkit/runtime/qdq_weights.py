@@ -20,6 +20,7 @@ import numpy as np
 
 from slimkit.errors import ExportError
 from slimkit.runtime.onnx_graph import GraphEditor
+from slimkit.runtime.qdq_compact import zeros
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -120,7 +121,9 @@ def _spread(scale: Array, shape: tuple[int, ...], axis: int) -> Array:
     if scale.ndim == 2:
         wide = np.repeat(scale, shape[1] // scale.shape[1], axis=1)
         return wide.reshape(*wide.shape, *[1] * (len(shape) - 2))
-    return scale.reshape([-1 if axis == d else 1 for d in range(len(shape))]) if axis >= 0 else scale
+    return (
+        scale.reshape([-1 if axis == d else 1 for d in range(len(shape))]) if axis >= 0 else scale
+    )
 
 
 def _kind(graph: GraphEditor, reader: NodeProto, output: str) -> str:
@@ -143,7 +146,10 @@ def _integer(
     inputs = [_as_int8(graph, node, weight), graph.shared(weight.scale, "s")]
     if any(reader.op_type == "Gemm" for reader in readers):
         # ONNX Runtime fuses Gemm only with explicit zero points.
-        inputs.append(graph.shared(np.zeros(weight.scale.shape, np.int8), "z"))
+        zero = np.zeros((), np.int8)
+        channels = weight.scale.size
+        vector = weight.scale.ndim == 1
+        inputs.append(zeros(graph, node, channels, np.int8) if vector else graph.shared(zero, "z"))
     _dequantize(graph, node, inputs, output, readers, axis=weight.axis)
 
 
@@ -202,7 +208,9 @@ def _dynamic(
         if source is None:  # what _kind has seen
             continue
         integers, step, zero_point = source.input
-        scale = weight.scale.reshape(-1, *[1] * (weight.integers.ndim - 2)) if conv else weight.scale
+        scale = (
+            weight.scale.reshape(-1, *[1] * (weight.integers.ndim - 2)) if conv else weight.scale
+        )
         _write_dynamic(graph, reader, [integers, name, zero_point], step, scale)
         if not graph.consumers(source.output[0]):
             graph.remove(source)
