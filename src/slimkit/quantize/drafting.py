@@ -113,9 +113,9 @@ class Draft:
         target = self._target
         weightless_join = call.function in target.joins and len(call.inputs) < 2
         of_interest = {*target.layers, *target.joins, *target.pools, *target.products, *_HEAVY}
-        if reason is not None and not parts.get("weight"):
-            if call.function not in of_interest | target.activations or weightless_join:
-                return None
+        dull = call.function not in of_interest | target.activations or weightless_join
+        if dull and reason is not None and not parts.get("weight"):
+            return None
         decision = Decision(call.address, self._roles.module(call), reason is None, reason or "")
         decision = replace(decision, **parts)  # type: ignore[arg-type]
         self.layout.decisions.append(decision)

@@ -46,7 +46,7 @@ def sigmoid(reads: ActivationQuantizer, writes: ActivationQuantizer) -> Tensor:
 
 
 def hard_sigmoid(reads: ActivationQuantizer, writes: ActivationQuantizer) -> Tensor:
-    """``clip(x / 6 + 1/2, 0, 1)`` of every level: a change of scale, if that of the output is 1/256.
+    """``clip(x / 6 + 1/2, 0, 1)`` of every level: a change of scale, if the output's is 1/256.
 
     See :func:`slimkit.runtime.qdq.to_qdq`, which writes it so. Arguments as for :func:`sigmoid`.
     """

@@ -82,5 +82,6 @@ def _usable(
     quantizers: nn.ModuleDict, name: str | None
 ) -> ActivationQuantizer | DynamicQuantizer | None:
     quantizer = quantizers[name] if name is not None and name in quantizers else None
-    known = isinstance(quantizer, ActivationQuantizer | DynamicQuantizer)
-    return quantizer if known and quantizer.rounding and quantizer.ready else None
+    if not isinstance(quantizer, ActivationQuantizer | DynamicQuantizer):
+        return None
+    return quantizer if quantizer.rounding and quantizer.ready else None

@@ -20,7 +20,7 @@ from slimkit.runtime.surroundings import saturates_int8_pairs
 __all__ = ["TARGETS", "Granularity", "Mode", "NumberFormat", "Target", "resolve_target"]
 
 Mode = Literal["static", "dynamic", "weights"]
-"""Scales of activations from calibration, from each batch as it comes, or no integer activations."""
+"""Scales of activations from calibration, from each batch, or no integer activations at all."""
 Granularity = Literal["channel", "tensor", "group"]
 """One weight scale per output channel, per tensor, or per group of inputs of a channel."""
 

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 BIASES = "slimkit.biases"
-"""Export hint: biases between integers are ``"int32"`` (the default), ``"float16"``, ``"float"``."""
+"""Export hint: biases between integers are ``"int32"`` (default), ``"float16"`` or ``"float"``."""
 OPSET = "slimkit.opset"
 """Export hint: the oldest operator set that the target reads."""
 SCALES = "slimkit.scales"

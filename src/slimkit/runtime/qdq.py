@@ -165,9 +165,8 @@ def _place_static(graph: GraphEditor, node: NodeProto, pairs: dict[tuple[str, ..
         return
     clip = []
     if qmax - qmin < 254:  # the runtime would use all of the 8 bits
-        bounds = [
-            graph.shared(((q - zero_point) * scale).astype(np.float32), "b") for q in (qmin, qmax)
-        ]
+        ends = (((q - zero_point) * scale).astype(np.float32) for q in (qmin, qmax))
+        bounds = [graph.shared(end, "b") for end in ends]
         clip = [graph.node("Clip", [x, *bounds], graph.fresh("p"), node)]
         x = clip[0].output[0]
     quantized = graph.fresh("q")

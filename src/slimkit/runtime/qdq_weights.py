@@ -58,7 +58,7 @@ class _Weight:
     @property
     def narrow(self) -> bool:
         """Whether two of them fit into a byte."""
-        return self.integers.dtype.itemsize == 1 and self.integers.dtype != np.int8
+        return bool(self.integers.dtype != np.int8)
 
     def transposed(self) -> _Weight:
         """(out, in) as (in, out)."""
@@ -70,6 +70,22 @@ class _Weight:
         """The name of the initialiser with the integers."""
         values = self.integers if integers is None else integers
         return graph.overwrite(self.source, values) if self.alone else graph.shared(values, "w")
+
+
+@dataclass(frozen=True)
+class _Readers:
+    """Nodes of one kind, and the name of the weight among their inputs."""
+
+    nodes: list[NodeProto]
+    weight: str
+
+    def give(self, graph: GraphEditor, name: str) -> None:
+        """Let them read ``name``."""
+        for node in self.nodes:
+            for position, value in enumerate(node.input):
+                if value == self.weight:
+                    node.input[position] = name
+            graph.link(node)
 
 
 def place_weight(graph: GraphEditor, node: NodeProto) -> bool:
@@ -95,7 +111,7 @@ def place_weight(graph: GraphEditor, node: NodeProto) -> bool:
         weight.alone = False
     for kind in sorted(kinds):
         chosen = [reader for reader in readers if _kind(graph, reader, output) == kind]
-        _WRITERS[kind](graph, node, weight, output, chosen)
+        _WRITERS[kind](graph, node, weight, _Readers(chosen, output))
     graph.remove(node)
     return weight.narrow or weight.blocks is not None
 
@@ -110,7 +126,7 @@ def _rounded(graph: GraphEditor, node: NodeProto) -> _Weight:
     if qmin < -128 or qmax > 127 or zero_point.any():
         raise ExportError(f"no 8-bit type holds {qmin} … {qmax}", where=node.input[0])
     levels = np.rint(values / _spread(scale, values.shape, axis))
-    kind = int4 if -8 <= qmin and qmax <= 7 else np.int8
+    kind = int4 if qmin >= -8 and qmax <= 7 else np.int8
     integers = np.clip(levels, qmin, qmax).astype(kind)
     alone = graph.consumers(node.input[0]) == [node]
     return _Weight(node.input[0], integers, scale.astype(np.float32), axis, alone)
@@ -139,27 +155,23 @@ def _kind(graph: GraphEditor, reader: NodeProto, output: str) -> str:
     return "folded" if reader.op_type in _CONVS else "dequantized"
 
 
-def _integer(
-    graph: GraphEditor, node: NodeProto, weight: _Weight, output: str, readers: list[NodeProto]
-) -> None:
+def _integer(graph: GraphEditor, node: NodeProto, weight: _Weight, readers: _Readers) -> None:
     """Int8 and DequantizeLinear."""
     inputs = [_as_int8(graph, node, weight), graph.shared(weight.scale, "s")]
-    if any(reader.op_type == "Gemm" for reader in readers):
+    if any(reader.op_type == "Gemm" for reader in readers.nodes):
         # ONNX Runtime fuses Gemm only with explicit zero points.
         zero = np.zeros((), np.int8)
         channels = weight.scale.size
         vector = weight.scale.ndim == 1
         inputs.append(zeros(graph, node, channels, np.int8) if vector else graph.shared(zero, "z"))
-    _dequantize(graph, node, inputs, output, readers, axis=weight.axis)
+    _dequantize(graph, node, inputs, readers, axis=weight.axis)
 
 
-def _dequantized(
-    graph: GraphEditor, node: NodeProto, weight: _Weight, output: str, readers: list[NodeProto]
-) -> None:
+def _dequantized(graph: GraphEditor, node: NodeProto, weight: _Weight, readers: _Readers) -> None:
     """Whatever type, and DequantizeLinear, with inputs first as MatMulNBits wants them."""
-    turned = weight.integers.ndim == 2 and all(_turned(graph, reader) for reader in readers)
+    turned = weight.integers.ndim == 2 and all(_turned(graph, reader) for reader in readers.nodes)
     if turned:
-        for reader in readers:
+        for reader in readers.nodes:
             _set_integer(reader, "transB", 0)
         weight = weight.transposed()
     inputs = [weight.store(graph), graph.shared(weight.scale, "s")]
@@ -167,12 +179,10 @@ def _dequantized(
     if weight.scale.ndim == 2:
         axis = int(weight.scale.shape[0] == weight.integers.shape[0])
         block = {"block_size": weight.integers.shape[axis] // weight.scale.shape[axis]}
-    _dequantize(graph, node, inputs, output, readers, axis=axis, **block)
+    _dequantize(graph, node, inputs, readers, axis=axis, **block)
 
 
-def _folded(
-    graph: GraphEditor, node: NodeProto, weight: _Weight, output: str, readers: list[NodeProto]
-) -> None:
+def _folded(graph: GraphEditor, node: NodeProto, weight: _Weight, readers: _Readers) -> None:
     """Cast and Mul, which are gone when the file is loaded."""
     from onnx import TensorProto
 
@@ -192,17 +202,15 @@ def _folded(
         target = graph.shared(np.asarray(shape, np.int64), "c")
         made.append(graph.node("Reshape", [product, target], graph.fresh("w"), node))
     graph.insert_before(node, *made)
-    _rewire(graph, readers, output, made[-1].output[0])
+    readers.give(graph, made[-1].output[0])
 
 
-def _dynamic(
-    graph: GraphEditor, node: NodeProto, weight: _Weight, output: str, readers: list[NodeProto]
-) -> None:
+def _dynamic(graph: GraphEditor, node: NodeProto, weight: _Weight, readers: _Readers) -> None:
     """MatMulInteger or ConvInteger, both scales, and a bias in float."""
-    if all(_turned(graph, reader) for reader in readers):
+    if all(_turned(graph, reader) for reader in readers.nodes):
         weight = weight.transposed()
     name = _as_int8(graph, node, weight)
-    for reader in readers:
+    for reader in readers.nodes:
         conv = reader.op_type == "Conv"
         source = graph.producer(reader.input[0])
         if source is None:  # what _kind has seen
@@ -243,14 +251,12 @@ def _write_dynamic(
     graph.replace(reader, *made)
 
 
-def _table(
-    graph: GraphEditor, node: NodeProto, weight: _Weight, output: str, readers: list[NodeProto]
-) -> None:
+def _table(graph: GraphEditor, node: NodeProto, weight: _Weight, readers: _Readers) -> None:
     """Rows as integers, times their scales."""
     from onnx import TensorProto
 
     name = _as_int8(graph, node, weight)
-    for reader in readers:
+    for reader in readers.nodes:
         ids, rows, cast = reader.input[1], graph.fresh("t"), graph.fresh("t")
         made = [
             graph.node("Gather", [name, ids], rows, reader),
@@ -262,7 +268,6 @@ def _table(
             scale = made[-1].output[0]
         made.append(graph.node("Mul", [cast, scale], reader.output[0], reader))
         graph.replace(reader, *made)
-    del output
 
 
 _WRITERS = {
@@ -290,8 +295,7 @@ def _dequantize(
     graph: GraphEditor,
     node: NodeProto,
     inputs: list[str],
-    output: str,
-    readers: list[NodeProto],
+    readers: _Readers,
     *,
     axis: int,
     **attributes: int,
@@ -299,15 +303,7 @@ def _dequantize(
     made = graph.fresh("w")
     extra = {"axis": axis, **attributes} if axis >= 0 else attributes
     graph.insert_before(node, graph.node("DequantizeLinear", inputs, made, node, **extra))
-    _rewire(graph, readers, output, made)
-
-
-def _rewire(graph: GraphEditor, readers: list[NodeProto], old: str, new: str) -> None:
-    for reader in readers:
-        for position, name in enumerate(reader.input):
-            if name == old:
-                reader.input[position] = new
-        graph.link(reader)
+    readers.give(graph, made)
 
 
 def _turned(graph: GraphEditor, reader: NodeProto) -> bool:
