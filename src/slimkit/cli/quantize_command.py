@@ -25,13 +25,21 @@ def quantize_command(
         typer.Option(min=4, max=4096, help="Height and width.", show_default="of the images"),
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Calibration batches of 32 images.")] = 16,
-    granularity: Annotated[str, typer.Option(help="channel or tensor.")] = "channel",
+    target: Annotated[str, typer.Option(help="See: slimkit list targets.")] = "onnxruntime",
+    mode: Annotated[str, typer.Option(help="static, dynamic or weights.")] = "static",
+    granularity: Annotated[str, typer.Option(help="channel, tensor or group.")] = "channel",
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs per weight scale.", show_default="32 for group")
+    ] = None,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="2 to 8.", show_default="the target's")
+    ] = None,
     observer: Annotated[str, typer.Option(help="See: slimkit list observers.")] = "percentile",
     skip: Annotated[
         list[str] | None, typer.Option(help="Layers that stay in float; repeatable.")
     ] = None,
 ) -> None:
-    """Turn a trained network into an int8 ONNX file, without training (static PTQ)."""
+    """Turn a trained network into an ONNX file of integers, without training (PTQ)."""
     import torch
 
     from slimkit.cli.console import output
@@ -54,7 +62,11 @@ def quantize_command(
         network,
         example,
         calibration=splits.calibration,
+        target=target,
+        mode=mode,
         granularity=granularity,
+        group_size=group_size,
+        weight_bits=weight_bits,
         observer=observer,
         skip=skip or (),
         batches=batches,

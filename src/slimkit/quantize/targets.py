@@ -197,6 +197,7 @@ _OPENVINO = Target(
     "openvino",
     fused=_CLAMPS | {"hardsigmoid", "hardswish", "leaky_relu", "sigmoid", "silu", "gelu"},
     sums="host",
+    compact=True,
 )
 
 for _target in (_ONNXRUNTIME, _OPENVINO):

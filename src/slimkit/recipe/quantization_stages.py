@@ -1,4 +1,4 @@
-"""``type: ptq`` and ``type: qat``: int8 by calibration alone, or with training."""
+"""``type: ptq`` and ``type: qat``: integers by calibration alone, or with training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class QuantizeOptions(BaseModel):
 
     Attributes:
         target: the runtime whose integer operators the scheme must fit.
-        granularity: weight scales per output channel, or one per tensor.
+        mode: scales of activations from calibration (static), from each batch (dynamic), or
+            integer weights only (weights).
+        granularity: weight scales per output channel, one per tensor, or one per group of inputs.
+        group_size: inputs of a group; 32 by default.
         observer: how ranges of activations are taken from calibration batches.
         skip: patterns of layers that stay in float.
         batches: calibration batches, taken from the training split without augmentation.
@@ -38,7 +41,9 @@ class QuantizeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target: Annotated[str, OneOf("slimkit.quantize:TARGETS")] = "onnxruntime"
-    granularity: Literal["channel", "tensor"] = "channel"
+    mode: Literal["static", "dynamic", "weights"] = "static"
+    granularity: Literal["channel", "tensor", "group"] = "channel"
+    group_size: Annotated[int, Field(ge=1)] | None = None
     observer: Annotated[str, OneOf("slimkit.quantize:OBSERVERS")] = "minmax"
     skip: tuple[str, ...] = ()
     batches: int = Field(default=8, ge=1)
@@ -49,7 +54,9 @@ class QuantizeOptions(BaseModel):
         return {
             "calibration": CalibrationBatches(context, self.batches),
             "target": self.target,
+            "mode": self.mode,
             "granularity": self.granularity,
+            "group_size": self.group_size,
             "observer": self.observer,
             "skip": self.skip,
             "weight_bits": self.weight_bits,
@@ -107,8 +114,8 @@ class PtqStage(QuantizeOptions, Stage):
         return StageResult(quantized)
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
-        """See the base class. Checks the ``skip`` patterns."""
-        _check_skip(model, self.skip)
+        """See the base class. Checks the ``skip`` patterns and what the target can do."""
+        _check(model, self)
         return model
 
 
@@ -137,8 +144,8 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
         return StageResult(quantized, training_facts(history))
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
-        """See the base class. Checks the ``skip`` patterns and the teacher."""
-        _check_skip(model, self.skip)
+        """See the base class. Checks the patterns, the target and the teacher."""
+        _check(model, self)
         if context.teacher is not None:
             with distilling(model, self, context):
                 pass
@@ -153,8 +160,20 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
         return float(self.epochs)
 
 
-def _check_skip(model: nn.Module, skip: tuple[str, ...]) -> None:
+def _check(model: nn.Module, options: QuantizeOptions) -> None:
+    """Patterns that match nothing, and what the target cannot express."""
     from slimkit.graph.patterns import match_modules
+    from slimkit.quantize.requests import check_request
+    from slimkit.quantize.targets import resolve_target
 
-    if skip:
-        match_modules(model, skip, where="skip")
+    if options.skip:
+        match_modules(model, options.skip, where="skip")
+    bits = options.weight_bits
+    named = bits if isinstance(bits, dict) else {} if bits is None else {"": bits}
+    check_request(
+        resolve_target(options.target),
+        mode=options.mode,
+        granularity=options.granularity,
+        group_size=options.group_size,
+        weight_bits=named,
+    )

@@ -44,7 +44,7 @@ def write_biases(graph: GraphEditor, *, short: bool) -> None:
         wide = np.broadcast_to(scale_w, bias.shape).astype(np.float64)
         excess = np.abs(bias) / (float(scale_x) * wide * (2**31 - 1))
         half = short and _meets_quantizer(graph, node) and (excess <= 1).all()
-        if half and fits_half(torch.from_numpy(bias)):
+        if half and fits_half(torch.from_numpy(np.array(bias))):
             _place_half(graph, node, bias.astype(np.float16))
             continue
         if (excess > 1).any():
