@@ -111,7 +111,7 @@ def test_a_float_file_has_no_integer_layers(residual_path: Path) -> None:
 
 
 def test_transposed_convolutions_have_a_reference() -> None:
-    from slimkit.runtime.layer_parity import _layer
+    from slimkit.runtime.reference_nodes import _layer
 
     x, weight = torch.randn(2, 4, 5, 6).double(), torch.randn(4, 3, 3, 3).double()
     ours = _layer("ConvTranspose", [x, weight, None], {"strides": [2, 2], "pads": [1, 1, 0, 0]})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["quantize_command"]
 
 
-def quantize_command(
+def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     model: ModelName,
     data: Annotated[
         str, typer.Option("--data", help="Where calibration images come from, as in a recipe.")
@@ -29,7 +29,11 @@ def quantize_command(
         typer.Option(min=4, max=4096, help="Height and width.", show_default="of the images"),
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Calibration batches of 32 images.")] = 16,
-    granularity: Annotated[str, typer.Option(help="channel or tensor.")] = "channel",
+    mode: Annotated[str, typer.Option(help="static, dynamic or weights.")] = "static",
+    granularity: Annotated[str, typer.Option(help="channel, tensor or group.")] = "channel",
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs per weight scale.", show_default="32 for group")
+    ] = None,
     observer: Annotated[str, typer.Option(help="See: slimkit list observers.")] = "percentile",
     skip: Annotated[
         list[str] | None, typer.Option(help="Layers that stay in float; repeatable.")
@@ -58,7 +62,7 @@ def quantize_command(
         ),
     ] = None,
 ) -> None:
-    """Turn a trained network into an int8 ONNX file, without training (static PTQ)."""
+    """Turn a trained network into an ONNX file of integers, without training (PTQ)."""
     import torch
 
     from slimkit.cli.console import output
@@ -81,7 +85,9 @@ def quantize_command(
         network,
         example,
         calibration=splits.calibration,
+        mode=mode,
         granularity=granularity,
+        group_size=group_size,
         observer=observer,
         skip=skip or (),
         batches=batches,

@@ -25,7 +25,9 @@ def qat(
     *,
     calibration: Iterable[Any] | None = None,
     target: str | Target = "onnxruntime",
+    mode: str = "static",
     granularity: str = "channel",
+    group_size: int | None = None,
     observer: str | Observer | None = None,
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
@@ -44,7 +46,9 @@ def qat(
         example_inputs: one call; see :class:`slimkit.Inputs`.
         calibration: batches of training data for the first activation ranges.
         target: name in :data:`~slimkit.quantize.targets.TARGETS`, or a Target.
-        granularity: one weight scale per output ``"channel"`` or per ``"tensor"``.
+        mode: as for :func:`~slimkit.quantize.ptq`; only ``"static"`` observes ranges.
+        granularity: as for :func:`~slimkit.quantize.ptq`.
+        group_size: as for :func:`~slimkit.quantize.ptq`.
         observer: how ``calibration`` is summarised; as for :func:`~slimkit.quantize.ptq`.
             Default: ``"moving_average"``; for learned scales ``"mse"``, since with few bits they
             do not find the way back from too wide a range.
@@ -71,8 +75,9 @@ def qat(
         learned = scales != "observed" and calibration is not None
         observer = "mse" if learned else "moving_average"
     if observe_steps is None:
-        observe_steps = 200 if calibration is None else 0
-    if observe_steps < 0 or (observe_steps == 0 and calibration is None):
+        observe_steps = 200 if calibration is None and mode == "static" else 0
+    blind = observe_steps == 0 and calibration is None and mode == "static"
+    if observe_steps < 0 or blind:
         raise InputError(
             f"{observe_steps} steps give no activation ranges without calibration data",
             where="observe_steps",
@@ -81,13 +86,15 @@ def qat(
         model,
         example_inputs,
         target=target,
+        mode=mode,
         granularity=granularity,
+        group_size=group_size,
         observer=observer,
         skip=skip,
         weight_bits=weight_bits,
         scales=scales,
     )
-    if calibration is not None:
+    if calibration is not None and mode == "static":
         data = Batches(calibration, as_inputs(example_inputs), batches)
         calibrate(quantized, data, observer=observer)
     quantized.observe_for(observe_steps)

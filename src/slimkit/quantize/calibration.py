@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slimkit.artifact import PathLike
-from slimkit.errors import DataError, InputError, SlimkitError, nearest
+from slimkit.errors import DataError, InputError, SlimkitError
 from slimkit.graph.capturing import capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.patterns import Pattern, match_modules
@@ -24,25 +24,26 @@ from slimkit.quantize.learned_quantizers import with_scales
 from slimkit.quantize.methods import Method, Work, resolve_methods, run_methods
 from slimkit.quantize.observers import Observer, describe_observer, new_observer
 from slimkit.quantize.planning import lay_out
+from slimkit.quantize.requests import check_request
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.targets import Target, resolve_target
 from slimkit.quantize.wrapper import QuantizedModel
 
 __all__ = ["WeightBits", "attach", "calibrate", "ptq"]
 
-GRANULARITIES = ("channel", "tensor")
-
 WeightBits = int | Mapping[str, int]
 """Bits of all weights, or module pattern → bits; the first pattern that matches counts."""
 
 
-def ptq(
+def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
-    calibration: Iterable[Any],
+    calibration: Iterable[Any] | None = None,
     target: str | Target = "onnxruntime",
+    mode: str = "static",
     granularity: str = "channel",
+    group_size: int | None = None,
     observer: str | Observer = "minmax",
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
@@ -60,8 +61,14 @@ def ptq(
         example_inputs: one call; see :class:`slimkit.Inputs`.
         calibration: batches of training data: tensors, (tensor, label) pairs, dictionaries or
             Inputs, prepared as for training. A loader whose ``role`` is ``"test"`` is refused.
+            Only ``mode="static"`` needs it.
         target: name in :data:`~slimkit.quantize.targets.TARGETS`, or a Target.
-        granularity: one weight scale per output ``"channel"`` or per ``"tensor"``.
+        mode: scales of activations are ``"static"``, from calibration; or ``"dynamic"``, computed
+            from each batch as it comes; or there are none and only ``"weights"`` are integers.
+        granularity: one weight scale per output ``"channel"``, per ``"tensor"``, or per
+            ``"group"`` of inputs of each output channel (linear layers and 1×1 convolutions whose
+            inputs divide into groups; the other layers per channel; only ``mode="weights"``).
+        group_size: inputs of one group; 32 by default.
         observer: how ranges of activations are found: a name in
             :data:`~slimkit.quantize.observers.OBSERVERS`, or an observer with settings such as
             ``Percentile(percentile=99.9)``.
@@ -91,20 +98,30 @@ def ptq(
     chosen = resolve_methods(methods)
     resolved = resolve_target(target)
     example = as_inputs(example_inputs)
+    if calibration is None and mode == "static":
+        raise InputError(
+            "static scales of activations need data",
+            where="calibration",
+            hint="pass batches of training data, or use mode='dynamic'",
+        )
     quantized = attach(
         model,
         example_inputs,
         target=resolved,
+        mode=mode,
         granularity=granularity,
+        group_size=group_size,
         observer=observer,
         skip=skip,
         weight_bits=weight_bits,
     )
     limit = accuracy_limit(evaluate, max_drop, quantized, sensitivity)
-    data = Batches(calibration, example, batches, keep=bool(chosen) or limit is not None)
+    given = () if calibration is None else calibration
+    data = Batches(given, example, batches, keep=bool(chosen) or limit is not None)
 
     def ranges() -> None:
-        calibrate(quantized, data, observer=observer)
+        if mode == "static":
+            calibrate(quantized, data, observer=observer)
 
     quantized.eval()
     work = Work(quantized, example, data, ranges, progress)
@@ -124,6 +141,8 @@ def attach(
     target: str | Target,
     granularity: str,
     observer: str | Observer,
+    mode: str = "static",
+    group_size: int | None = None,
     skip: Pattern | Iterable[Pattern],
     weight_bits: WeightBits | None = None,
     scales: str = "observed",
@@ -135,24 +154,22 @@ def attach(
     """
     chosen = resolve_target(target)
     new_observer(observer)
-    if granularity not in GRANULARITIES:
-        hint = nearest(str(granularity), GRANULARITIES)
-        raise InputError(f"unknown granularity {granularity!r}", where="granularity", hint=hint)
     if isinstance(model, QuantizedModel):
         raise InputError("the model is quantized already", where="model", hint="pass model.model")
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}", where="model")
+    request = check_request(
+        chosen,
+        mode=mode,
+        granularity=granularity,
+        group_size=group_size,
+        weight_bits=_bits_by_module(model, weight_bits),
+    )
     skipped = match_modules(model, skip, where="skip") if skip else set()
     original = copy.deepcopy(model)
     folds = tuple(batch_norm_pairs(original, capture(original, example_inputs)))
     folded = FusePlan(folds).apply_to(copy.deepcopy(original))
-    layout = lay_out(
-        capture(folded, example_inputs),
-        chosen,
-        granularity=granularity,
-        skipped=skipped,
-        weight_bits=_bits_by_module(model, weight_bits),
-    )
+    layout = lay_out(capture(folded, example_inputs), chosen, request, skipped=skipped)
     plan = QuantPlan(
         target=chosen.name,
         granularity=granularity,
@@ -161,6 +178,10 @@ def attach(
         quantizers=tuple(layout.quantizers),
         calls=layout.calls,
         decisions=tuple(layout.decisions),
+        warnings=tuple(layout.warnings),
+        mode=mode,
+        opset=chosen.opset,
+        biases="float16" if chosen.compact else chosen.biases,
     )
     quantized = apply(original, with_scales(plan, scales))
     if not isinstance(quantized, QuantizedModel):  # what QuantPlan.apply_to returns
@@ -246,7 +267,7 @@ def _adopt_ranges(quantized: QuantizedModel) -> None:
 def _restrict(quantized: QuantizedModel, called: set[str]) -> None:
     """Take what never ran out of the plan, and warn."""
     ready = {name for name, q in quantized.activation_quantizers().items() if q.ready}
-    ready |= {spec.name for spec in quantized.plan.quantizers if spec.parameter is not None}
+    ready |= {spec.name for spec in quantized.plan.quantizers if not spec.calibrated}
     plan = quantized.plan.restricted(called=called, ready=ready)
     if plan is quantized.plan:
         return

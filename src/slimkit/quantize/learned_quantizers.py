@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import UnknownNameError, nearest
+from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
 from slimkit.quantize.learned_rounding import (
     gradient_scale,
     round_channels,
@@ -76,13 +77,19 @@ def with_scales(plan: QuantPlan, scales: str) -> QuantPlan:
     return replace(plan, quantizers=tuple(chosen(spec) for spec in plan.quantizers))
 
 
-def build_quantizer(spec: QuantizerSpec) -> ActivationQuantizer | WeightQuantizer:
+def build_quantizer(
+    spec: QuantizerSpec,
+) -> ActivationQuantizer | DynamicQuantizer | WeightQuantizer:
     """The quantizer that a plan describes."""
     if spec.parameter is not None:
         return LsqWeight(spec) if spec.scale == "learned" else WeightQuantizer(spec)
-    if spec.scale == "learned":
+    if spec.dynamic:
+        return DynamicQuantizer(spec.form)
+    if spec.scale == "learned" and spec.bounds is None:
         return LsqActivation(spec.form)
-    return PactActivation(spec.form) if spec.scale == "clip" else ActivationQuantizer(spec.form)
+    if spec.scale == "clip":
+        return PactActivation(spec.form)
+    return ActivationQuantizer(spec.form, spec.bounds)
 
 
 class LsqActivation(ActivationQuantizer):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.quantize.observers import MovingAverage, Observer, new_observer
-from slimkit.quantize.scales import affine_parameters, weight_scale
+from slimkit.quantize.scales import affine_parameters, on_grid, weight_scale
 from slimkit.quantize.scheme import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
 from slimkit.runtime.fake_quantize import fake_quantize
@@ -24,6 +24,7 @@ class ActivationQuantizer(nn.Module):
 
     Args:
         form: number format.
+        bounds: the range when it is known: then nothing is observed.
 
     Attributes:
         observing: update the range from the values that pass.
@@ -36,9 +37,10 @@ class ActivationQuantizer(nn.Module):
     high: Tensor
     observed: Tensor
 
-    def __init__(self, form: NumberFormat) -> None:
+    def __init__(self, form: NumberFormat, bounds: tuple[float, float] | None = None) -> None:
         super().__init__()
         self.form = form
+        self.bounds = bounds
         self.observing = False
         self.rounding = True
         self._observer: Observer | None = None
@@ -48,6 +50,9 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("low", torch.tensor(0.0))
         self.register_buffer("high", torch.tensor(0.0))
         self.register_buffer("observed", torch.tensor(0, dtype=torch.int64))
+        if bounds is not None:
+            self._set_range(*(torch.tensor(bound) for bound in bounds))
+            self.observed.fill_(1)
 
     @property
     def ready(self) -> bool:
@@ -65,7 +70,7 @@ class ActivationQuantizer(nn.Module):
         """Round ``x``, any shape."""
         if torch.compiler.is_exporting():
             return self._rounded(x) if self._known_ready else x
-        if self.observing and x.numel():
+        if self.observing and self.bounds is None and x.numel():
             self._observe(x.detach())
         return self._rounded(x) if self.rounding and self.ready else x
 
@@ -74,7 +79,7 @@ class ActivationQuantizer(nn.Module):
 
     def adopt_range(self) -> None:
         """Take scale and zero point from what the observer has seen so far."""
-        if self._observer is not None and self.ready:
+        if self._observer is not None and self.bounds is None and self.ready:
             self._set_range(*self._observer.range(self.form))
 
     def _rounded(self, x: Tensor) -> Tensor:
@@ -124,6 +129,8 @@ class WeightQuantizer(nn.Module):
     Attributes:
         form: a symmetric number format.
         axis: dimension of the weight that holds output channels; ``None`` for one scale in all.
+        blocks: number of scales per output channel, ``None`` for one.
+        compact: scales are powers of 2^(1/16).
         fixed: whether ``scale`` stays as it is.
         may_clip: whether weights can lie outside of what ``scale`` covers.
         rounding: round; else the weight passes unchanged.
@@ -138,8 +145,12 @@ class WeightQuantizer(nn.Module):
         self.axis = None if spec.channels is None else spec.axis
         self.fixed = spec.scale == "fixed"
         self.may_clip = spec.scale != "follows"
-        shape = () if spec.channels is None else (spec.channels,)
+        self.blocks = spec.blocks
+        shape: tuple[int, ...] = () if spec.channels is None else (spec.channels,)
+        if spec.blocks is not None:
+            shape = (*shape, spec.blocks)
         self.rounding = True
+        self.compact = spec.compact
         self._pairs = spec.pairs
         self.register_buffer("scale", torch.ones(shape))
         zeros = torch.zeros(shape, dtype=torch.int32)
@@ -167,7 +178,8 @@ class WeightQuantizer(nn.Module):
         """Bring the scale up to date with ``weight``, unless it is fixed; returns it."""
         if self.fixed:
             return self.scale
-        scale = weight_scale(weight, self.form, self.axis, pairs=self._pairs)
+        scale = weight_scale(weight, self.form, self.axis, pairs=self._pairs, blocks=self.blocks)
+        scale = on_grid(scale) if self.compact else scale
         self.scale.copy_(scale)
         return scale
 

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from slimkit.quantize.targets import NumberFormat
 
-__all__ = ["affine_parameters", "pair_scale", "pair_sums", "pairs_can_overflow", "weight_scale"]
+__all__ = [
+    "affine_parameters",
+    "on_grid",
+    "pair_scale",
+    "pair_sums",
+    "pairs_can_overflow",
+    "weight_scale",
+]
 
 TINY = 1e-12
 """No scale is smaller: 1 / scale and bias / scale stay finite."""
@@ -43,7 +50,12 @@ def affine_parameters(low: Tensor, high: Tensor, form: NumberFormat) -> tuple[Te
 
 
 def weight_scale(
-    weight: Tensor, form: NumberFormat, axis: int | None, *, pairs: bool = False
+    weight: Tensor,
+    form: NumberFormat,
+    axis: int | None,
+    *,
+    pairs: bool = False,
+    blocks: int | None = None,
 ) -> Tensor:
     """The scale that maps the largest magnitude onto the largest integer.
 
@@ -57,11 +69,15 @@ def weight_scale(
         axis: dimension of the output channels; ``None`` for one scale in all.
         pairs: the runtime sums two products in 16 bits (:func:`pair_sums`): make the scale as
             much larger as it takes for no pair to overflow.
+        blocks: of a weight (out, in …): so many scales for each output channel.
 
     Returns:
-        float32, > 0, shape (weight.shape[axis],) or ().
+        float32, > 0, shape (weight.shape[axis],) or (), or (out, blocks).
     """
     values = weight.detach()
+    if blocks is not None:
+        rows = values.reshape(len(values) * blocks, -1)
+        return weight_scale(rows, form, 0).reshape(-1, blocks)
     scale = _largest(values, axis) / form.qmax
     if pairs and pairs_can_overflow(form):
         scale = torch.maximum(scale, pair_scale(values, axis))
@@ -69,6 +85,20 @@ def weight_scale(
     largest = torch.where(largest > 0, largest.clamp(min=TINY), torch.ones_like(largest))
     floored = torch.maximum(scale, largest * 2.0**-20)
     return torch.where(scale > 0, floored, largest)
+
+
+def on_grid(scale: Tensor) -> Tensor:
+    """The next larger power of 2^(1/16): a network then has so few scales that a byte names one.
+
+    The step is at most 4.4 % wider than it had to be, 2.2 % on average, which costs 0.2 dB.
+
+    Args:
+        scale: any shape, float32, > 0.
+    """
+    mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
+    steps = torch.tensor([2.0 ** (k / 16 - 1) for k in range(17)], device=scale.device)
+    snapped = torch.ldexp(steps[torch.searchsorted(steps, mantissa).clamp(max=16)], exponent)
+    return torch.where(torch.isfinite(scale), snapped, scale)
 
 
 def pairs_can_overflow(form: NumberFormat) -> bool:

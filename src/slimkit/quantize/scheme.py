@@ -34,6 +34,11 @@ class QuantizerSpec:
         scale: ``"follows"`` the largest magnitude of a weight at every call, or what is observed
             of an activation; of a weight ``"fixed"``; ``"learned"`` as a parameter (LSQ); of an
             activation ``"clip"``: up to a learned bound (PACT).
+        blocks: a weight has so many scales per output channel, each for equally many inputs.
+        dynamic: of an activation: scale and zero point are computed from each tensor.
+        compact: of a weight: scales are powers of 2^(1/16), see
+            :func:`slimkit.quantize.scales.on_grid`.
+        bounds: of an activation: a range known beforehand, such as that of a sigmoid.
     """
 
     name: str
@@ -43,6 +48,15 @@ class QuantizerSpec:
     axis: int = 0
     pairs: bool = False
     scale: Literal["follows", "fixed", "learned", "clip"] = "follows"
+    blocks: int | None = None
+    dynamic: bool = False
+    compact: bool = False
+    bounds: tuple[float, float] | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs data before it can round."""
+        return self.parameter is None and not self.dynamic and self.bounds is None
 
 
 @dataclass(frozen=True)
@@ -52,15 +66,43 @@ class CallRule:
     Attributes:
         inputs: position among the tensors in the arguments → quantizer.
         outputs: position among the tensors in the result → quantizer.
+        gate: of ``x · sigmoid(x)`` in one call: the quantizer of the second factor.
     """
 
     inputs: Mapping[int, str]
     outputs: Mapping[int, str]
+    gate: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Positions as strings; without what is not there."""
+        data: dict[str, Any] = {
+            "inputs": {str(k): v for k, v in self.inputs.items()},
+            "outputs": {str(k): v for k, v in self.outputs.items()},
+        }
+        return data if self.gate is None else {**data, "gate": self.gate}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CallRule:
+        """Read what :meth:`to_json` wrote."""
+        return cls(
+            {int(k): str(v) for k, v in data["inputs"].items()},
+            {int(k): str(v) for k, v in data["outputs"].items()},
+            data.get("gate"),
+        )
+
+    def names(self) -> Iterator[str]:
+        """All quantizers in it."""
+        yield from self.inputs.values()
+        yield from self.outputs.values()
+        if self.gate is not None:
+            yield self.gate
 
 
 @dataclass(frozen=True)
 class Decision:
     """Whether a call computes with integers, and why not.
+
+    A call that computes in float may still keep its weight as integers: it has a ``weight``.
 
     Attributes:
         address: ``"module:function#ordinal"``.
@@ -69,8 +111,8 @@ class Decision:
         reason: for a call left in float; empty otherwise.
         reads: quantizers of its data inputs.
         weight: quantizer of its weight, if it has one.
-        writes: quantizer of its output, perhaps behind an activation function; ``None`` when
-            the output stays in float.
+        writes: quantizer of its output, perhaps behind a clipping activation function; ``None``
+            when the output leaves in float.
     """
 
     address: str
@@ -88,7 +130,7 @@ class QuantPlan(Plan):
 
     Attributes:
         target: name of the target that it was made for.
-        granularity: of the weights, ``"channel"`` or ``"tensor"``.
+        granularity: of the weights, ``"channel"``, ``"tensor"`` or ``"group"``.
         observer: how ranges of activations were found, with settings that are not the default:
             ``"minmax"``, ``"percentile(percentile=99.9)"``.
         folds: (layer, batch norm) pairs that are folded first.
@@ -96,6 +138,9 @@ class QuantPlan(Plan):
         calls: call address → what is rounded there.
         decisions: one per layer, addition, pooling … in order of execution.
         warnings: what a user should know, one sentence each.
+        mode: ``"static"``, ``"dynamic"`` or ``"weights"``.
+        opset: the oldest ONNX operator set that its file may have.
+        biases: how its file holds them, ``"int32"``, ``"float16"`` or ``"float"``.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -108,6 +153,9 @@ class QuantPlan(Plan):
     calls: Mapping[str, CallRule]
     decisions: tuple[Decision, ...]
     warnings: tuple[str, ...] = ()
+    mode: str = "static"
+    opset: int = 18
+    biases: str = "int32"
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON-able values."""
@@ -115,30 +163,15 @@ class QuantPlan(Plan):
         data["folds"] = [list(pair) for pair in self.folds]
         data["quantizers"] = [asdict(spec) for spec in self.quantizers]
         data["decisions"] = [asdict(decision) for decision in self.decisions]
-        data["calls"] = {
-            address: {
-                "inputs": {str(k): v for k, v in rule.inputs.items()},
-                "outputs": {str(k): v for k, v in rule.outputs.items()},
-            }
-            for address, rule in self.calls.items()
-        }
+        data["calls"] = {address: rule.to_json() for address, rule in self.calls.items()}
         data["warnings"] = list(self.warnings)
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantPlan:  # noqa: ARG003
         """Read what :meth:`to_json` wrote."""
-        rules = {
-            address: CallRule(
-                {int(k): str(v) for k, v in rule["inputs"].items()},
-                {int(k): str(v) for k, v in rule["outputs"].items()},
-            )
-            for address, rule in data["calls"].items()
-        }
-        specs = tuple(
-            QuantizerSpec(**{**spec, "form": NumberFormat(**spec["form"])})
-            for spec in data["quantizers"]
-        )
+        rules = {a: CallRule.from_json(rule) for a, rule in data["calls"].items()}
+        specs = tuple(_spec_from_json(spec) for spec in data["quantizers"])
         decisions = tuple(
             Decision(**{**entry, "reads": tuple(entry["reads"])}) for entry in data["decisions"]
         )
@@ -151,13 +184,16 @@ class QuantPlan(Plan):
             calls=rules,
             decisions=decisions,
             warnings=tuple(data["warnings"]),
+            mode=str(data.get("mode", "static")),
+            opset=int(data.get("opset", 18)),
+            biases=str(data.get("biases", "int32")),
         )
 
     def explain(self) -> str:
         """Every layer, addition and pooling: integer, or float and why."""
         integer = sum(decision.integer for decision in self.decisions)
         lines = [
-            f"target {self.target}, weights per {self.granularity}, observer {self.observer}: "
+            f"target {self.target}, {self._method()}, weights per {self.granularity}: "
             f"{integer} of {len(self.decisions)} operations integer, "
             f"{len(self.folds)} batch norms folded"
         ]
@@ -169,6 +205,11 @@ class QuantPlan(Plan):
             lines.append(f"  {decision.address:<{width}}  {state}")
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _method(self) -> str:
+        if self.mode == "static":
+            return f"observer {self.observer}"
+        return "scales of each batch" if self.mode == "dynamic" else "integer weights only"
 
     def apply_to(self, model: nn.Module) -> QuantizedModel:
         """Fold batch norms in ``model`` and wrap it; scales come with the state dict.
@@ -195,16 +236,24 @@ class QuantPlan(Plan):
                     f"in dimension {spec.axis}",
                     where=spec.parameter,
                 )
+            if spec.blocks is not None and shape[1] % spec.blocks:
+                raise PlanError(
+                    f"it has shape {shape}, the plan has {spec.blocks} groups in dimension 1",
+                    where=spec.parameter,
+                )
         FusePlan(self.folds).apply_to(model)
         return QuantizedModel(model, self)
 
     def bit_widths(self) -> dict[str, tuple[int, int]]:
-        """Module path → (weight bits, activation bits) of the integer layers."""
+        """Module path → (weight bits, activation bits); 32 where activations stay in float."""
         bits = {spec.name: spec.form.bits for spec in self.quantizers}
         return {
-            decision.module: (bits[decision.weight], max(bits[name] for name in decision.reads))
+            decision.module: (
+                bits[decision.weight],
+                max((bits[name] for name in decision.reads), default=32),
+            )
             for decision in self.decisions
-            if decision.integer and decision.weight is not None
+            if decision.weight is not None
         }
 
     def restricted(self, *, called: Set[str], ready: Set[str]) -> QuantPlan:
@@ -233,20 +282,23 @@ class QuantPlan(Plan):
             inputs = {k: v for k, v in rule.inputs.items() if v in ready}
             outputs = {k: v for k, v in rule.outputs.items() if v in ready}
             if address not in addresses and (inputs or outputs):
-                calls[address] = CallRule(inputs, outputs)
-        used = {name for rule in calls.values() for name in _names(rule)}
+                calls[address] = CallRule(inputs, outputs, rule.gate)
+        used = {name for rule in calls.values() for name in rule.names()}
         return replace(
             self,
             quantizers=tuple(spec for spec in self.quantizers if spec.name in used),
             calls=calls,
             decisions=tuple(
-                replace(d, integer=False, reason=reason) if d.address in addresses else d
+                replace(d, integer=False, reason=reason, reads=(), weight=None)
+                if d.address in addresses
+                else d
                 for d in self.decisions
             ),
             warnings=(*self.warnings, *(f"{d.address} {reason}: left in float" for d in left)),
         )
 
 
-def _names(rule: CallRule) -> Iterator[str]:
-    yield from rule.inputs.values()
-    yield from rule.outputs.values()
+def _spec_from_json(data: Mapping[str, Any]) -> QuantizerSpec:
+    bounds = data.get("bounds")
+    given = {**data, "form": NumberFormat(**data["form"])}
+    return QuantizerSpec(**{**given, "bounds": None if bounds is None else tuple(bounds)})

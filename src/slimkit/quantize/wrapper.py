@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from slimkit.graph.addressing import AddressMode
 from slimkit.plan import applied_plans
-from slimkit.quantize.integer_arithmetic import IntegerCall, integer_call
+from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
+from slimkit.quantize.integer_activations import GATES
+from slimkit.quantize.integer_calls import IntegerCall, integer_call
 from slimkit.quantize.learned_quantizers import build_quantizer
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
-from slimkit.quantize.scheme import QuantPlan
+from slimkit.quantize.scheme import CallRule, QuantPlan
+from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
 
 __all__ = ["QuantizedModel"]
 
@@ -70,7 +73,7 @@ class QuantizedModel(nn.Module):
             return self.model(*args, **kwargs)
 
     def activation_quantizers(self) -> dict[str, ActivationQuantizer]:
-        """Name → quantizer of an activation."""
+        """Name → quantizer of an activation whose scale is stored."""
         quantizers = self.quantizers.items()
         return {name: q for name, q in quantizers if isinstance(q, ActivationQuantizer)}
 
@@ -82,6 +85,12 @@ class QuantizedModel(nn.Module):
     def bit_widths(self) -> Mapping[str, tuple[int, int]]:
         """Module path in this wrapper → (weight bits, activation bits) of integer layers."""
         return {f"model.{path}": bits for path, bits in self.plan.bit_widths().items()}
+
+    def export_hints(self) -> dict[str, str]:
+        """What the export has to know of the target (:mod:`slimkit.runtime.qdq`)."""
+        compact = any(spec.compact for spec in self.plan.quantizers)
+        scales = {SCALES: "bytes"} if compact else {}
+        return {BIASES: self.plan.biases, OPSET: str(self.plan.opset), **scales}
 
     def observe_for(self, steps: int) -> None:
         """Let activation ranges follow the next ``steps`` training forwards, then freeze."""
@@ -95,7 +104,7 @@ class QuantizedModel(nn.Module):
     def set_rounding(self, enabled: bool) -> None:
         """Turn all rounding on, or off for the plain float network."""
         for quantizer in self.quantizers.values():
-            if isinstance(quantizer, ActivationQuantizer | WeightQuantizer):
+            if isinstance(quantizer, ActivationQuantizer | DynamicQuantizer | WeightQuantizer):
                 quantizer.rounding = enabled
 
     def refresh_weights(self) -> None:
@@ -135,7 +144,10 @@ class QuantizedModel(nn.Module):
         """Call address → the integer kernel's arithmetic, for the calls that have one."""
         found: dict[str, IntegerCall] = {}
         for decision in self.plan.decisions:
-            kernel = integer_call(decision, self.quantizers) if decision.integer else None
+            if not decision.integer:
+                continue
+            rule = self.plan.calls.get(decision.address)
+            kernel = integer_call(decision, self.quantizers, None if rule is None else rule.gate)
             if kernel is not None:
                 found[decision.address] = kernel
         return found
@@ -199,6 +211,8 @@ class _Attachment(AddressMode):
         if rule is None and integer is None:
             return func(*args, **kwargs)
         inputs, outputs = (rule.inputs, rule.outputs) if rule is not None else ({}, {})
+        if rule is not None and rule.gate is not None:
+            return self._rounded(self._gated(address, func, (args, kwargs), rule), outputs)
         result = None
         if integer is not None:
             data = {position: name for position, name in inputs.items() if self._is_data(name)}
@@ -210,8 +224,21 @@ class _Attachment(AddressMode):
             result = func(*args, **kwargs)
         return self._rounded(result, outputs)
 
+    def _gated(
+        self, address: str, func: Callable[..., Any], arguments: Any, rule: CallRule
+    ) -> Tensor:
+        """``x · g(x)`` with both factors rounded."""
+        args, kwargs = self._rounded(arguments, rule.inputs)
+        integer = self._integer.get(address)
+        result = None if integer is None else integer(func, args, kwargs)
+        if result is None:
+            curve = GATES[address.rpartition(":")[2].partition("#")[0]]
+            result = args[0] * self._quantizers[str(rule.gate)](curve(args[0]))
+        in_place = _is_inplace(func) or kwargs.get("inplace") is True or True in args[1:2]
+        return args[0].copy_(result) if in_place else result
+
     def _is_data(self, name: str) -> bool:
-        return isinstance(self._quantizers[name], ActivationQuantizer)
+        return isinstance(self._quantizers[name], ActivationQuantizer | DynamicQuantizer)
 
     def _rounded(self, values: Any, names: Mapping[int, str]) -> Any:
         if not names:

@@ -1,4 +1,4 @@
-"""``type: ptq`` and ``type: qat``: int8 by calibration alone, or with training."""
+"""``type: ptq`` and ``type: qat``: integers by calibration alone, or with training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class QuantizeOptions(BaseModel):
 
     Attributes:
         target: the runtime whose integer operators the scheme must fit.
-        granularity: weight scales per output channel, or one per tensor.
+        mode: scales of activations from calibration (static), from each batch (dynamic), or
+            integer weights only (weights).
+        granularity: weight scales per output channel, one per tensor, or one per group of inputs.
+        group_size: inputs of a group; 32 by default.
         observer: how ranges of activations are taken from calibration batches; a name, or a
             mapping with its settings.
         skip: patterns of layers that stay in float.
@@ -48,7 +51,9 @@ class QuantizeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target: Annotated[str, OneOf("slimkit.quantize:TARGETS")] = "onnxruntime"
-    granularity: Literal["channel", "tensor"] = "channel"
+    mode: Literal["static", "dynamic", "weights"] = "static"
+    granularity: Literal["channel", "tensor", "group"] = "channel"
+    group_size: Annotated[int, Field(ge=1)] | None = None
     observer: Annotated[str | BaseModel, OBSERVER] = "minmax"
     skip: tuple[str, ...] = ()
     batches: int = Field(default=8, ge=1)
@@ -75,7 +80,9 @@ class QuantizeOptions(BaseModel):
         return {
             "calibration": CalibrationBatches(context, self.batches),
             "target": self.target,
+            "mode": self.mode,
             "granularity": self.granularity,
+            "group_size": self.group_size,
             "observer": self.chosen_observer(),
             "skip": self.skip,
             "weight_bits": self.weight_bits,
@@ -181,8 +188,8 @@ class PtqStage(QuantizeOptions, Stage):
         )
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
-        """See the base class. Checks the ``skip`` patterns, and that there is data to judge by."""
-        _check_skip(model, self.skip)
+        """See the base class. Checks patterns, the target, and that there is data to judge by."""
+        _check(model, self)
         if self.max_drop is not None:
             ValidationMetric(context)
         return model
@@ -225,8 +232,8 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
         return StageResult(quantized, {**training_facts(history), **_told(quantized, context)})
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
-        """See the base class. Checks the ``skip`` patterns and the teacher."""
-        _check_skip(model, self.skip)
+        """See the base class. Checks the patterns, the target and the teacher."""
+        _check(model, self)
         if context.teacher is not None:
             with distilling(model, self, context):
                 pass
@@ -241,11 +248,23 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
         return float(self.epochs)
 
 
-def _check_skip(model: nn.Module, skip: tuple[str, ...]) -> None:
+def _check(model: nn.Module, options: QuantizeOptions) -> None:
+    """Patterns that match nothing, and what the target cannot express."""
     from slimkit.graph.patterns import match_modules
+    from slimkit.quantize.requests import check_request
+    from slimkit.quantize.targets import resolve_target
 
-    if skip:
-        match_modules(model, skip, where="skip")
+    if options.skip:
+        match_modules(model, options.skip, where="skip")
+    bits = options.weight_bits
+    named = bits if isinstance(bits, dict) else {} if bits is None else {"": bits}
+    check_request(
+        resolve_target(options.target),
+        mode=options.mode,
+        granularity=options.granularity,
+        group_size=options.group_size,
+        weight_bits=named,
+    )
 
 
 def _told(

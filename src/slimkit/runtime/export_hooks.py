@@ -3,7 +3,9 @@
 Two small tables: :data:`TRANSLATIONS` says how a custom operator is written in ONNX, and
 :data:`GRAPH_PASSES` holds rewrites of the exported graph. :func:`slimkit.runtime.exporting.export`
 reads both; quantization, for example, adds its fake-quantize operator to the first and the
-rounding of weights to int8 initialisers to the second.
+rounding of weights to int8 initialisers to the second. What a pass has to know of the model, the
+model's method ``export_hints()`` returns as a mapping of strings; the pass finds it among the
+file's metadata.
 """
 
 from __future__ import annotations
@@ -18,7 +20,23 @@ from slimkit.registry import Registry
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["GRAPH_PASSES", "TRANSLATIONS", "GraphPass", "graph_pass", "translation_table"]
+__all__ = [
+    "BIASES",
+    "GRAPH_PASSES",
+    "OPSET",
+    "SCALES",
+    "TRANSLATIONS",
+    "GraphPass",
+    "graph_pass",
+    "translation_table",
+]
+
+BIASES = "slimkit.biases"
+"""Export hint: biases between integers are ``"int32"`` (default), ``"float16"`` or ``"float"``."""
+OPSET = "slimkit.opset"
+"""Export hint: the oldest operator set that the target reads."""
+SCALES = "slimkit.scales"
+"""Export hint: scales of weights may be ``"bytes"`` that a table is looked up with."""
 
 GraphPass = Callable[["ModelProto"], None]
 """Changes the model in place. Shapes of all values (``value_info``) are still there."""

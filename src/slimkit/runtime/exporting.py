@@ -111,7 +111,8 @@ def export(
         ins = _checked_names(input_names, default_input_names(model, inputs), "input_names")
         outs = _checked_names(output_names, default_output_names(named), "output_names", taken=ins)
         proto = _convert(FlatModel(model, inputs), inputs.tensors(), batched, opset, ins, outs)
-    _finish(proto, batched, ins, metadata or {})
+    hints = getattr(model, "export_hints", None)
+    _finish(proto, batched, ins, metadata or {}, {} if hints is None else hints())
     return _write(proto, Path(path), opset)
 
 
@@ -246,15 +247,23 @@ def _first_line(error: BaseException) -> str:
 
 
 def _finish(
-    proto: ModelProto, batched: list[int], ins: list[str], metadata: Mapping[str, str]
+    proto: ModelProto,
+    batched: list[int],
+    ins: list[str],
+    metadata: Mapping[str, str],
+    hints: Mapping[str, str],
 ) -> None:
-    """Graph passes, tidying, name of the batch dimension, metadata, check."""
+    """Graph passes, tidying, name of the batch dimension, metadata, check.
+
+    The passes find ``hints``, what the model's ``export_hints()`` returned, among the metadata.
+    """
     import onnx
     from onnx import helper
 
     from slimkit.runtime.onnx_tidy import mean_to_global_pool, tidy
 
     mean_to_global_pool(proto)
+    helper.set_model_props(proto, dict(hints))
     for name in GRAPH_PASSES:
         GRAPH_PASSES.get(name)(proto)
     tidy(proto)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from slimkit.runtime.export_hooks import GRAPH_PASSES, TRANSLATIONS
 
-__all__ = ["fake_quantize", "quantized_integers"]
+__all__ = ["dynamic_fake_quantize", "fake_quantize", "fits_half", "quantized_integers"]
 
 
 def fake_quantize(
@@ -40,7 +40,8 @@ def fake_quantize(
 
     Args:
         x: any shape; float32, or a shorter type that is computed in float32.
-        scale: step width, > 0, float32: shape () or, with ``axis``, (x.shape[axis],).
+        scale: step width, > 0, float32: shape () or, with ``axis``, (x.shape[axis],); or, for
+            ``axis=0``, (x.shape[0], groups), where equal parts of dimension 1 share a scale.
         zero_point: the integer that stands for 0.0, int32, of the shape of ``scale``.
         qmin: smallest integer, such as 0 or −127.
         qmax: largest integer, such as 255 or 127.
@@ -58,6 +59,18 @@ def fake_quantize(
     return result
 
 
+def dynamic_fake_quantize(x: Tensor, *, qmin: int, qmax: int) -> Tensor:
+    """In an export: ``x`` rounded to the grid of its own range (ONNX DynamicQuantizeLinear).
+
+    Args:
+        x: any shape, float32.
+        qmin: smallest integer.
+        qmax: largest integer.
+    """
+    exported: Tensor = torch.ops.slimkit.dynamic_fake_quantize(x, qmin, qmax)
+    return exported
+
+
 def quantized_integers(
     x: Tensor, scale: Tensor, zero_point: Tensor, *, qmin: int, qmax: int, axis: int | None = None
 ) -> Tensor:
@@ -67,9 +80,28 @@ def quantized_integers(
     return levels.to(torch.int32)
 
 
+def fits_half(bias: Tensor) -> bool:
+    """Whether 16-bit floats are good enough for ``bias``, the bias of an 8-bit layer.
+
+    Their 11 digits are far more than the step of an 8-bit output asks for; the largest bias has to
+    lie between 2^−8 and 65504, though, so that the small ones keep theirs.
+
+    Args:
+        bias: float32.
+    """
+    largest = float(bias.detach().abs().amax()) if bias.numel() else 0.0
+    return 2.0**-8 <= largest <= 65504.0
+
+
 def _aligned(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """``scale`` and ``zero_point`` shaped so that they broadcast along ``axis`` (−1: none)."""
     if axis < 0:
+        return scale, zero_point
+    if scale.dim() == 2:
+        ones = [1] * (x.dim() - 2)
+        width = x.shape[1] // scale.shape[1]
+        wide = (part.repeat_interleave(width, 1) for part in (scale, zero_point))
+        scale, zero_point = (part.reshape(*part.shape, *ones) for part in wide)
         return scale, zero_point
     shape = [1] * x.dim()
     shape[axis] = -1
@@ -147,5 +179,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
 
+
+@torch.library.custom_op("slimkit::dynamic_fake_quantize", mutates_args=())
+def _dynamic_operator(x: Tensor, qmin: int, qmax: int) -> Tensor:
+    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
+    scale = (high - low) / (qmax - qmin)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero_point = (qmin - low / scale).round().clamp(qmin, qmax)
+    return _rounded(x, scale, zero_point, qmin, qmax)
+
+
+@_dynamic_operator.register_fake
+def _dynamic_shape_of(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
 TRANSLATIONS.register_lazy("slimkit::fake_quantize", "slimkit.runtime.qdq:emit_fake_quantize")
+TRANSLATIONS.register_lazy(
+    "slimkit::dynamic_fake_quantize", "slimkit.runtime.qdq:emit_dynamic_fake_quantize"
+)
 GRAPH_PASSES.register_lazy("qdq", "slimkit.runtime.qdq:to_qdq")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimkit.artifact import PathLike
 from slimkit.errors import ArtifactError, BackendError
+from slimkit.runtime.onnx_graph import GraphEditor
 from slimkit.runtime.sessions import open_session
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ __all__ = [
 
 _CONVS = {"Conv", "FusedConv", "ConvTranspose"}
 INTEGER_CONVS = {"QLinearConv", "ConvInteger", "QLinearConvTranspose"}
-_LINEARS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "TransposeMatMul"}
+_LINEARS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "TransposeMatMul", "MatMulNBits"}
 INTEGER_LINEARS = {
     "QGemm",
     "QLinearMatMul",
@@ -184,9 +185,9 @@ def _computed_values(graph: GraphProto) -> set[str]:
 
 
 def _kind(node: NodeProto, computed: set[str]) -> str:
-    if node.op_type in _CONVS:
+    if node.op_type in _CONVS | {"ConvInteger"}:
         return "conv"
-    if node.op_type in _LINEARS:
+    if node.op_type in _LINEARS | {"MatMulInteger"}:
         return "linear"
     if node.op_type == "Add" and all(name in computed for name in node.input):
         return "add"
@@ -200,7 +201,7 @@ def _float_nodes(source: GraphProto, running: GraphProto) -> tuple[FloatNode, ..
     known = {node.name for node in source.node}
     found = []
     for node in running.node:
-        if node.op_type in _QUANTIZERS or node.op_type in _MOVES:
+        if node.op_type in _QUANTIZERS | _MOVES | INTEGER_CONVS | INTEGER_LINEARS:
             continue
         if any(name in floats for name in node.input) and any(n in floats for n in node.output):
             name = node.name if node.name in known else origin(node, producers)
@@ -235,8 +236,11 @@ def _float_values(graph: GraphProto) -> set[str]:
     floats = {v.name for v in graph.input if v.type.tensor_type.elem_type in kinds}
     for node in graph.node:
         name = node.op_type
-        if name in ("DequantizeLinear", "MatMulIntegerToFloat"):
+        if name in ("DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"):
             floats.update(node.output)
+        elif name == "Cast":
+            if GraphEditor.attribute(node, "to") in kinds:
+                floats.update(node.output)
         elif name in ("QuantizeLinear", "Shape") or name.startswith("QLinear"):
             continue
         elif name == "QGemm":  # with 9 inputs it returns integers, with fewer floats

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError
 from slimkit.runtime.fusion import INTEGER_CONVS, INTEGER_LINEARS, fusion_report, load_onnx
+from slimkit.runtime.reference_nodes import evaluate
 from slimkit.runtime.sessions import Session, open_session
 from slimkit.runtime.structure import batch_inputs
 
@@ -140,7 +139,7 @@ def parity_per_layer(path: PathLike, batches: Iterable[Any], *, threads: int = 1
 
 @dataclass(frozen=True)
 class _Group:
-    """DequantizeLinear nodes → layer → (activation) → QuantizeLinear."""
+    """DequantizeLinear nodes, what they are made from → layer → (activation) → QuantizeLinear."""
 
     nodes: tuple[NodeProto, ...]
     layer: NodeProto
@@ -162,7 +161,9 @@ def _quantized_groups(graph: GraphProto) -> list[_Group]:
         sources = _sources(node, producers, constants)
         tail = _tail(node, readers)
         if sources is not None and tail is not None:
-            dynamic = tuple(dq.input[0] for dq in sources if dq.input[0] not in constants)
+            made = {name for source in sources for name in source.output}
+            dequantized = [dq.input[0] for dq in sources if dq.op_type == "DequantizeLinear"]
+            dynamic = tuple(name for name in dequantized if name not in constants | made)
             chain = (*sources, node, *tail)
             groups.append(_Group(chain, node, tuple(dict.fromkeys(dynamic)), tail[-1].output[0]))
     return groups
@@ -171,15 +172,41 @@ def _quantized_groups(graph: GraphProto) -> list[_Group]:
 def _sources(
     node: NodeProto, producers: Mapping[str, NodeProto], constants: set[str]
 ) -> list[NodeProto] | None:
-    """The DequantizeLinear before every input but a constant bias; None if one is missing."""
-    found = []
+    """The DequantizeLinear before every input but a constant bias; None if one is missing.
+
+    In front of each are the nodes that make its constants.
+    """
+    found: list[NodeProto] = []
     for position, name in enumerate(node.input):
         before = producers.get(name)
         if before is not None and before.op_type == "DequantizeLinear":
+            for needed in before.input:
+                found += _makers(needed, producers, constants) or []
             found.append(before)
-        elif position < 2 or (name and name not in constants):
+            continue
+        made = _makers(name, producers, constants) if name else []
+        if position < 2 or made is None:
             return None
+        found += made
     return found
+
+
+def _makers(
+    value: str, producers: Mapping[str, NodeProto], constants: set[str]
+) -> list[NodeProto] | None:
+    """The nodes that make ``value`` from constants alone, in order; None if it depends on more."""
+    if value in constants:
+        return []
+    node = producers.get(value)
+    if node is None or not node.input:
+        return None
+    made: list[NodeProto] = []
+    for name in node.input:
+        before = _makers(name, producers, constants)
+        if before is None:
+            return None
+        made += before
+    return [*made, node]
 
 
 def _tail(node: NodeProto, readers: Mapping[str, list[NodeProto]]) -> list[NodeProto] | None:
@@ -300,7 +327,7 @@ class _LayerRun:
         values: dict[str, Array] = {**self._constants, **inputs}
         for node in self._group.nodes:
             arguments = [values[name] if name else None for name in node.input]
-            values[node.output[0]] = _evaluate(node, arguments)
+            values[node.output[0]] = evaluate(node, arguments)
         return values[self._group.output]
 
     def result(self) -> LayerParity:
@@ -314,78 +341,3 @@ class _LayerRun:
             max_steps=self._worst,
             integer=self._integer,
         )
-
-
-def _evaluate(node: NodeProto, arguments: list[Array | None]) -> Array:
-    """One node in float64 (integers of a QuantizeLinear: int64)."""
-    from onnx import helper
-
-    options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    first = arguments[0]
-    if first is None:
-        raise InputError("a layer without input", where=node.name)
-    if node.op_type == "DequantizeLinear":
-        scale, zero = _aligned(first, arguments, options)
-        return np.asarray((first.astype(np.float64) - zero) * scale)
-    if node.op_type == "QuantizeLinear":
-        scale, zero = _aligned(first, arguments, options)
-        kind = np.uint8 if len(arguments) < 3 or arguments[2] is None else arguments[2].dtype
-        limits = np.iinfo(kind)
-        steps = np.clip(np.rint(first / scale) + zero, limits.min, limits.max)
-        return np.asarray(steps, np.int64)
-    if node.op_type == "Relu":
-        return np.maximum(first, 0)
-    if node.op_type == "Clip":
-        low, high = [*arguments[1:], None, None][:2]
-        return np.asarray(np.clip(first, low, high))
-    tensors = [None if a is None else torch.from_numpy(a.astype(np.float64)) for a in arguments]
-    result: Array = _layer(node.op_type, tensors, options).numpy()
-    return result
-
-
-def _aligned(
-    values: Array, arguments: list[Array | None], options: Mapping[str, Any]
-) -> tuple[Array, Array]:
-    """Scale and zero point in float64, shaped to broadcast along the quantization axis."""
-    scale = np.asarray(arguments[1], np.float64)
-    given = arguments[2] if len(arguments) > 2 else None
-    zero = np.zeros_like(scale) if given is None else np.asarray(given, np.float64)
-    if scale.size > 1:
-        shape = [1] * values.ndim
-        shape[int(options.get("axis", 1))] = -1
-        return scale.reshape(shape), zero.reshape(shape)
-    return scale.reshape(()), zero.reshape(())
-
-
-def _layer(
-    kind: str, tensors: list[torch.Tensor | None], options: Mapping[str, Any]
-) -> torch.Tensor:
-    x, weight, bias = [*tensors, None][:3]
-    if x is None or weight is None:
-        raise InputError("a layer without input or weight", where=kind)
-    if kind == "MatMul":
-        return torch.matmul(x, weight)
-    if kind == "Gemm":
-        left = x.T if options.get("transA", 0) else x
-        right = weight.T if options.get("transB", 0) else weight
-        product: torch.Tensor = options.get("alpha", 1.0) * (left @ right)
-        return product if bias is None else product + options.get("beta", 1.0) * bias
-    spatial = x.ndim - 2
-    strides = options.get("strides", [1] * spatial)
-    dilations = options.get("dilations", [1] * spatial)
-    pads = options.get("pads", [0] * (2 * spatial))
-    groups = options.get("group", 1)
-    begins, ends = pads[:spatial], pads[spatial:]
-    if kind == "Conv":
-        padding = [p for pair in zip(begins[::-1], ends[::-1], strict=True) for p in pair]
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
-        result: torch.Tensor = convolve(
-            F.pad(x, padding), weight, bias, strides, 0, dilations, groups
-        )
-        return result
-    extra = options.get("output_padding", [0] * spatial)
-    transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
-    full: torch.Tensor = transpose(x, weight, bias, strides, 0, extra, groups, dilations)
-    for axis, (begin, end) in enumerate(zip(begins, ends, strict=True), start=2):
-        full = full.narrow(axis, begin, full.shape[axis] - begin - end)
-    return full

@@ -39,7 +39,7 @@ class GraphEditor:
         self._producers: dict[str, NodeProto] = {}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in self.nodes:
-            self._link(node)
+            self.link(node)
 
     def constant(self, name: str) -> Array | None:
         """The values of an initialiser, ``None`` for anything else."""
@@ -117,34 +117,47 @@ class GraphEditor:
 
     @staticmethod
     def node(
-        operator: str, inputs: list[str], output: str, like: NodeProto, **attributes: Any
+        operator: str,
+        inputs: list[str],
+        output: str | list[str],
+        like: NodeProto,
+        **attributes: Any,
     ) -> NodeProto:
         """A new node that keeps the annotations (module path) of ``like``; not yet placed."""
         from onnx import helper
 
-        made = helper.make_node(operator, inputs, [output], **attributes)
+        outputs = [output] if isinstance(output, str) else output
+        made = helper.make_node(operator, inputs, outputs, **attributes)
         made.metadata_props.extend(like.metadata_props)
         return made
 
+    def quantization_of(self, value: str) -> list[str] | None:
+        """Names of scale and zero point when ``value`` is dequantized with one known scale."""
+        node = self.producer(value)
+        if node is None or node.op_type != "DequantizeLinear" or len(node.input) < 3:
+            return None
+        known = self.constant(node.input[1]) is not None and self.attribute(node, "axis") is None
+        return list(node.input[1:3]) if known else None
+
     def replace(self, old: NodeProto, *new: NodeProto) -> None:
         """Put ``new`` where ``old`` is."""
-        position = self._position(old)
+        position = self.position(old)
         self.remove(old)
         self._insert(position, new)
 
     def insert_after(self, node: NodeProto, *new: NodeProto) -> None:
         """Place ``new`` right after ``node``, whose outputs may have been renamed."""
-        self._insert(self._position(node) + 1, new)
-        self._link(node)
+        self._insert(self.position(node) + 1, new)
+        self.link(node)
 
     def insert_before(self, node: NodeProto, *new: NodeProto) -> None:
         """Place ``new`` right before ``node``."""
-        self._insert(self._position(node), new)
-        self._link(node)
+        self._insert(self.position(node), new)
+        self.link(node)
 
     def remove(self, node: NodeProto) -> None:
         """Take ``node`` out; its readers must have been redirected."""
-        del self.nodes[self._position(node)]
+        del self.nodes[self.position(node)]
         for name in node.output:
             if self._producers.get(name) is node:
                 del self._producers[name]
@@ -171,15 +184,17 @@ class GraphEditor:
         self._graph.node.extend(nodes)
         self._graph.initializer.extend(tensors)
 
-    def _position(self, node: NodeProto) -> int:
+    def position(self, node: NodeProto) -> int:
+        """Where ``node`` stands among :attr:`nodes`."""
         return next(index for index, item in enumerate(self.nodes) if item is node)
 
     def _insert(self, position: int, new: Iterable[NodeProto]) -> None:
         for offset, node in enumerate(new):
             self.nodes.insert(position + offset, node)
-            self._link(node)
+            self.link(node)
 
-    def _link(self, node: NodeProto) -> None:
+    def link(self, node: NodeProto) -> None:
+        """Take note of a node's inputs and outputs after they were changed."""
         for name in node.output:
             self._producers[name] = node
         for name in node.input:

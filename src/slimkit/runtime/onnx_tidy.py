@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["mean_to_global_pool", "tidy", "value_ranks"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "PRelu"}
+_WEIGHTED = {"Conv", "ConvInteger", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "PRelu"}
+_QUANTIZERS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _DEFAULT_INTEGERS = {
     ("Conv", "group"): 1,
+    ("ConvInteger", "group"): 1,
     ("ConvTranspose", "group"): 1,
     ("Gemm", "transA"): 0,
     ("Gemm", "transB"): 0,
@@ -37,7 +39,7 @@ _DEFAULT_INTEGERS = {
     ("DequantizeLinear", "block_size"): 0,
 }
 _DEFAULT_FLOATS = {("Gemm", "alpha"): 1.0, ("Gemm", "beta"): 1.0}
-_WINDOWED = {"Conv", "ConvTranspose", "MaxPool", "AveragePool"}
+_WINDOWED = {"Conv", "ConvInteger", "ConvTranspose", "MaxPool", "AveragePool"}
 
 
 def tidy(model: ModelProto, *, prefix: str = "model.") -> None:
@@ -216,19 +218,27 @@ def _parameter_name(name: str, prefix: str) -> str:
 def _node_namer(
     graph: GraphProto, prefix: str, names: dict[str, str]
 ) -> Callable[[NodeProto], str]:
-    """A function node → unique name; empty for Q/DQ, whose neighbours say all."""
+    """A function node → unique name; empty for Q/DQ and constants, whose neighbours say all."""
     constants = {item.name for item in graph.initializer}
-    dequantized = {
-        node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"
+    made_from = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type in ("DequantizeLinear", "Cast", "Mul", "Reshape") and node.input
     }
+    folded: set[str] = set()  # values that depend on constants only
+    for node in graph.node:
+        if all(name in constants or name in folded for name in node.input):
+            folded.update(node.output)
     taken: set[str] = set()
 
     def name_node(node: NodeProto) -> str:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        if node.op_type in _QUANTIZERS or (node.input and node.output[0] in folded):
             return ""
         path = ""
         if node.op_type in _WEIGHTED and len(node.input) > 1:
-            weight = dequantized.get(node.input[1], node.input[1])
+            weight = node.input[1]
+            while weight not in constants and weight in made_from:
+                weight = made_from[weight]
             if weight in constants:
                 stem, _, last = names.get(weight, weight).rpartition(".")
                 path = stem if last.startswith("weight") else ""

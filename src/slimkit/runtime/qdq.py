@@ -1,15 +1,14 @@
 """From fake-quantize nodes to the QDQ form of ONNX that runtimes turn into integer kernels.
 
-The export writes every ``slimkit::fake_quantize`` as one node of a private domain, which no
-optimizer touches. :func:`to_qdq` then replaces these nodes:
+The export writes every rounding as one node of a private domain, which no optimizer touches.
+:func:`to_qdq` then replaces these nodes:
 
-* on a weight: the rounded int8 tensor takes the float tensor's place, followed by a
-  DequantizeLinear only;
 * on an activation: QuantizeLinear and DequantizeLinear, one pair per value;
-* biases of convolutions and linear layers become int32 with scale ``s_x · s_w``;
+* on a weight: see :mod:`slimkit.runtime.qdq_weights`;
 * a ReLU or Clip right before a QuantizeLinear that saturates at the same bounds goes away;
 * pooling, reshaping and the like get a pair with their input's scale, so that they can stay
-  among the integers.
+  among the integers;
+* biases: see :mod:`slimkit.runtime.qdq_biases`.
 
 What ONNX Runtime asks for on x86 is described in its `quantization guide
 <https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html>`_.
@@ -22,16 +21,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimkit.errors import ExportError
+from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
 from slimkit.runtime.onnx_graph import GraphEditor
+from slimkit.runtime.qdq_biases import write_biases
+from slimkit.runtime.qdq_compact import looked_up
+from slimkit.runtime.qdq_weights import place_weight
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-__all__ = ["DOMAIN", "emit_fake_quantize", "to_qdq"]
+__all__ = ["DOMAIN", "emit_dynamic_fake_quantize", "emit_fake_quantize", "to_qdq"]
 
 DOMAIN = "slimkit"
 """Of the private nodes; no exported file contains it."""
-_NODE = "FakeQuantize"
+_STATIC, _DYNAMIC = "FakeQuantize", "DynamicFakeQuantize"
+_NEWER = 21  # the operator set that has 4-bit integers and scales per block
 _SAME_SCALE = {
     "DepthToSpace",
     "Expand",
@@ -51,46 +55,76 @@ _SAME_SCALE = {
 
 def emit_fake_quantize(x: Any, scale: Any, zero_point: Any, axis: int, qmin: int, qmax: int) -> Any:
     """The ONNX translation of ``slimkit::fake_quantize``: one node of the private domain."""
+    types = {"x": "T", "scale": "S", "zero_point": "Z"}
+    operator = _operator(_STATIC, types, ("axis", "qmin", "qmax"))
+    return operator(x, scale, zero_point, axis=axis, qmin=qmin, qmax=qmax)
+
+
+def emit_dynamic_fake_quantize(x: Any, qmin: int, qmax: int) -> Any:
+    """The same for ``slimkit::dynamic_fake_quantize``."""
+    return _operator(_DYNAMIC, {"x": "T"}, ("qmin", "qmax"))(x, qmin=qmin, qmax=qmax)
+
+
+def _operator(name: str, inputs: dict[str, str], attributes: tuple[str, ...]) -> Any:
     import onnx.defs
     from onnxscript import values
 
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
-    integer = onnx.defs.OpSchema.AttrType.INT
+    kinds = {
+        "T": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
+        "S": ["tensor(float)"],
+        "Z": ["tensor(int32)"],
+    }
     schema = onnx.defs.OpSchema(
-        _NODE,
+        name,
         DOMAIN,
         1,
-        inputs=[parameter("x", "T"), parameter("scale", "S"), parameter("zero_point", "Z")],
+        inputs=[parameter(key, kind) for key, kind in inputs.items()],
         outputs=[parameter("y", "T")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-            ("S", ["tensor(float)"], ""),
-            ("Z", ["tensor(int32)"], ""),
-        ],
-        attributes=[attribute(name, integer, "") for name in ("axis", "qmin", "qmax")],
+        type_constraints=[(kind, kinds[kind], "") for kind in inputs.values()],
+        attributes=[attribute(key, onnx.defs.OpSchema.AttrType.INT, "") for key in attributes],
     )
-    operator = values.Op(values.Opset(DOMAIN, 1), _NODE, schema)
-    return operator(x, scale, zero_point, axis=axis, qmin=qmin, qmax=qmax)
+    return values.Op(values.Opset(DOMAIN, 1), name, schema)
 
 
 def to_qdq(model: ModelProto) -> None:
     """Replace all fake-quantize nodes of ``model`` in place; without any it stays as it is.
 
     Raises:
-        ExportError: a scale is not a constant, or 8 bits cannot hold its integers.
+        ExportError: a scale is not a constant, 8 bits cannot hold its integers, or the operator
+            set is too old for what the file has to say.
     """
-    if not any(node.op_type == _NODE and node.domain == DOMAIN for node in model.graph.node):
+    if not any(node.domain == DOMAIN for node in model.graph.node):
         return
+    hints = {entry.key: entry.value for entry in model.metadata_props}
     graph = GraphEditor(model.graph)
     _unwrap_names(graph)
-    _replace_nodes(graph)
+    weights = [node for node in graph.nodes if _is_weight(graph, node)]
+    _round_activations(graph)
     _pool_before_flatten(graph)
     _drop_saturated_activations(graph)
     _keep_scale_through(graph)
-    _biases_to_int32(graph)
+    newer = [place_weight(graph, node) for node in weights]
+    biases = hints.get(BIASES, "int32")
+    if biases != "float":
+        write_biases(graph, short=biases == "float16")
+    _hard_sigmoids(graph)
+    if hints.get(SCALES) == "bytes":
+        looked_up(graph)
     graph.commit()
     for opset in [entry for entry in model.opset_import if entry.domain == DOMAIN]:
         model.opset_import.remove(opset)
+    _check_opset(model, max(int(hints.get(OPSET, "1")), _NEWER if any(newer) else 1))
+
+
+def _check_opset(model: ModelProto, oldest: int) -> None:
+    version = next(entry.version for entry in model.opset_import if entry.domain == "")
+    if version < oldest:
+        raise ExportError(
+            f"the weights or the target need operator set {oldest}, not {version}",
+            where="opset",
+            hint=f"use opset={oldest}",
+        )
 
 
 def _unwrap_names(graph: GraphEditor) -> None:
@@ -104,71 +138,99 @@ def _unwrap_names(graph: GraphEditor) -> None:
             entry.value = entry.value.replace(f"'{wrapped}", f"'{plain}")
 
 
-def _replace_nodes(graph: GraphEditor) -> None:
-    """Weights to int8 constants, activations to Q/DQ pairs, one per value and scale."""
-    pairs: dict[tuple[str, str, str], str] = {}
+def _is_weight(graph: GraphEditor, node: NodeProto) -> bool:
+    private = node.op_type == _STATIC and node.domain == DOMAIN
+    return private and graph.constant(node.input[0]) is not None
+
+
+def _round_activations(graph: GraphEditor) -> None:
+    """Q/DQ pairs, one per value and scale, in place of the nodes on computed values."""
+    pairs: dict[tuple[str, ...], str] = {}
     for node in list(graph.nodes):
-        if node.op_type != _NODE or node.domain != DOMAIN:
+        if node.domain != DOMAIN or _is_weight(graph, node):
             continue
-        attributes = {entry.name: entry.i for entry in node.attribute}
-        axis, qmin, qmax = (attributes[name] for name in ("axis", "qmin", "qmax"))
-        x, kind = node.input[0], np.dtype(np.int8 if qmin < 0 else np.uint8)
-        scale, zero_point = (graph.constant(name) for name in node.input[1:3])
-        if scale is None or zero_point is None:
-            raise ExportError("the scale of a quantizer is not a constant", where=x)
-        if qmin < -128 or qmax > (127 if qmin < 0 else 255):
-            raise ExportError(f"no 8-bit type holds {qmin} … {qmax}", where=x)
-        values = graph.constant(x)
-        if values is not None:
-            shape = [-1 if axis == d else 1 for d in range(values.ndim)] if axis >= 0 else []
-            levels = np.rint(values / scale.reshape(shape)) + zero_point.reshape(shape)
-            integers = np.clip(levels, qmin, qmax).astype(kind)
-            _place_weight(graph, node, integers, scale, zero_point.astype(kind), axis)
-            continue
-        s_name = graph.shared(scale.astype(np.float32), "s")
-        z_name = graph.shared(zero_point.astype(kind), "z")
-        key = (x, s_name, z_name)
-        if key in pairs and not graph.is_output(node.output[0]):
-            graph.redirect(node.output[0], pairs[key])
-            graph.remove(node)
-            continue
-        pairs.setdefault(key, node.output[0])
-        quantized = graph.fresh("q")
-        extra = {"axis": axis} if axis >= 0 else {}
-        q_node = graph.node("QuantizeLinear", [x, s_name, z_name], quantized, node, **extra)
-        inputs = [quantized, s_name, z_name]
-        dq_node = graph.node("DequantizeLinear", inputs, node.output[0], node, **extra)
-        graph.replace(node, q_node, dq_node)
+        place = _place_static if node.op_type == _STATIC else _place_dynamic
+        place(graph, node, pairs)
 
 
-def _place_weight(
-    graph: GraphEditor,
-    node: NodeProto,
-    integers: np.ndarray[Any, Any],
-    scale: np.ndarray[Any, Any],
-    zero_point: np.ndarray[Any, Any],
-    axis: int,
-) -> None:
-    """Put ``integers`` and a DequantizeLinear in place of a fake-quantized constant.
+def _place_static(graph: GraphEditor, node: NodeProto, pairs: dict[tuple[str, ...], str]) -> None:
+    x, (qmin, qmax) = node.input[0], _range(graph, node)
+    kind = np.dtype(np.int8 if qmin < 0 else np.uint8)
+    scale, zero_point = (graph.constant(name) for name in node.input[1:3])
+    if scale is None or zero_point is None:
+        raise ExportError("the scale of a quantizer is not a constant", where=x)
+    s_name = graph.shared(scale.astype(np.float32), "s")
+    z_name = graph.shared(zero_point.astype(kind), "z")
+    if _reuse(graph, node, (x, s_name, z_name, str(qmax)), pairs):
+        return
+    clip = []
+    if qmax - qmin < 254:  # the runtime would use all of the 8 bits
+        ends = (((q - zero_point) * scale).astype(np.float32) for q in (qmin, qmax))
+        bounds = [graph.shared(end, "b") for end in ends]
+        clip = [graph.node("Clip", [x, *bounds], graph.fresh("p"), node)]
+        x = clip[0].output[0]
+    quantized = graph.fresh("q")
+    q_node = graph.node("QuantizeLinear", [x, s_name, z_name], quantized, node)
+    dq_node = graph.node("DequantizeLinear", [quantized, s_name, z_name], node.output[0], node)
+    graph.replace(node, *clip, q_node, dq_node)
 
-    A Transpose behind it (of a linear layer on more than two dimensions) is carried out.
+
+def _place_dynamic(graph: GraphEditor, node: NodeProto, pairs: dict[tuple[str, ...], str]) -> None:
+    x, (qmin, qmax) = node.input[0], _range(graph, node)
+    if qmax - qmin != 255:
+        raise ExportError("activations with scales of each batch have 8 bits", where=x)
+    if _reuse(graph, node, (x,), pairs):
+        return
+    names = [graph.fresh(prefix) for prefix in "qsz"]
+    q_node = graph.node("DynamicQuantizeLinear", [x], names, node)
+    graph.replace(node, q_node, graph.node("DequantizeLinear", names, node.output[0], node))
+
+
+def _reuse(
+    graph: GraphEditor, node: NodeProto, key: tuple[str, ...], pairs: dict[tuple[str, ...], str]
+) -> bool:
+    """Whether an equal pair is there already, and takes the place of ``node``."""
+    if key in pairs and not graph.is_output(node.output[0]):
+        graph.redirect(node.output[0], pairs[key])
+        graph.remove(node)
+        return True
+    pairs.setdefault(key, node.output[0])
+    return False
+
+
+def _range(graph: GraphEditor, node: NodeProto) -> tuple[int, int]:
+    qmin, qmax = (int(graph.attribute(node, name)) for name in ("qmin", "qmax"))
+    if qmin < -128 or qmax > (127 if qmin < 0 else 255):
+        raise ExportError(f"no 8-bit type holds {qmin} … {qmax}", where=node.input[0])
+    return qmin, qmax
+
+
+def _hard_sigmoids(graph: GraphEditor) -> None:
+    """HardSigmoid between integers as a change of scale, which runtimes do by a table.
+
+    ``clip(x / 6 + 1/2, 0, 1)`` on a grid of 1/256 is ``x`` with a scale six times smaller, 128
+    levels up, saturated. A LeakyRelu of slope 1 carries it: ONNX Runtime has an integer kernel for
+    that one and none for HardSigmoid.
     """
-    output, source = node.output[0], node.input[0]
-    readers = graph.consumers(output)
-    if len(readers) == 1 and readers[0].op_type == "Transpose":
-        order = graph.attribute(readers[0], "perm") or list(range(integers.ndim))[::-1]
-        integers = np.ascontiguousarray(integers.transpose(order))
-        axis = order.index(axis) if axis >= 0 else axis
-        output = readers[0].output[0]
-        graph.remove(readers[0])
-    only_reader = graph.consumers(source) == [node]
-    name = graph.overwrite(source, integers) if only_reader else graph.shared(integers, "w")
-    inputs = [name, graph.shared(scale.astype(np.float32), "s")]
-    gemm = any(reader.op_type == "Gemm" for reader in graph.consumers(output))
-    if gemm or zero_point.any():  # ONNX Runtime fuses Gemm only with explicit zero points
-        inputs.append(graph.shared(zero_point, "z"))
-    extra = {"axis": axis} if axis >= 0 else {}
-    graph.replace(node, graph.node("DequantizeLinear", inputs, output, node, **extra))
+    for node in list(graph.nodes):
+        source = graph.producer(node.input[0]) if node.input else None
+        pair = graph.quantization_of(node.input[0]) if node.input else None
+        readers = graph.consumers(node.output[0])
+        if node.op_type != "HardSigmoid" or source is None or pair is None or len(readers) != 1:
+            continue
+        if readers[0].op_type != "QuantizeLinear":
+            continue
+        scale, zero = (graph.constant(name) for name in readers[0].input[1:3])
+        step = graph.constant(pair[0])
+        if scale is None or zero is None or step is None:
+            continue
+        if float(scale) * 256 != 1 or int(zero) != np.iinfo(zero.dtype).min:
+            continue
+        sixth = graph.shared(np.asarray(step / np.float32(6), np.float32), "s")
+        inputs, plain = [source.input[0], sixth, pair[1]], graph.fresh("d")
+        leaky = graph.node("LeakyRelu", [plain], node.output[0], node, alpha=1.0)
+        graph.replace(node, graph.node("DequantizeLinear", inputs, plain, node), leaky)
+        readers[0].input[2] = graph.shared(np.asarray(int(zero) + 128, zero.dtype), "z")
 
 
 def _drop_saturated_activations(graph: GraphEditor) -> None:
@@ -209,14 +271,6 @@ def _saturates_at(graph: GraphEditor, node: NodeProto, low: float, high: float) 
     return bool(below and np.rint(high / float(scale)) + float(zero_point) >= kind.max)
 
 
-def _quantization_of(graph: GraphEditor, value: str) -> list[str] | None:
-    """Names of scale and zero point when ``value`` comes from a per-tensor DequantizeLinear."""
-    node = graph.producer(value)
-    if node is None or node.op_type != "DequantizeLinear" or len(node.input) < 3:
-        return None
-    return None if graph.attribute(node, "axis") is not None else list(node.input[1:3])
-
-
 def _pool_before_flatten(graph: GraphEditor) -> None:
     """A mean over (H, W) that drops these axes → GlobalAveragePool, Q/DQ, Flatten."""
     for node in list(graph.nodes):
@@ -243,7 +297,7 @@ def _pool_before_flatten(graph: GraphEditor) -> None:
 def _keep_scale_through(graph: GraphEditor) -> None:
     """A Q/DQ pair with the input's own scale behind every operator that only moves values."""
     for node in list(graph.nodes):
-        pair = _quantization_of(graph, node.input[0]) if node.input else None
+        pair = graph.quantization_of(node.input[0]) if node.input else None
         moves = node.op_type in _SAME_SCALE or (
             node.op_type == "Resize" and graph.attribute(node, "mode") == b"nearest"
         )
@@ -262,51 +316,3 @@ def _keep_scale_through(graph: GraphEditor) -> None:
                 graph.node("QuantizeLinear", [plain, *pair], quantized, node),
                 graph.node("DequantizeLinear", [quantized, *pair], value, node),
             )
-
-
-def _biases_to_int32(graph: GraphEditor) -> None:
-    """Constant biases between integer input and integer weight, on the accumulator's scale."""
-    for node in list(graph.nodes):
-        if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
-            continue
-        bias = graph.constant(node.input[2])
-        pair = _quantization_of(graph, node.input[0])
-        weight = graph.producer(node.input[1])
-        if bias is None or pair is None or weight is None or weight.op_type != "DequantizeLinear":
-            continue
-        scale_x, scale_w = graph.constant(pair[0]), graph.constant(weight.input[1])
-        integers = graph.constant(weight.input[0])
-        if scale_x is None or scale_w is None or integers is None or integers.dtype != np.int8:
-            continue
-        wide = np.broadcast_to(scale_w, bias.shape).astype(np.float64)
-        excess = np.abs(bias) / (float(scale_x) * wide * (2**31 - 1))
-        if (excess > 1).any():
-            if scale_w.ndim == 0 or graph.attribute(weight, "axis") not in (0, None):
-                continue  # it stays in float, and so does this layer
-            # Channels of hardly any weight under a large bias: a coarser step for the weight.
-            wide = wide * np.maximum(excess, 1)
-            _requantize(graph, weight, integers, scale_w, wide.astype(np.float32))
-        scale = (np.float32(scale_x) * wide.astype(np.float32)).astype(np.float32)
-        rounded = np.clip(np.rint(bias / scale.astype(np.float64)), -(2**31), 2**31 - 1)
-        only = graph.consumers(node.input[2]) == [node]
-        values = rounded.astype(np.int32)
-        name = graph.overwrite(node.input[2], values) if only else graph.shared(values, "b")
-        output = graph.fresh("d")
-        inputs = [name, graph.shared(scale, "s")]
-        if node.op_type == "Gemm":
-            inputs.append(graph.shared(np.zeros_like(values), "z"))
-        graph.insert_before(node, graph.node("DequantizeLinear", inputs, output, node, axis=0))
-        node.input[2] = output
-
-
-def _requantize(
-    graph: GraphEditor,
-    weight: NodeProto,
-    integers: np.ndarray[Any, Any],
-    old: np.ndarray[Any, Any],
-    new: np.ndarray[Any, Any],
-) -> None:
-    shape = (-1, *[1] * (integers.ndim - 1))
-    ratio = (old.astype(np.float64) / new).reshape(shape)
-    graph.overwrite(weight.input[0], np.rint(integers * ratio).astype(np.int8))
-    weight.input[1] = graph.shared(new, "s")

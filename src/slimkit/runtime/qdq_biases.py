@@ -1,0 +1,112 @@
+"""Biases of integer layers: whole numbers on the scale of the sums that they are added to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from slimkit.runtime.fake_quantize import fits_half
+from slimkit.runtime.onnx_graph import GraphEditor
+from slimkit.runtime.qdq_compact import zeros
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
+
+__all__ = ["write_biases"]
+
+Array = np.ndarray[Any, Any]
+
+
+def write_biases(graph: GraphEditor, *, short: bool) -> None:
+    """Constant biases of Conv and Gemm between integer input and integer weight.
+
+    As int32 their scale ``s_x · s_w`` is a product in the file, not a third number for every
+    channel: runtimes compute it when they load the file. Of a 16-bit float ONNX Runtime makes the
+    same int32 then, if the output is quantized.
+
+    Args:
+        graph: with its weights in place.
+        short: write 16-bit floats where they suffice.
+    """
+    for node in list(graph.nodes):
+        if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
+            continue
+        bias = graph.constant(node.input[2])
+        pair = graph.quantization_of(node.input[0])
+        weight = graph.producer(node.input[1])
+        if bias is None or pair is None or weight is None or weight.op_type != "DequantizeLinear":
+            continue
+        scale_x, scale_w = graph.constant(pair[0]), graph.constant(weight.input[1])
+        if scale_x is None or scale_w is None or scale_w.ndim > 1:
+            continue
+        wide = np.broadcast_to(scale_w, bias.shape).astype(np.float64)
+        excess = np.abs(bias) / (float(scale_x) * wide * (2**31 - 1))
+        half = short and _meets_quantizer(graph, node) and (excess <= 1).all()
+        if half and fits_half(torch.from_numpy(np.array(bias))):
+            _place_half(graph, node, bias.astype(np.float16))
+            continue
+        if (excess > 1).any():
+            if scale_w.ndim == 0 or graph.attribute(weight, "axis") not in (0, None):
+                continue  # it stays in float, and so does this layer
+            # Channels of hardly any weight under a large bias: a coarser step for the weight.
+            wide = wide * np.maximum(excess, 1)
+            _requantize(graph, weight, scale_w, wide.astype(np.float32))
+        _place(graph, node, bias, pair[0], weight.input[1], wide.astype(np.float32) * scale_x)
+
+
+def _place(
+    graph: GraphEditor, node: NodeProto, bias: Array, scale_x: str, scale_w: str, scale: Array
+) -> None:
+    rounded = np.clip(np.rint(bias / scale.astype(np.float64)), -(2**31), 2**31 - 1)
+    values = rounded.astype(np.int32)
+    only = graph.consumers(node.input[2]) == [node]
+    name = graph.overwrite(node.input[2], values) if only else graph.shared(values, "b")
+    product, output = graph.fresh("s"), graph.fresh("d")
+    inputs, axis = [name, product], {}
+    weight_scale = graph.constant(scale_w)
+    if weight_scale is not None and weight_scale.ndim:
+        axis = {"axis": 0}
+        if node.op_type == "Gemm":  # fused only with explicit zero points
+            inputs.append(zeros(graph, node, len(values), np.int32))
+    elif node.op_type == "Gemm":
+        inputs.append(graph.shared(np.asarray(0, np.int32), "z"))
+    graph.insert_before(
+        node,
+        graph.node("Mul", [scale_x, scale_w], product, node),
+        graph.node("DequantizeLinear", inputs, output, node, **axis),
+    )
+    node.input[2] = output
+
+
+def _meets_quantizer(graph: GraphEditor, node: NodeProto) -> bool:
+    """Whether QuantizeLinear follows, perhaps behind a clipping activation function."""
+    readers = graph.consumers(node.output[0])
+    while len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        readers = graph.consumers(readers[0].output[0])
+    return len(readers) == 1 and readers[0].op_type == "QuantizeLinear"
+
+
+def _place_half(graph: GraphEditor, node: NodeProto, half: Array) -> None:
+    from onnx import TensorProto
+
+    only = graph.consumers(node.input[2]) == [node]
+    name = graph.overwrite(node.input[2], half) if only else graph.shared(half, "b")
+    output = graph.fresh("d")
+    graph.insert_before(node, graph.node("Cast", [name], output, node, to=TensorProto.FLOAT))
+    node.input[2] = output
+
+
+def _requantize(graph: GraphEditor, weight: NodeProto, old: Array, new: Array) -> None:
+    """Bring the integers of ``weight`` to coarser scales."""
+    source = weight.input[0]
+    cast = graph.producer(source)
+    source = source if cast is None else cast.input[0]
+    integers = graph.constant(source)
+    if integers is None:
+        return
+    shape = (-1, *[1] * (integers.ndim - 1))
+    ratio = (old.astype(np.float64) / new).reshape(shape)
+    graph.overwrite(source, np.rint(integers.astype(np.float64) * ratio).astype(integers.dtype))
+    weight.input[1] = graph.shared(new, "s")
