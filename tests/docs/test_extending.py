@@ -15,6 +15,7 @@ import yaml
 from slimkit.distill import DISTILL_LOSSES
 from slimkit.models import MODELS
 from slimkit.prune import CRITERIA
+from slimkit.quantize import TARGETS
 from slimkit.recipe import STAGES, parse_recipe, run_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -33,7 +34,7 @@ def my_methods() -> Iterator[ModuleType]:
     module = ModuleType("my_methods")
     module.__file__ = str(PAGE)
     with ExitStack() as stack:
-        for registry in (CRITERIA, DISTILL_LOSSES, STAGES, MODELS):
+        for registry in (CRITERIA, DISTILL_LOSSES, STAGES, MODELS, TARGETS):
             stack.enter_context(registry.scratch())
         stack.callback(sys.modules.pop, "my_methods")
         sys.modules["my_methods"] = module
@@ -47,12 +48,14 @@ def test_the_page_has_one_of_each() -> None:
     code = "".join(source for _, source in blocks("python"))
     for registry in ("CRITERIA", "DISTILL_LOSSES", "STAGES", "MODELS"):
         assert f"@{registry}.register(" in code
+    assert "TARGETS.register(" in code
     assert len(blocks("yaml")) == 1
 
 
 def test_the_python_blocks_run(my_methods: ModuleType) -> None:
     assert my_methods.plan.kept
     assert my_methods.network.conv1.weight.grad is not None
+    assert my_methods.quantized.plan.target == "my_npu"
 
 
 def test_the_recipe_runs(my_methods: ModuleType, tmp_path: Path) -> None:

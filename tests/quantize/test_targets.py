@@ -186,3 +186,25 @@ def test_the_curve_of_a_fused_activation_comes_before_the_rounding(images: Image
     x = images(8, 3)
     with torch.no_grad():
         assert (q(x) - model(x)).square().sum() < 1e-2 * model(x).square().sum()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_are_integer_for_tensorrt(images: Images, groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 2, stride=2, groups=groups))
+    q = quantize(model, images(8), target="tensorrt")
+    assert [d.integer for d in q.plan.decisions] == [True, True]
+    assert q.quantizers["1_weight"].scale.shape == (4 // groups,)
+    with torch.no_grad():
+        difference = (q(images(8, 2)) - model(images(8, 2))).square().sum()
+    assert difference < 1e-3 * model(images(8, 2)).square().sum()
+
+
+def test_transposed_convolutions_keep_integer_weights_elsewhere(
+    images: Images, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 2, stride=2))
+    q = quantize(model, images(8))
+    graph = written(q, tmp_path / "up.onnx", images(1))
+    types = {item.name: item.data_type for item in graph.initializer}
+    assert types["1.weight"] == TensorProto.INT8
+    assert parity(q, tmp_path / "up.onnx", [images(4, 2)]).sqnr_db >= 60

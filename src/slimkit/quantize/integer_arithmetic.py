@@ -72,6 +72,8 @@ def layer(
     if total.device.type != "cpu":  # Winograd and the like on a GPU: off by far less than 0.5
         total = total.round()
     channels = (-1,) if func is F.linear else (-1, *[1] * (total.dim() - 2))
+    if scale.dim() and len(scale) != total.shape[-len(channels)]:
+        return None  # groups of a transposed convolution that share scales
     step = reads.scale * scale
     flat = func is not F.linear or x.dim() == 2 or bias is None
     if isinstance(reads, DynamicQuantizer) or not flat:  # the bias is added in float

@@ -16,7 +16,7 @@ from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.measure.tables import rendered
 from slimkit.quantize.batches import Batches
-from slimkit.quantize.calibration import GRANULARITIES, WeightBits, ptq
+from slimkit.quantize.calibration import WeightBits, ptq
 from slimkit.quantize.evaluating import Evaluate, evaluated, refuse_test_data
 from slimkit.quantize.methods import METHODS
 from slimkit.quantize.observers import OBSERVERS
@@ -174,7 +174,7 @@ def settings_space(batches: int) -> dict[str, Parameter]:
     """
     space: dict[str, Parameter] = {
         "observer": Choice(*OBSERVERS.names()),
-        "granularity": Choice(*GRANULARITIES),
+        "granularity": Choice("channel", "tensor"),
     }
     if batches > 1:
         space["batches"] = IntRange(1, batches)
