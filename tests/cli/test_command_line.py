@@ -216,7 +216,7 @@ def test_quantize_takes_bits_methods_a_target_and_a_limit(
     for option, value, message in (
         ("--weight-bits", "four", "--weight-bits: expected a number, or PATTERN=NUMBER"),
         ("--weight-bits", "nothing=4", "weight_bits: the pattern 'nothing' matches no"),
-        ("--weight-bits", "12", "12 bits are not supported"),
+        ("--weight-bits", "12", "has no 12-bit weights"),
         ("--method", "magic", "unknown quantization method 'magic'"),
         ("--target", "onxruntime", "did you mean 'onnxruntime'"),
         ("--max-drop", "-1", "max_drop: expected a number ≥ 0"),

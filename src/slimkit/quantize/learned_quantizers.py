@@ -49,7 +49,8 @@ def with_scales(plan: QuantPlan, scales: str) -> QuantPlan:
     Args:
         plan: of observed activations and weights whose scales follow them.
         scales: ``"observed"`` leaves it as it is; ``"lsq"`` is for all quantizers, ``"pact"`` for
-            the activations behind a ReLU or ReLU6.
+            the activations behind a ReLU or ReLU6. Scales of groups, of known ranges and of each
+            batch are never trained.
 
     Raises:
         UnknownNameError: with the nearest name.
@@ -70,6 +71,8 @@ def with_scales(plan: QuantPlan, scales: str) -> QuantPlan:
     }
 
     def chosen(spec: QuantizerSpec) -> QuantizerSpec:
+        if spec.blocks is not None or not (spec.parameter or spec.calibrated):
+            return spec  # groups follow their weights; known ranges and those of a batch stay
         if scales == "lsq":
             return replace(spec, scale="learned")
         return replace(spec, scale="clip") if spec.name in behind_relu else spec
@@ -85,7 +88,7 @@ def build_quantizer(
         return LsqWeight(spec) if spec.scale == "learned" else WeightQuantizer(spec)
     if spec.dynamic:
         return DynamicQuantizer(spec.form)
-    if spec.scale == "learned" and spec.bounds is None:
+    if spec.scale == "learned":
         return LsqActivation(spec.form)
     if spec.scale == "clip":
         return PactActivation(spec.form)
