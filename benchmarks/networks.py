@@ -70,7 +70,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
         model = BertModel(BertConfig(attn_implementation=rest.rpartition("-")[2]))
         return model, {"input_ids": torch.arange(1, 33).reshape(2, 16) * 7}
     extra: dict[str, Any] = {}
-    if rest in ("googlenet", "inception_v3"):
+    if library == "torchvision" and rest in ("googlenet", "inception_v3"):
         extra = {"init_weights": True, "aux_logits": False}
     model = sk.build_model(name, **extra)
     return model, as_inputs(example_input(name, model)).map(torch.rand_like)

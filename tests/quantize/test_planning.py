@@ -174,3 +174,23 @@ def test_a_quantized_model_is_not_quantized_again(
 ) -> None:
     with pytest.raises(InputError, match="quantized already"):
         quantize(small_quantized, images())
+
+
+class FixedFilter(nn.Module):
+    """A layer whose weight is a buffer, as a transform into frequencies has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filters", torch.randn(4, 3, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.filters)
+
+
+def test_a_weight_may_be_a_buffer() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    model = FixedFilter()
+    q = ptq(model, x, calibration=[x])
+    assert q.plan.decisions[0].integer
+    with torch.no_grad():
+        assert 0 < float((q(x) - model(x)).abs().max()) < 0.1

@@ -250,3 +250,21 @@ def test_rooms_add_operators_and_graph_passes(
         export(Twice(), tmp_path / "model.onnx", torch.randn(1, 3))
         (got,) = open_session(tmp_path / "model.onnx").run([np.full((2, 3), 3, np.float32)])
         np.testing.assert_allclose(got, np.full((2, 3), 10))
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, 2 * x, x + 1, mask)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask"), [((3, 4, 8), (4, 4)), ((2, 3, 2, 4, 8), (3, 1, 4, 4)), ((4, 8), (4, 4))]
+)
+def test_attention_over_any_leading_dimensions(
+    shape: tuple[int, ...], mask: tuple[int, ...], tmp_path: Path
+) -> None:
+    inputs = (torch.randn(shape), torch.randn(mask))
+    export(Attention(), tmp_path / "a.onnx", inputs, dynamic_batch=False)
+    feeds = [tensor.numpy() for tensor in inputs]
+    (out,) = open_session(tmp_path / "a.onnx").run(feeds)
+    torch.testing.assert_close(torch.from_numpy(out), Attention()(*inputs), atol=1e-5, rtol=1e-5)

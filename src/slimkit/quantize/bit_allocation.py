@@ -26,7 +26,7 @@ from slimkit.quantize.layer_sensitivity import (
 from slimkit.quantize.layer_switches import LayerSwitches
 from slimkit.quantize.observers import Observer
 from slimkit.quantize.output_distance import decibels
-from slimkit.quantize.scheme import QuantPlan
+from slimkit.quantize.scheme import QuantPlan, named_weights
 from slimkit.quantize.sensitivity_analysis import calibrated
 from slimkit.quantize.sensitivity_table import LayerSensitivity
 from slimkit.quantize.targets import Target, resolve_target
@@ -256,7 +256,7 @@ def _layer_costs(
     plan: QuantPlan, network: nn.Module, example_inputs: ExampleInputs, layers: Sequence[str]
 ) -> dict[str, _LayerCost]:
     macs = {row.name: row.macs for row in profile(network, example_inputs).layers}
-    parameters = dict(network.named_parameters(remove_duplicate=False))
+    parameters = named_weights(network)
     specs = {spec.name: spec for spec in plan.quantizers}
     widths = plan.bit_widths()
     weights = dict.fromkeys(layers, 0)

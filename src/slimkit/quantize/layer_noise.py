@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimkit.graph.folding import FusePlan
 from slimkit.inputs import Inputs
 from slimkit.quantize.output_distance import decibels
-from slimkit.quantize.scheme import Decision
+from slimkit.quantize.scheme import Decision, named_weights
 from slimkit.quantize.wrapper import QuantizedModel
 
 __all__ = ["layer_noise"]
@@ -100,7 +100,7 @@ def _float_side(
 @torch.no_grad()
 def _weights(network: QuantizedModel, layers: Mapping[str, Decision]) -> dict[str, Tensor]:
     """Layer → its weight as the layer multiplies with it."""
-    parameters = dict(network.model.named_parameters(remove_duplicate=False))
+    parameters = named_weights(network.model)
     names = {spec.name: spec.parameter for spec in network.plan.quantizers}
     found: dict[str, Tensor] = {}
     for layer, decision in layers.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slimkit.quantize.partial_plans import integer_layers, leave_in_float, with_weight_bits
 from slimkit.quantize.quantizers import WeightQuantizer
-from slimkit.quantize.scheme import QuantPlan
+from slimkit.quantize.scheme import QuantPlan, named_weights
 from slimkit.quantize.wrapper import QuantizedModel
 
 __all__ = ["LayerSwitches", "float_parameters"]
@@ -45,7 +45,7 @@ class LayerSwitches:
         self.layers = integer_layers(quantized.plan)
         self._float_outputs = float_outputs
         self._originals = originals or {}
-        self._parameters = dict(quantized.model.named_parameters(remove_duplicate=False))
+        self._parameters = named_weights(quantized.model)
 
     @contextmanager
     def set(

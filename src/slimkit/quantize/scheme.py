@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from slimkit.quantize.wrapper import QuantizedModel
 
-__all__ = ["CallRule", "Decision", "QuantPlan", "QuantizerSpec"]
+__all__ = ["CallRule", "Decision", "QuantPlan", "QuantizerSpec", "named_weights"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ class QuantizerSpec:
     def calibrated(self) -> bool:
         """Whether it needs data before it can round."""
         return self.parameter is None and not self.dynamic and self.bounds is None
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors that can be the weight of a layer, by name: parameters, and fixed filters."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return {**buffers, **dict(model.named_parameters(remove_duplicate=False))}
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,7 @@ class QuantPlan(Plan):
         """
         from slimkit.quantize.wrapper import QuantizedModel
 
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = named_weights(model)
         for spec in self.quantizers:
             if spec.parameter is None:
                 continue

@@ -16,7 +16,7 @@ from slimkit.quantize.integer_activations import GATES
 from slimkit.quantize.integer_calls import IntegerCall, integer_call
 from slimkit.quantize.learned_quantizers import build_quantizer
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
-from slimkit.quantize.scheme import CallRule, QuantPlan
+from slimkit.quantize.scheme import CallRule, QuantPlan, named_weights
 from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
 
 __all__ = ["QuantizedModel"]
@@ -109,11 +109,11 @@ class QuantizedModel(nn.Module):
 
     def refresh_weights(self) -> None:
         """Bring the scales of all weights up to date, as a forward does."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        weights = named_weights(self.model)
         for spec in self.plan.quantizers:
             quantizer = self.quantizers[spec.name]
             if spec.parameter is not None and isinstance(quantizer, WeightQuantizer):
-                quantizer.refresh(parameters[spec.parameter])
+                quantizer.refresh(weights[spec.parameter])
 
     @contextmanager
     def recording_calls(self, called: set[str]) -> Iterator[None]:

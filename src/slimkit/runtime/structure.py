@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from slimkit.errors import ExportError
 from slimkit.inputs import Inputs, as_inputs
+from slimkit.runtime.attention_shapes import FourDimensionalAttention
 
 __all__ = [
     "FlatModel",
@@ -47,7 +48,12 @@ class FlatModel(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the model; ``tensors`` in the order of ``Inputs.tensors()``."""
-        return tuple(tensor for _, tensor in named_outputs(self.call(*tensors)))
+        with (
+            FourDimensionalAttention()
+            if torch.compiler.is_exporting()
+            else contextlib.nullcontext()
+        ):
+            return tuple(tensor for _, tensor in named_outputs(self.call(*tensors)))
 
     def call(self, *tensors: Tensor) -> Any:
         """The same with the outputs as the model returns them."""
