@@ -193,4 +193,5 @@ def test_a_weight_may_be_a_buffer() -> None:
     q = ptq(model, x, calibration=[x])
     assert q.plan.decisions[0].integer
     with torch.no_grad():
-        assert 0 < float((q(x) - model(x)).abs().max()) < 0.1
+        error = (q(x) - model(x)).norm() / model(x).norm()
+    assert 0 < float(error) < 0.02

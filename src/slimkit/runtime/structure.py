@@ -48,11 +48,7 @@ class FlatModel(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the model; ``tensors`` in the order of ``Inputs.tensors()``."""
-        with (
-            FourDimensionalAttention()
-            if torch.compiler.is_exporting()
-            else contextlib.nullcontext()
-        ):
+        with FourDimensionalAttention():  # the exporter knows no other
             return tuple(tensor for _, tensor in named_outputs(self.call(*tensors)))
 
     def call(self, *tensors: Tensor) -> Any:
