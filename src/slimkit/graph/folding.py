@@ -6,7 +6,7 @@ In evaluation mode ``BN(W x + b) = (γ/σ) W x + (γ/σ)(b − μ) + β`` with
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -34,7 +34,8 @@ def batch_norm_pairs(model: nn.Module, graph: Graph) -> list[tuple[str, str]]:
 
     The layer is a convolution, transposed convolution or linear layer; its output goes
     into the batch norm and nowhere else; both run once per forward, own their parameters
-    alone, and the batch norm has running statistics.
+    alone, and the batch norm has running statistics and computes nothing else by itself (its
+    children may, such as the activation function in timm's ``BatchNormAct2d``).
 
     Args:
         model: the captured model.
@@ -51,7 +52,8 @@ def batch_norm_pairs(model: nn.Module, graph: Graph) -> list[tuple[str, str]]:
             continue
         layer, norm = modules[producer.module], modules[call.module]
         once = runs[producer.module] == 1 and runs[call.module] == 1
-        if once and _foldable(layer, norm) and _alone(graph, producer, call):
+        bare = len([c for c in graph.calls if c.module == call.module]) == 1
+        if once and bare and _foldable(layer, norm) and _alone(graph, producer, call):
             pairs.append((producer.module, call.module))
     return pairs
 
@@ -81,7 +83,8 @@ class FusePlan(Plan):
 
     Attributes:
         pairs: (layer path, batch norm path). The layer gets a bias if it has none, the
-            batch norm becomes ``nn.Identity``; outputs in evaluation mode stay the same.
+            batch norm becomes ``nn.Identity``, or what its children do behind it; outputs in
+            evaluation mode stay the same.
     """
 
     kind: ClassVar[str] = "fuse"
@@ -132,8 +135,14 @@ class FusePlan(Plan):
         for layer_path, norm_path in self.pairs:
             _fold(modules[layer_path], modules[norm_path])
             parent, _, name = norm_path.rpartition(".")
-            setattr(model.get_submodule(parent), name, nn.Identity())
+            setattr(model.get_submodule(parent), name, _rest(modules[norm_path]))
         return model
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """What a batch norm does after normalising: nothing, or what its children do in order."""
+    children = OrderedDict(norm.named_children())
+    return nn.Sequential(children) if children else nn.Identity()
 
 
 def _out_channels(layer: nn.Module) -> Any:
