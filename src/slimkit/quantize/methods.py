@@ -115,3 +115,9 @@ def run_methods(methods: Sequence[Method], when: Literal["before", "after"], wor
     for method in methods:
         if method.when == when:
             method.run(work)
+
+
+METHODS.register_lazy("bias_correction", "slimkit.quantize.bias_correction:BiasCorrection")
+METHODS.register_lazy("adaround", "slimkit.quantize.adaround:AdaRound")
+METHODS.register_lazy("reconstruct", "slimkit.quantize.reconstruction:Reconstruct")
+METHODS.register_lazy("gptq", "slimkit.quantize.gptq:GPTQ")

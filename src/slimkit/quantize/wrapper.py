@@ -15,7 +15,10 @@ from slimkit.quantize.integer_arithmetic import IntegerCall, integer_call
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
 from slimkit.quantize.scheme import QuantPlan
 
-__all__ = ["QuantizedModel"]
+__all__ = ["QuantizedModel", "Rounding"]
+
+Rounding = Callable[[Tensor], Tensor]
+"""Takes a tensor, gives the rounded one."""
 
 
 class QuantizedModel(nn.Module):
@@ -67,6 +70,14 @@ class QuantizedModel(nn.Module):
         exact = not (self.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
         with _Attachment(self, self._called, exact=exact):
             return self.model(*args, **kwargs)
+
+    def attachment(self, replaced: Mapping[str, Rounding] | None = None) -> AddressMode:
+        """A mode in which :attr:`model`, or one module of it alone, computes on rounded tensors.
+
+        Args:
+            replaced: name of a quantizer → what to use in its place.
+        """
+        return _Attachment(self, None, exact=False, replaced=replaced)
 
     def activation_quantizers(self) -> dict[str, ActivationQuantizer]:
         """Name → quantizer of an activation."""
@@ -153,13 +164,21 @@ class _Attachment(AddressMode):
         quantized: the network with quantizers and plan.
         called: gets the addresses of the calls that ran; ``None`` to not note them.
         exact: compute like integer kernels.
+        replaced: name of a quantizer → what to use in its place.
     """
 
-    def __init__(self, quantized: QuantizedModel, called: set[str] | None, *, exact: bool) -> None:
+    def __init__(
+        self,
+        quantized: QuantizedModel,
+        called: set[str] | None,
+        *,
+        exact: bool,
+        replaced: Mapping[str, Rounding] | None = None,
+    ) -> None:
         super().__init__(quantized.model)
         self._called = called
         self._rules = quantized.plan.calls
-        self._quantizers = quantized.quantizers
+        self._quantizers: dict[str, Rounding] = {**quantized.quantizers, **(replaced or {})}
         self._integer = quantized.integer_calls() if exact else {}
 
     def on_call(
