@@ -10,13 +10,13 @@ from torch import Tensor
 
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.fixed_weights import ScaleChoice, axis_of, check, choose_scale, fix
-from slimkit.quantize.layer_calls import grouped
 from slimkit.quantize.methods import Work
 from slimkit.quantize.quantizers import WeightQuantizer
 from slimkit.quantize.soft_rounding import Annealing, SoftRounding, optimise
-from slimkit.quantize.streams import Layer, Samples, Streams
+from slimkit.quantize.sampled_layers import answers, importance
+from slimkit.quantize.streams import Layer, Streams
 
-__all__ = ["AdaRound", "answers", "importance", "round_layer"]
+__all__ = ["AdaRound", "round_layer"]
 
 
 @dataclass(frozen=True)
@@ -119,21 +119,3 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
         after = error(rounding.levels() * rounding.scale, everything)
     fix(work.quantized, spec, rounding.levels() if after < start else nearest, scale)
     return f"{layer.module}: error {before:.3g} → {start:.3g} → {min(start, after):.3g}"
-
-
-def answers(samples: Samples, weight: Tensor, picks: Tensor | slice) -> Tensor:
-    """What a layer with that weight answers at some of the positions, (P, out)."""
-    inputs = samples.inputs[:, picks]
-    product = inputs @ grouped(weight, len(inputs)).transpose(1, 2)
-    output = product.transpose(0, 1).flatten(1)
-    return output if samples.bias is None else output + samples.bias
-
-
-def importance(samples: Samples, weight: Tensor) -> Tensor:
-    """How much the square of an error of each weight counts in the output: E[x²].
-
-    Returns:
-        Of the shape of ``weight``.
-    """
-    squares = samples.inputs.square().mean(1, keepdim=True)
-    return squares.expand_as(grouped(weight, len(squares))).reshape(weight.shape)

@@ -158,7 +158,8 @@ class _Trace(AddressMode):
         if not isinstance(value, Tensor):
             return _UNKNOWN
         self._kept.append(value)
-        return id(value), value._version
+        with torch._C.DisableTorchFunction():  # reading an attribute counts as a call
+            return id(value), value._version
 
     def cut(self, run: _Run, layers: Set[str], largest: int) -> Iterator[_Run]:
         """The runs of blocks inside ``run``, in order."""

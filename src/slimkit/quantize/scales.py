@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkit.quantize.targets import NumberFormat
 
-__all__ = ["affine_parameters", "along", "mse_weight_scale", "pair_sums", "weight_scale"]
+__all__ = ["affine_parameters", "along", "mse_weight_scale", "pair_sums", "pairs_bind", "weight_scale"]
 
 TINY = 1e-12
 """No scale is smaller: 1 / scale and bias / scale stay finite."""
@@ -119,9 +119,14 @@ def along(scale: Tensor, weight: Tensor, axis: int | None) -> Tensor:
     return scale.reshape([-1 if d == axis else 1 for d in range(weight.dim())])
 
 
+def pairs_bind(form: NumberFormat) -> bool:
+    """Whether two weights can be so large that their products overflow 16 bits together."""
+    return form.qmax * 2 > _PAIR_LIMIT
+
+
 def _pair_scale(values: Tensor, form: NumberFormat, axis: int | None) -> Tensor:
     """The smallest scale with which no pair overflows; 0 where few bits see to that."""
-    if form.qmax * 2 <= _PAIR_LIMIT:
+    if not pairs_bind(form):
         return torch.zeros((), device=values.device)
     sums = pair_sums(values, axis or 0).abs()
     return _largest(sums, None if axis is None else 0) / _PAIR_LIMIT

@@ -21,9 +21,10 @@ from slimkit.inputs import Inputs
 from slimkit.quantize.blocks import Block, outline
 from slimkit.quantize.layer_calls import SUPPORTED, LayerCall
 from slimkit.quantize.methods import Work
+from slimkit.quantize.sampled_layers import Samples
 from slimkit.quantize.scheme import QuantizerSpec
 
-__all__ = ["Layer", "Samples", "Streams"]
+__all__ = ["Layer", "Streams"]
 
 _MOST_ELEMENTS = 1 << 25
 """Of the sampled inputs of one layer: 128 MiB."""
@@ -46,34 +47,19 @@ class Layer:
     activation: Callable[[Tensor], Any]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What reaches a layer at some positions of some images, and what it should answer.
-
-    Attributes:
-        inputs: of the quantized network, (groups, P, inputs of one output).
-        targets: of the float network before the activation function, (P, out).
-        bias: of the quantized network.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    bias: Tensor | None
-
-
 class Streams:
     """Both networks and what flows through them.
 
     Args:
         work: what the method got.
         images: use so many calibration examples (whole batches); all by default.
+        largest: see :func:`~slimkit.quantize.blocks.outline`.
 
     Attributes:
         layers: convolutions and linear layers with integer weights, in order of execution.
-        blocks: path → block, likewise.
     """
 
-    def __init__(self, work: Work, images: int | None = None) -> None:
+    def __init__(self, work: Work, images: int | None = None, *, largest: int = 8) -> None:
         quantized, reference = work.quantized, work.reference
         addresses: dict[str, list[str]] = {}
         for decision in quantized.plan.decisions:
@@ -81,8 +67,7 @@ class Streams:
                 addresses.setdefault(decision.weight, []).append(decision.address)
         calls = {address for used in addresses.values() for address in used}
         self._work, self._images = work, images
-        self._outline = outline(reference, work.example, calls)
-        self.blocks = self._outline.blocks
+        self._outline = outline(reference, work.example, calls, largest=largest)
         self.layers = [
             self._layer(name, tuple(used))
             for name, used in addresses.items()
@@ -97,7 +82,7 @@ class Streams:
 
         Inputs of the quantized network are rounded, weights are not.
         """
-        block = self._outline.around(set(layer.addresses))
+        block = self.around(layer)
         if block is not None:
             self._enter(block)
         for number in self._float.inputs if block else range(len(self._batches())):
@@ -108,6 +93,10 @@ class Streams:
                 if address in rounded and address in exact:
                     call = rounded[address]
                     yield replace(call, x=self._rounded(address, call.x)), exact[address]
+
+    def around(self, layer: Layer) -> Block | None:
+        """The block that the layer runs in."""
+        return self._outline.around(set(layer.addresses))
 
     @torch.no_grad()
     def draw(self, layer: Layer, positions: int, generator: torch.Generator) -> Samples | None:
@@ -170,7 +159,7 @@ class Streams:
         way: list[Block] = []
         source = block.reads
         while source is not None and self._block is not None and source != self._block.path:
-            way.insert(0, self.blocks[source])
+            way.insert(0, self._outline.blocks[source])
             source = way[0].reads
         for side in (self._quantized, self._float):
             if source is not None and self._block is not None:
