@@ -13,7 +13,7 @@ from slimkit.quantize.fixed_weights import ScaleChoice, axis_of, check, choose_s
 from slimkit.quantize.methods import Work
 from slimkit.quantize.quantizers import WeightQuantizer
 from slimkit.quantize.soft_rounding import Annealing, SoftRounding, optimise
-from slimkit.quantize.sampled_layers import answers, importance
+from slimkit.quantize.sampled_layers import answers, centre, compensation, importance
 from slimkit.quantize.streams import Layer, Streams
 
 __all__ = ["AdaRound", "round_layer"]
@@ -53,6 +53,7 @@ class AdaRound:
     lr: float = 0.03
     images: int = 256
     positions: int = 4096
+    compensate: float = 0.1
     scale: ScaleChoice = "mse"
     regularisation: float = 0.5
     warm_start: float = 0.2
@@ -95,6 +96,9 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
         return f"{layer.module} never ran"
     spec, parameter = layer.weight, str(layer.weight.parameter)
     weight = work.quantized.model.get_parameter(parameter).detach()
+    if settings.compensate:
+        weight = weight + compensation(samples, weight, settings.compensate)
+        centre(samples, weight)
     scale = choose_scale(weight, spec, settings.scale, importance(samples, weight))
     rounding = SoftRounding(weight, scale, spec.form, axis_of(spec))
     targets = layer.activation(samples.targets.clone())
@@ -118,4 +122,6 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
     with torch.no_grad():
         after = error(rounding.levels() * rounding.scale, everything)
     fix(work.quantized, spec, rounding.levels() if after < start else nearest, scale)
+    if settings.compensate:
+        centre(samples, work.quantized.model.get_parameter(parameter))
     return f"{layer.module}: error {before:.3g} → {start:.3g} → {min(start, after):.3g}"

@@ -12,7 +12,7 @@ from slimkit.progress import ProgressDisplay
 from slimkit.quantize.fixed_weights import ScaleChoice, axis_of, check, choose_scale, fix
 from slimkit.quantize.layer_calls import grouped
 from slimkit.quantize.methods import Work
-from slimkit.quantize.sampled_layers import answers, importance
+from slimkit.quantize.sampled_layers import answers, centre, compensation, hessian, importance
 from slimkit.quantize.scales import along, pairs_bind
 from slimkit.quantize.streams import Layer, Streams
 
@@ -51,6 +51,7 @@ class GPTQ:
     damping: float = 0.01
     act_order: bool = True
     scale: ScaleChoice = "mse"
+    asymmetric: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,13 +74,15 @@ class GPTQ:
             return f"{layer.module} never ran"
         spec = layer.weight
         weight = work.quantized.model.get_parameter(str(spec.parameter)).detach().float()
+        still = weight == 0
+        if self.asymmetric:
+            weight = weight + compensation(samples, weight, self.damping)
         scale = choose_scale(weight, spec, self.scale, importance(samples, weight))
         steps = along(scale, weight, axis_of(spec))
         exact = weight / steps
         lowest, highest = torch.full_like(exact, spec.form.qmin), torch.full_like(exact, spec.form.qmax)
         if spec.pairs and pairs_bind(spec.form):  # any other level might let a pair overflow
             lowest, highest = exact.floor().maximum(lowest), exact.ceil().minimum(highest)
-        still = weight == 0
         lowest, highest = lowest.masked_fill(still, 0.0), highest.masked_fill(still, 0.0)
         groups = len(samples.inputs)
         nearest = exact.round().clamp(spec.form.qmin, spec.form.qmax)
@@ -98,21 +101,9 @@ class GPTQ:
 
         before, after = error(nearest), error(levels)
         fix(work.quantized, spec, levels if after < before else nearest, scale)
+        if self.asymmetric:
+            centre(samples, work.quantized.model.get_parameter(str(spec.parameter)))
         return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}"
-
-
-def hessian(inputs: Tensor, damping: float) -> Tensor:
-    """``2 X Xᵀ / P`` of every group, with damping; float64, (groups, K, K).
-
-    Args:
-        inputs: (groups, P, K).
-        damping: fraction of the mean of the diagonal that is added to it.
-    """
-    product = (inputs.transpose(1, 2) @ inputs).double() * (2.0 / inputs.shape[1])
-    diagonal = product.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    diagonal += torch.where(mean > 0, damping * mean, torch.ones_like(mean))
-    return product
 
 
 def compensated_levels(
