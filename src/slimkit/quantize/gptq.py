@@ -80,12 +80,13 @@ class GPTQ:
         scale = choose_scale(weight, spec, self.scale, importance(samples, weight))
         steps = along(scale, weight, axis_of(spec))
         exact = weight / steps
-        lowest, highest = torch.full_like(exact, spec.form.qmin), torch.full_like(exact, spec.form.qmax)
+        qmin, qmax = spec.form.qmin, spec.form.qmax
+        nearest = exact.round().clamp(qmin, qmax)
+        lowest, highest = torch.full_like(exact, qmin), torch.full_like(exact, qmax)
         if spec.pairs and pairs_bind(spec.form):  # any other level might let a pair overflow
-            lowest, highest = exact.floor().maximum(lowest), exact.ceil().minimum(highest)
+            lowest, highest = exact.floor().clamp(qmin, qmax), exact.ceil().clamp(qmin, qmax)
         lowest, highest = lowest.masked_fill(still, 0.0), highest.masked_fill(still, 0.0)
         groups = len(samples.inputs)
-        nearest = exact.round().clamp(spec.form.qmin, spec.form.qmax)
         levels = compensated_levels(
             grouped(weight, groups),
             grouped(steps.expand_as(weight), groups),

@@ -36,7 +36,7 @@ class Reconstruct:
     this wants a GPU or patience.
 
     Attributes:
-        iterations: steps of Adam per block.
+        iterations: steps of Adam per block or layer.
         batch: images per step.
         lr: learning rate of roundings.
         images: calibration examples.
@@ -105,6 +105,7 @@ class Reconstruct:
 
     def _alone(self) -> AdaRound:
         return AdaRound(
+            iterations=self.iterations,
             lr=self.lr,
             images=self.images,
             scale=self.scale,

@@ -105,8 +105,10 @@ class Streams:
         Returns:
             ``None`` for a layer that no batch has reached.
         """
-        share, inputs, targets, bias = 0, [], [], None
+        inputs, targets, bias = [], [], None
         for rounded, exact in self.calls(layer):
+            if inputs and rounded.bias is not bias:
+                continue  # two layers share a weight but not the bias: the first one counts
             width = rounded.weight[0].numel() * rounded.groups
             wanted = min(positions, _MOST_ELEMENTS // width)
             share = max(1, wanted // (len(self._batches()) * len(layer.addresses)))

@@ -72,12 +72,13 @@ class QuantizedModel(nn.Module):
             return self.model(*args, **kwargs)
 
     def attachment(self, replaced: Mapping[str, Rounding] | None = None) -> AddressMode:
-        """A mode in which :attr:`model`, or one module of it alone, computes on rounded tensors.
+        """A mode in which :attr:`model`, or one module of it alone, computes as in :meth:`forward`.
 
         Args:
             replaced: name of a quantizer → what to use in its place.
         """
-        return _Attachment(self, None, exact=False, replaced=replaced)
+        exact = not (replaced or self.training or torch.is_grad_enabled())
+        return _Attachment(self, None, exact=exact, replaced=replaced)
 
     def activation_quantizers(self) -> dict[str, ActivationQuantizer]:
         """Name → quantizer of an activation."""
