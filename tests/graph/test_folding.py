@@ -89,6 +89,35 @@ def randomise_shapes() -> nn.Module:
     return model.eval()
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """As in timm: the batch norm applies the activation function too."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop = nn.Identity()
+        self.act = nn.ReLU6(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class NormAndMore(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
+
+
+def test_the_activation_inside_a_batch_norm_stays() -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), NormAndActivation(4), nn.Conv2d(4, 2, 1)))
+    x = 4 * torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    plan = FusePlan(tuple(batch_norm_pairs(model, capture(model, x))))
+    assert plan.pairs == (("0", "1"),)
+    torch.testing.assert_close(sk.apply(model, plan)(x), expected, atol=1e-5, rtol=1e-5)
+    assert list(dict(model.named_modules())) == ["", "0", "1", "1.drop", "1.act", "2"]
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), NormAndMore(4)).eval()
+    assert batch_norm_pairs(other, capture(other, x)) == []
+
+
 def test_a_folded_model_is_saved_and_loaded(tmp_path) -> None:
     model = randomise(get_model("resnet18", num_classes=5))
     x = torch.randn(1, 3, 32, 32)

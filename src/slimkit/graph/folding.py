@@ -39,7 +39,8 @@ def batch_norm_pairs(model: nn.Module, graph: Graph) -> list[tuple[str, str]]:
 
     The layer is a convolution, transposed convolution or linear layer; its output goes
     into the batch norm and nowhere else; both run once per forward, own their parameters
-    alone, and the batch norm has running statistics.
+    alone, and the batch norm has running statistics and computes nothing else by itself (its
+    children may, such as the activation function in timm's ``BatchNormAct2d``).
 
     Args:
         model: the captured model.

@@ -22,7 +22,7 @@ from slimkit.quantize.learned_rounding import (
     round_tensor,
 )
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
-from slimkit.quantize.scales import TINY, pair_scale, pairs_can_overflow, weight_scale
+from slimkit.quantize.scales import TINY, mse_weight_scale, pair_scale, pairs_can_overflow
 from slimkit.quantize.scheme import QuantizerSpec, QuantPlan
 from slimkit.quantize.targets import NumberFormat
 
@@ -235,7 +235,7 @@ class LsqWeight(WeightQuantizer):
     def refresh(self, weight: Tensor) -> Tensor:
         """Bring the scale up to date with the step sizes; returns it."""
         if not self._started and not self.start.any():
-            first = least_error_scale(weight, self.form, self.axis, pairs=self._pairs)
+            first = mse_weight_scale(weight, self.form, self.axis, pairs=self._pairs)
             self.start.copy_(first)
             self.step_size.copy_(first)
         self._started = True
@@ -271,33 +271,3 @@ class LsqWeight(WeightQuantizer):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._started = False
-
-
-def least_error_scale(
-    weight: Tensor, form: NumberFormat, axis: int | None, *, pairs: bool = False
-) -> Tensor:
-    """The scale with the least squared rounding error, of 25 between the largest and its 8th.
-
-    Args:
-        weight: as for :func:`~slimkit.quantize.scales.weight_scale`, like all arguments.
-        form: a symmetric format.
-        axis: dimension of the output channels; ``None`` for one scale in all.
-        pairs: no pair of products may exceed 16 bits.
-
-    Returns:
-        float32, > 0, shape (weight.shape[axis],) or ().
-    """
-    values = weight.detach().float()
-    largest = weight_scale(values, form, axis, pairs=pairs)
-    shape = [1] * values.dim()
-    if axis is not None:
-        shape[axis] = -1
-    others = [d for d in range(values.dim()) if d != axis]
-    best, least = largest, torch.full_like(largest, torch.inf)
-    for shrink in torch.logspace(0, -3, 25, base=2.0).tolist():
-        scale = (largest * shrink).reshape(shape) if axis is not None else largest * shrink
-        rounded = torch.div(values, scale).round_().clamp_(form.qmin, form.qmax).mul_(scale)
-        error = rounded.sub_(values).square_().sum(others)
-        best = torch.where(error < least, largest * shrink, best)
-        least = torch.minimum(least, error)
-    return best

@@ -119,3 +119,7 @@ def run_methods(methods: Sequence[Method], when: Literal["before", "after"], wor
 
 METHODS.register_lazy("equalize", "slimkit.quantize.equalization:Equalize")
 METHODS.register_lazy("smoothquant", "slimkit.quantize.smoothing:SmoothQuant")
+METHODS.register_lazy("bias_correction", "slimkit.quantize.bias_correction:BiasCorrection")
+METHODS.register_lazy("adaround", "slimkit.quantize.adaround:AdaRound")
+METHODS.register_lazy("reconstruct", "slimkit.quantize.reconstruction:Reconstruct")
+METHODS.register_lazy("gptq", "slimkit.quantize.gptq:GPTQ")

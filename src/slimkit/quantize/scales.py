@@ -9,6 +9,8 @@ from slimkit.quantize.targets import NumberFormat
 
 __all__ = [
     "affine_parameters",
+    "along",
+    "mse_weight_scale",
     "on_grid",
     "pair_scale",
     "pair_sums",
@@ -85,6 +87,56 @@ def weight_scale(
     largest = torch.where(largest > 0, largest.clamp(min=TINY), torch.ones_like(largest))
     floored = torch.maximum(scale, largest * 2.0**-20)
     return torch.where(scale > 0, floored, largest)
+
+
+def mse_weight_scale(
+    weight: Tensor,
+    form: NumberFormat,
+    axis: int | None,
+    *,
+    pairs: bool = False,
+    importance: Tensor | None = None,
+    candidates: int = 80,
+) -> Tensor:
+    """The scale with the smallest squared rounding error; it may clip the largest weights.
+
+    It is searched among fractions 0.2 … 1 of :func:`weight_scale`. The fewer the bits, and the
+    more weights share one scale, the more there is to win.
+
+    Args:
+        weight: see :func:`weight_scale`.
+        form: likewise.
+        axis: likewise.
+        pairs: likewise; the scale does not fall below what keeps pairs from overflowing.
+        importance: weighs the squared errors; broadcasts to ``weight``.
+        candidates: number of scales to try.
+
+    Returns:
+        As :func:`weight_scale`.
+    """
+    values = weight.detach().float()
+    whole = weight_scale(values, form, axis, pairs=pairs)
+    lowest = (
+        pair_scale(values, axis) if pairs and pairs_can_overflow(form) else torch.zeros_like(whole)
+    )
+    others = [d for d in range(values.dim()) if d != axis]
+    best, smallest = whole, torch.full_like(whole, torch.inf)
+    for number in range(candidates):
+        scale = torch.maximum(whole * (1.0 - 0.8 * number / candidates), lowest)
+        steps = along(scale, values, axis)
+        levels = torch.div(values, steps).round_().clamp_(form.qmin, form.qmax)
+        errors = levels.mul_(steps).sub_(values).square_()
+        error = (errors if importance is None else errors.mul_(importance)).sum(others)
+        best = torch.where(error < smallest, scale, best)
+        smallest = torch.minimum(error, smallest)
+    return best
+
+
+def along(scale: Tensor, weight: Tensor, axis: int | None) -> Tensor:
+    """``scale`` shaped so that it broadcasts to ``weight``."""
+    if axis is None:
+        return scale
+    return scale.reshape([-1 if d == axis else 1 for d in range(weight.dim())])
 
 
 def on_grid(scale: Tensor) -> Tensor:

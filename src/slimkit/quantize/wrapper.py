@@ -19,7 +19,10 @@ from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
 from slimkit.quantize.scheme import CallRule, QuantPlan, named_weights
 from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
 
-__all__ = ["QuantizedModel"]
+__all__ = ["QuantizedModel", "Rounding"]
+
+Rounding = Callable[[Tensor], Tensor]
+"""Takes a tensor, gives the rounded one."""
 
 
 class QuantizedModel(nn.Module):
@@ -71,6 +74,15 @@ class QuantizedModel(nn.Module):
                 quantizer.refresh()
         with _Attachment(self, self._called, exact=exact):
             return self.model(*args, **kwargs)
+
+    def attachment(self, replaced: Mapping[str, Rounding] | None = None) -> AddressMode:
+        """A mode in which :attr:`model`, or one module of it alone, computes as in :meth:`forward`.
+
+        Args:
+            replaced: name of a quantizer → what to use in its place.
+        """
+        exact = not (replaced or self.training or torch.is_grad_enabled())
+        return _Attachment(self, None, exact=exact, replaced=replaced)
 
     def activation_quantizers(self) -> dict[str, ActivationQuantizer]:
         """Name → quantizer of an activation whose scale is stored."""
@@ -188,13 +200,21 @@ class _Attachment(AddressMode):
         quantized: the network with quantizers and plan.
         called: gets the addresses of the calls that ran; ``None`` to not note them.
         exact: compute like integer kernels.
+        replaced: name of a quantizer → what to use in its place.
     """
 
-    def __init__(self, quantized: QuantizedModel, called: set[str] | None, *, exact: bool) -> None:
+    def __init__(
+        self,
+        quantized: QuantizedModel,
+        called: set[str] | None,
+        *,
+        exact: bool,
+        replaced: Mapping[str, Rounding] | None = None,
+    ) -> None:
         super().__init__(quantized.model)
         self._called = called
         self._rules = quantized.plan.calls
-        self._quantizers = quantized.quantizers
+        self._quantizers: dict[str, Rounding] = {**quantized.quantizers, **(replaced or {})}
         self._integer = quantized.integer_calls() if exact else {}
 
     def on_call(

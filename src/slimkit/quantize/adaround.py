@@ -1,0 +1,126 @@
+"""AdaRound: layer after layer, weights are rounded up or down so that outputs stay the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from slimkit.progress import ProgressDisplay
+from slimkit.quantize.fixed_weights import ScaleChoice, axis_of, check, choose_scale, fix
+from slimkit.quantize.methods import Work
+from slimkit.quantize.sampled_layers import answers, centre, compensation, importance
+from slimkit.quantize.soft_rounding import Annealing, SoftRounding, optimise
+from slimkit.quantize.streams import Layer, Streams
+
+__all__ = ["AdaRound", "round_layer"]
+
+
+@dataclass(frozen=True)
+class AdaRound:
+    """Rounding learned layer after layer, on what reaches the layer in the quantized network.
+
+    Nagel et al., 2020 (https://arxiv.org/abs/2004.10568), with asymmetric reconstruction of the
+    layer's output behind its activation function (equation 25). Layers whose weights are fixed
+    already stay as they are.
+
+    Attributes:
+        iterations: steps of Adam per layer.
+        batch: output positions per step.
+        lr: learning rate.
+        images: calibration examples to sample positions from.
+        positions: samples of a layer, from all images together.
+        scale: of the weights, chosen beforehand: ``"mse"`` for the smallest squared error, which
+            may clip, or ``"max"``.
+        regularisation: weight of the term that draws roundings to 0 or 1, against an output error
+            of 1 for rounding to nearest.
+        warm_start: fraction of the steps without that term.
+        beta_start: its exponent at the end of the warm start.
+        beta_end: its exponent at the last step.
+        seed: of the samples.
+
+    Raises:
+        InputError: a value is not valid.
+    """
+
+    when: ClassVar[Literal["before", "after"]] = "after"
+
+    iterations: int = 500
+    batch: int = 512
+    lr: float = 0.03
+    images: int = 256
+    positions: int = 4096
+    compensate: float = 0.1
+    scale: ScaleChoice = "mse"
+    regularisation: float = 0.5
+    warm_start: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = ("iterations", "batch", "lr", "images", "positions", "beta_start", "beta_end")
+        check(
+            choice=self.scale,
+            counts={name: getattr(self, name) for name in names},
+            shares={"warm_start": self.warm_start},
+        )
+
+    def run(self, work: Work) -> None:
+        """See :class:`~slimkit.quantize.methods.Method`."""
+        streams = Streams(work, self.images)
+        layers = [layer for layer in streams.layers if layer.weight.scale == "follows"]
+        with ProgressDisplay(len(layers), 0, label="adaround", enabled=work.progress) as display:
+            for number, layer in enumerate(layers, start=1):
+                display.step(number, round_layer(self, work, streams, layer))
+
+    def annealing(self) -> Annealing:
+        """The course of the optimisation."""
+        return Annealing(
+            self.iterations,
+            self.lr,
+            self.regularisation,
+            self.warm_start,
+            (self.beta_start, self.beta_end),
+        )
+
+
+def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) -> str:
+    """Learn the rounding of one layer and fix its weight; returns what came of it."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    samples = streams.draw(layer, settings.positions, generator)
+    if samples is None:
+        return f"{layer.module} never ran"
+    spec, parameter = layer.weight, str(layer.weight.parameter)
+    weight = work.quantized.model.get_parameter(parameter).detach()
+    if settings.compensate:
+        weight = weight + compensation(samples, weight, settings.compensate)
+        centre(samples, weight)
+    scale = choose_scale(weight, spec, settings.scale, importance(samples, weight))
+    rounding = SoftRounding(weight, scale, spec.form, axis_of(spec))
+    targets = layer.activation(samples.targets.clone())
+
+    def error(rounded: Tensor, picks: Tensor | slice) -> Tensor:
+        given = answers(samples, rounded, picks)
+        return (layer.activation(given) - targets[picks]).square().sum(1).mean()
+
+    everything = slice(None)
+    quantizer = work.quantized.quantizers[spec.name]
+    with torch.no_grad():
+        nearest = rounding.levels()
+        before = error(quantizer(weight), everything)
+        start = error(nearest * rounding.scale, everything)
+
+    def loss() -> Tensor:
+        picks = torch.randint(len(targets), (settings.batch,), generator=generator)
+        return error(rounding(), picks.to(targets.device)) / start.clamp(min=1e-20)
+
+    optimise([rounding], loss, settings.annealing())
+    with torch.no_grad():
+        after = error(rounding.levels() * rounding.scale, everything)
+    fix(work.quantized, spec, rounding.levels() if after < start else nearest, scale)
+    if settings.compensate:
+        centre(samples, work.quantized.model.get_parameter(parameter))
+    return f"{layer.module}: error {before:.3g} → {start:.3g} → {min(start, after):.3g}"

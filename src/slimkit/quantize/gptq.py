@@ -1,0 +1,160 @@
+"""GPTQ: weights are rounded one input after the other, the rest makes up for the error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from slimkit.progress import ProgressDisplay
+from slimkit.quantize.fixed_weights import ScaleChoice, axis_of, check, choose_scale, fix
+from slimkit.quantize.layer_calls import grouped
+from slimkit.quantize.methods import Work
+from slimkit.quantize.sampled_layers import answers, centre, compensation, hessian, importance
+from slimkit.quantize.scales import along, pairs_can_overflow
+from slimkit.quantize.streams import Layer, Streams
+
+__all__ = ["GPTQ", "compensated_levels"]
+
+_COLUMNS = 128
+"""Columns whose corrections reach the rest of the weight in one product (section 3.3, step 2)."""
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Second-order rounding of convolutions and linear layers, without gradient descent.
+
+    Frantar et al., 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+    Transformers" (https://arxiv.org/abs/2210.17323). The Hessian ``2 X Xᵀ`` comes from what
+    reaches the layer in the quantized network; a convolution is a matrix product with patches, a
+    grouped or depthwise one a product for every group. Layers whose weights are fixed already stay
+    as they are.
+
+    Attributes:
+        images: calibration examples to sample positions from.
+        positions: samples of a layer, from all images together.
+        damping: added to the diagonal of the Hessian, as a fraction of its mean.
+        act_order: begin with the inputs that matter most, instead of in order.
+        scale: of the weights, ``"mse"`` or ``"max"``.
+        seed: of the samples.
+
+    Raises:
+        InputError: a value is not valid.
+    """
+
+    when: ClassVar[Literal["before", "after"]] = "after"
+
+    images: int = 256
+    positions: int = 8192
+    damping: float = 0.01
+    act_order: bool = True
+    scale: ScaleChoice = "mse"
+    asymmetric: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = ("images", "positions", "damping")
+        check(choice=self.scale, counts={name: getattr(self, name) for name in names})
+
+    @torch.no_grad()
+    def run(self, work: Work) -> None:
+        """See :class:`~slimkit.quantize.methods.Method`."""
+        streams = Streams(work, self.images)
+        layers = [layer for layer in streams.layers if layer.weight.scale == "follows"]
+        with ProgressDisplay(len(layers), 0, label="gptq", enabled=work.progress) as display:
+            for number, layer in enumerate(layers, start=1):
+                display.step(number, self._round(work, streams, layer))
+
+    def _round(self, work: Work, streams: Streams, layer: Layer) -> str:
+        generator = torch.Generator().manual_seed(self.seed)
+        samples = streams.draw(layer, self.positions, generator)
+        if samples is None:
+            return f"{layer.module} never ran"
+        spec = layer.weight
+        weight = work.quantized.model.get_parameter(str(spec.parameter)).detach().float()
+        still = weight == 0
+        if self.asymmetric:
+            weight = weight + compensation(samples, weight, self.damping)
+        scale = choose_scale(weight, spec, self.scale, importance(samples, weight))
+        steps = along(scale, weight, axis_of(spec))
+        exact = weight / steps
+        qmin, qmax = spec.form.qmin, spec.form.qmax
+        nearest = exact.round().clamp(qmin, qmax)
+        lowest, highest = torch.full_like(exact, qmin), torch.full_like(exact, qmax)
+        if spec.pairs and pairs_can_overflow(
+            spec.form
+        ):  # any other level might let a pair overflow
+            lowest, highest = exact.floor().clamp(qmin, qmax), exact.ceil().clamp(qmin, qmax)
+        lowest, highest = lowest.masked_fill(still, 0.0), highest.masked_fill(still, 0.0)
+        groups = len(samples.inputs)
+        levels = compensated_levels(
+            grouped(weight, groups),
+            grouped(steps.expand_as(weight), groups),
+            grouped(lowest, groups),
+            grouped(highest, groups),
+            hessian(samples.inputs, self.damping),
+            act_order=self.act_order,
+        ).reshape(weight.shape)
+
+        def error(levels: Tensor) -> float:
+            change = answers(samples, levels * steps - weight, slice(None), bias=False)
+            return float(change.square().sum(1).mean())
+
+        before, after = error(nearest), error(levels)
+        fix(work.quantized, spec, levels if after < before else nearest, scale)
+        if self.asymmetric:
+            centre(samples, work.quantized.model.get_parameter(str(spec.parameter)))
+        return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}"
+
+
+def compensated_levels(
+    weight: Tensor,
+    steps: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    hessian: Tensor,
+    *,
+    act_order: bool,
+) -> Tensor:
+    """Levels for which ``Σ (levels · steps − weight) H (…)ᵀ`` is small.
+
+    Column after column is rounded, and what is left of the weight moves so that the output
+    changes least (equations 2 and 3, by the Cholesky factor of the inverse Hessian, algorithm 1).
+
+    Args:
+        weight: (groups, out / groups, K).
+        steps: the scale of every weight, of the same shape: one per channel repeats along the
+            last dimension; one per group of inputs would change along it.
+        lowest: the smallest level that each weight may get.
+        highest: the largest.
+        hessian: (groups, K, K), positive definite.
+        act_order: begin with the largest diagonal entries.
+
+    Returns:
+        Integers as float32.
+    """
+    order = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
+    if act_order:
+        order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    columns = order.unsqueeze(1).expand_as(weight)
+    ordered = [t.gather(2, columns) for t in (weight.double(), steps, lowest, highest)]
+    rest, steps, lowest, highest = ordered
+    square = order.unsqueeze(1).expand_as(hessian)
+    hessian = hessian.gather(2, square).gather(1, square.transpose(1, 2))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    levels = torch.empty_like(rest)
+    for start in range(0, rest.shape[2], _COLUMNS):
+        end = min(start + _COLUMNS, rest.shape[2])
+        errors = torch.empty_like(rest[:, :, start:end])
+        for j in range(start, end):
+            step = steps[:, :, j]
+            level = torch.div(rest[:, :, j], step).round()
+            levels[:, :, j] = level.maximum(lowest[:, :, j]).minimum(highest[:, :, j])
+            error = (rest[:, :, j] - levels[:, :, j] * step) / factor[:, j, j].unsqueeze(1)
+            errors[:, :, j - start] = error
+            rest[:, :, j:end] -= error.unsqueeze(2) * factor[:, j, j:end].unsqueeze(1)
+        rest[:, :, end:] -= errors @ factor[:, start:end, end:]
+    return torch.empty_like(levels).scatter_(2, columns, levels).float()

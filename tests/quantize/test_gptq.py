@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from slimkit.quantize.gptq import compensated_levels
+from slimkit.quantize.sampled_layers import hessian
+
+
+def one_by_one(
+    weight: np.ndarray, step: np.ndarray, hessian: np.ndarray, limit: int, order: list[int]
+) -> np.ndarray:
+    """Optimal brain quantization of every row in a given order, with least squares each time.
+
+    After each rounding the weights that are still free get the values that are best given those
+    that are not: ``w_F = w⁰_F − H_FF⁻¹ H_FR (q_R − w⁰_R)``.
+    """
+    levels = np.zeros_like(weight)
+    for row, first in enumerate(weight):
+        current, fixed = first.copy(), list[int]()
+        for column in order:
+            level = np.clip(np.round(current[column] / step[row]), -limit, limit)
+            levels[row, column], current[column] = level, level * step[row]
+            fixed.append(column)
+            free = [c for c in order if c not in fixed]
+            if free:
+                change = hessian[np.ix_(free, fixed)] @ (current[fixed] - first[fixed])
+                current[free] = first[free] - np.linalg.solve(hessian[np.ix_(free, free)], change)
+    return levels
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_it_is_optimal_brain_quantization_in_a_fixed_order(act_order: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(2, 3, 6, generator=generator)  # two groups of three outputs
+    inputs = torch.randn(2, 40, 6, generator=generator) @ torch.randn(2, 6, 6, generator=generator)
+    h = hessian(inputs, 0.01)
+    step = weight.abs().amax(2, keepdim=True) / 7
+    full = torch.full_like(weight, 7.0)
+    found = compensated_levels(weight, step.expand_as(weight), -full, full, h, act_order=act_order)
+    for group in range(2):
+        diagonal = h[group].diagonal()
+        order = diagonal.argsort(descending=True).tolist() if act_order else list(range(6))
+        expected = one_by_one(
+            weight[group].double().numpy(), step[group, :, 0].numpy(), h[group].numpy(), 7, order
+        )
+        assert found[group].tolist() == expected.tolist()
+    assert not torch.equal(found, (weight / step).round())
+
+
+def test_hessian_by_hand() -> None:
+    inputs = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])  # mean of 2 x xᵀ over two positions
+    expected = torch.tensor([[[10.0, 2.0], [2.0, 4.0]]], dtype=torch.float64)
+    expected += 0.1 * 7.0 * torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(hessian(inputs, 0.1), expected)
+
+
+def test_inputs_that_are_never_anything_but_zero_do_no_harm() -> None:
+    weight = torch.randn(1, 3, 4)
+    step, full = torch.full_like(weight, 0.1), torch.full_like(weight, 127.0)
+    h = hessian(torch.zeros(1, 10, 4), 0.01)
+    found: Tensor = compensated_levels(weight, step, -full, full, h, act_order=True)
+    assert torch.equal(found, (weight / step).round())
+
+
+def test_columns_in_chunks_give_the_same_as_one_after_the_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 2, 150, generator=generator)
+    h = hessian(torch.randn(1, 400, 150, generator=generator), 0.01)
+    step, full = torch.full_like(weight, 0.5), torch.full_like(weight, 7.0)
+    found = compensated_levels(weight, step, -full, full, h, act_order=False)
+    steps = np.full(2, 0.5)
+    expected = one_by_one(weight[0].double().numpy(), steps, h[0].numpy(), 7, list(range(150)))
+    assert found[0].tolist() == expected.tolist()
