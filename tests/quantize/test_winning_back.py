@@ -41,7 +41,9 @@ def sqnr(reference: Tensor, other: Tensor) -> float:
     return float(10 * torch.log10(reference.square().sum() / (reference - other).square().sum()))
 
 
-def repaired(model: nn.Module, images: Images, *methods: Method | str, **options: Any) -> QuantizedModel:
+def repaired(
+    model: nn.Module, images: Images, *methods: Method | str, **options: Any
+) -> QuantizedModel:
     options = {"weight_bits": 4, **options}
     batches = [images(16, seed) for seed in range(4)]
     return ptq(model, images(1), calibration=batches, methods=methods, **options)
@@ -195,9 +197,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_random_state_alone(
 
 def test_bias_correction_centres_every_layer(small: nn.Module, images: Images) -> None:
     batches = [images(16, seed) for seed in range(4)]
-    q = ptq(
-        small, images(1), calibration=batches, weight_bits=4, methods=["bias_correction"]
-    )
+    q = ptq(small, images(1), calibration=batches, weight_bits=4, methods=["bias_correction"])
     reference = ptq(small, images(1), calibration=batches, weight_bits=4)
     reference.set_rounding(False)
     x = torch.cat(batches)
@@ -232,7 +232,7 @@ def test_shared_rare_and_skipped_layers(images: Images, method: Method) -> None:
     wide = F.interpolate(images(1), size=24)
     with pytest.warns(UserWarning, match="rare:conv2d#0 did not run"):
         q = ptq(model, wide, calibration=batches, weight_bits=4, methods=[method])
-        plain = ptq(model, wide, calibration=batches, weight_bits=4)
+    plain = ptq(model, images(1), calibration=batches, weight_bits=4)
     x = images(16, 99)
     assert sqnr(model(x), q(x)) > sqnr(model(x), plain(x))
     assert q.model.get_parameter("first.weight") is q.model.get_parameter("second.weight")

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from slimkit.quantize.targets import NumberFormat
 
-__all__ = ["affine_parameters", "along", "mse_weight_scale", "pair_sums", "pairs_bind", "weight_scale"]
+__all__ = [
+    "affine_parameters",
+    "along",
+    "mse_weight_scale",
+    "pair_sums",
+    "pairs_bind",
+    "weight_scale",
+]
 
 TINY = 1e-12
 """No scale is smaller: 1 / scale and bias / scale stay finite."""

@@ -48,9 +48,7 @@ class SoftRounding(nn.Module):
         scale: shaped so that it broadcasts to the weight.
     """
 
-    def __init__(
-        self, weight: Tensor, scale: Tensor, form: NumberFormat, axis: int | None
-    ) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, form: NumberFormat, axis: int | None) -> None:
         super().__init__()
         self._form = form
         self.scale = along(scale, weight, axis)
@@ -131,11 +129,15 @@ def optimise(
         total = loss()
         beta = annealing.beta_at(step)
         if beta is not None:
-            total = total + annealing.weight * torch.stack(
-                [rounding.regulariser(beta) for rounding in roundings]
-            ).mean()
+            total = (
+                total
+                + annealing.weight
+                * torch.stack([rounding.regulariser(beta) for rounding in roundings]).mean()
+            )
         optimizer.zero_grad()
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         if others:
-            groups[1]["lr"] = others_lr * 0.5 * (1 + math.cos(math.pi * step / annealing.iterations))
+            groups[1]["lr"] = (
+                others_lr * 0.5 * (1 + math.cos(math.pi * step / annealing.iterations))
+            )
         optimizer.step()
