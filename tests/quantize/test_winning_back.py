@@ -232,7 +232,7 @@ def test_shared_rare_and_skipped_layers(images: Images, method: Method) -> None:
     wide = F.interpolate(images(1), size=24)
     with pytest.warns(UserWarning, match="rare:conv2d#0 did not run"):
         q = ptq(model, wide, calibration=batches, weight_bits=4, methods=[method])
-        plain = ptq(model, wide, calibration=batches, weight_bits=4)
+    plain = ptq(model, images(1), calibration=batches, weight_bits=4)
     x = images(16, 99)
     assert sqnr(model(x), q(x)) > sqnr(model(x), plain(x))
     assert q.model.get_parameter("first.weight") is q.model.get_parameter("second.weight")

@@ -47,14 +47,14 @@ class AdaRound:
 
     when: ClassVar[Literal["before", "after"]] = "after"
 
-    iterations: int = 500
+    iterations: int = 300
     batch: int = 512
-    lr: float = 0.03
+    lr: float = 0.1
     images: int = 256
     positions: int = 4096
-    compensate: float = 0.1
+    compensate: bool = True
     scale: ScaleChoice = "mse"
-    regularisation: float = 0.5
+    regularisation: float = 10.0
     warm_start: float = 0.2
     beta_start: float = 20.0
     beta_end: float = 2.0
@@ -87,6 +87,7 @@ class AdaRound:
         )
 
 
+@torch.no_grad()
 def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) -> str:
     """Learn the rounding of one layer and fix its weight; returns what came of it."""
     generator = torch.Generator().manual_seed(settings.seed)
@@ -95,32 +96,30 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
         return f"{layer.module} never ran"
     spec, parameter = layer.weight, str(layer.weight.parameter)
     weight = work.quantized.model.get_parameter(parameter).detach()
+    wanted = samples.targets
     if settings.compensate:
-        weight = weight + compensation(samples, weight, settings.compensate)
+        weight = weight + compensation(samples, weight)
         centre(samples, weight)
+        wanted = answers(samples, weight, slice(None))
     scale = choose_scale(weight, spec, settings.scale, importance(samples, weight))
     rounding = SoftRounding(weight, scale, spec.form, axis_of(spec))
-    targets = layer.activation(samples.targets.clone())
+    targets: Tensor = layer.activation(wanted.clone())
 
-    def error(rounded: Tensor, picks: Tensor | slice) -> Tensor:
-        given = answers(samples, rounded, picks)
-        return (layer.activation(given) - targets[picks]).square().sum(1).mean()
+    def error(rounded: Tensor, picks: Tensor | slice = slice(None)) -> Tensor:
+        given: Tensor = layer.activation(answers(samples, rounded, picks))
+        difference = given - targets[picks]
+        return difference.square().sum(1).mean()
 
-    everything = slice(None)
-    quantizer = work.quantized.quantizers[spec.name]
-    with torch.no_grad():
-        nearest = rounding.levels()
-        before = error(quantizer(weight), everything)
-        start = error(nearest * rounding.scale, everything)
+    nearest = rounding.levels()
+    before = error(nearest * rounding.scale)
 
     def loss() -> Tensor:
         picks = torch.randint(len(targets), (settings.batch,), generator=generator)
-        return error(rounding(), picks.to(targets.device)) / start.clamp(min=1e-20)
+        return error(rounding(), picks.to(targets.device)) / before.clamp(min=1e-20)
 
     optimise([rounding], loss, settings.annealing())
-    with torch.no_grad():
-        after = error(rounding.levels() * rounding.scale, everything)
-    fix(work.quantized, spec, rounding.levels() if after < start else nearest, scale)
+    after = error(rounding.levels() * rounding.scale)
+    fix(work.quantized, spec, rounding.levels() if after < before else nearest, scale)
     if settings.compensate:
         centre(samples, work.quantized.model.get_parameter(parameter))
-    return f"{layer.module}: error {before:.3g} → {start:.3g} → {min(start, after):.3g}"
+    return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}"

@@ -165,7 +165,7 @@ class _Trace(AddressMode):
         """The runs of blocks inside ``run``, in order."""
         for child in run.inside:
             container = isinstance(child.module, nn.Sequential) and bool(child.inside)
-            small = len(layers.intersection(child.addresses)) <= largest
+            small = len(layers & set(child.addresses)) <= largest
             if small and not container and self._alone(child):
                 yield child
             else:

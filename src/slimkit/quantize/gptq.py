@@ -48,10 +48,10 @@ class GPTQ:
 
     images: int = 256
     positions: int = 8192
-    damping: float = 0.01
+    damping: float = 0.1
     act_order: bool = True
     scale: ScaleChoice = "mse"
-    asymmetric: bool = True
+    compensate: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,8 +75,8 @@ class GPTQ:
         spec = layer.weight
         weight = work.quantized.model.get_parameter(str(spec.parameter)).detach().float()
         still = weight == 0
-        if self.asymmetric:
-            weight = weight + compensation(samples, weight, self.damping)
+        if self.compensate:
+            weight = weight + compensation(samples, weight)
         scale = choose_scale(weight, spec, self.scale, importance(samples, weight))
         steps = along(scale, weight, axis_of(spec))
         exact = weight / steps
@@ -104,7 +104,7 @@ class GPTQ:
 
         before, after = error(nearest), error(levels)
         fix(work.quantized, spec, levels if after < before else nearest, scale)
-        if self.asymmetric:
+        if self.compensate:
             centre(samples, work.quantized.model.get_parameter(str(spec.parameter)))
         return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}"
 

@@ -1,4 +1,4 @@
-"""Block reconstruction: all layers of a block are rounded together, and activation scales learned."""
+"""Block reconstruction: the layers of a block are rounded together, activation scales learned."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class Reconstruct:
 
     iterations: int = 300
     batch: int = 8
-    lr: float = 0.03
+    lr: float = 0.1
     images: int = 128
     drop: float = 0.5
     activation_lr: float = 0.001
     largest: int = 8
     scale: ScaleChoice = "mse"
-    regularisation: float = 0.5
+    regularisation: float = 10.0
     warm_start: float = 0.2
     seed: int = 0
 

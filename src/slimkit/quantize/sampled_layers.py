@@ -11,6 +11,9 @@ from slimkit.quantize.layer_calls import grouped
 
 __all__ = ["Samples", "answers", "centre", "compensation", "hessian", "importance"]
 
+_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Dampings to choose from; see :func:`hessian`."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -34,7 +37,7 @@ def answers(
     inputs = samples.inputs[:, picks]
     product = inputs @ grouped(weight, len(inputs)).transpose(1, 2)
     output = product.transpose(0, 1).flatten(1)
-    return output if samples.bias is None or not bias else output + samples.bias
+    return output if samples.bias is None or not bias else output + samples.bias.detach()
 
 
 def importance(samples: Samples, weight: Tensor) -> Tensor:
@@ -61,26 +64,62 @@ def hessian(inputs: Tensor, damping: float) -> Tensor:
     return product
 
 
-def compensation(samples: Samples, weight: Tensor, damping: float) -> Tensor:
+def compensation(samples: Samples, weight: Tensor) -> Tensor:
     """The change of a float weight that makes up for what is wrong with its inputs.
 
-    The least-squares solution of ``(W + Δ) X̂ = W X``, means left out, with ridge ``damping``; it
-    is what asymmetric calibration adds to a layer (Li et al., 2025,
-    https://arxiv.org/abs/2504.02692, section 3). Zeros stay zero.
+    The least-squares solution of ``(W + Δ) X̂ = W X``, means left out, is what asymmetric
+    calibration adds to a layer (Li et al., 2025, https://arxiv.org/abs/2504.02692, section 3). A
+    few hundred images do not determine a large weight, so that it learns the noise of just these
+    inputs: a ridge holds it back, chosen so that what the first half of the images gives suits the
+    second half, and there is no change at all if none suits. Zeros stay zero.
 
     Args:
-        samples: of the layer.
+        samples: of the layer, in the order of the images.
         weight: float, output channels first.
-        damping: see :func:`hessian`.
+
+    Returns:
+        Of the shape of ``weight``.
     """
     residual = samples.targets - answers(samples, weight, slice(None))
-    residual = residual - residual.mean(0)
-    inputs = samples.inputs - samples.inputs.mean(1, keepdim=True)
-    groups, count, _ = inputs.shape
-    sides = residual.reshape(count, groups, -1).transpose(0, 1)
-    right = (inputs.transpose(1, 2) @ sides).double() * (2.0 / count)
-    change = torch.cholesky_solve(right, torch.linalg.cholesky(hessian(inputs, damping)))
-    return change.transpose(1, 2).reshape(weight.shape).to(weight.dtype) * (weight != 0)
+    problem = _Ridge(samples.inputs, residual)
+    half = samples.inputs.shape[1] // 2
+    first, second = problem.part(slice(0, half)), problem.part(slice(half, None))
+    errors = {ridge: second.error(first.solution(ridge)) for ridge in _RIDGES} if half else {}
+    best = min(errors, key=lambda ridge: errors[ridge], default=None)
+    if best is None or errors[best] >= second.error(None):
+        return torch.zeros_like(weight)
+    change = problem.solution(best).transpose(1, 2).reshape(weight.shape)
+    return change.to(weight.dtype) * (weight != 0)
+
+
+class _Ridge:
+    """Least squares with a ridge: outputs are to change by ``residual``.
+
+    Args:
+        inputs: (groups, P, K).
+        residual: (P, out).
+    """
+
+    def __init__(self, inputs: Tensor, residual: Tensor) -> None:
+        self._inputs, self._residual = inputs, residual
+        self._x = inputs - inputs.mean(1, keepdim=True)
+        wanted = (residual - residual.mean(0)).reshape(len(residual), len(inputs), -1)
+        self._y = wanted.transpose(0, 1)
+
+    def part(self, positions: slice) -> _Ridge:
+        """The problem at some of the positions."""
+        return _Ridge(self._inputs[:, positions], self._residual[positions])
+
+    def solution(self, ridge: float) -> Tensor:
+        """(groups, K, out / groups)."""
+        right = (self._x.transpose(1, 2) @ self._y).double() * (2.0 / self._x.shape[1])
+        factor = torch.linalg.cholesky(hessian(self._x, ridge))
+        return torch.cholesky_solve(right, factor).to(self._x.dtype)
+
+    def error(self, solution: Tensor | None) -> float:
+        """What is left of the residual."""
+        left = self._y if solution is None else self._y - self._x @ solution
+        return float(left.square().mean())
 
 
 def centre(samples: Samples, weight: Tensor) -> None:

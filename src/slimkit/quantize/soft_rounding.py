@@ -135,7 +135,7 @@ def optimise(
                 * torch.stack([rounding.regulariser(beta) for rounding in roundings]).mean()
             )
         optimizer.zero_grad()
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         if others:
             groups[1]["lr"] = (
                 others_lr * 0.5 * (1 + math.cos(math.pi * step / annealing.iterations))

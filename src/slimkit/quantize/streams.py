@@ -105,7 +105,9 @@ class Streams:
         Returns:
             ``None`` for a layer that no batch has reached.
         """
-        inputs, targets, bias = [], [], None
+        inputs: list[Tensor] = []
+        targets: list[Tensor] = []
+        bias: Tensor | None = None
         for rounded, exact in self.calls(layer):
             if inputs and rounded.bias is not bias:
                 continue  # two layers share a weight but not the bias: the first one counts
@@ -113,7 +115,7 @@ class Streams:
             wanted = min(positions, _MOST_ELEMENTS // width)
             share = max(1, wanted // (len(self._batches()) * len(layer.addresses)))
             picks = torch.randperm(rounded.positions(), generator=generator)[:share]
-            picks = picks.to(rounded.x.device)
+            picks = picks.sort().values.to(rounded.x.device)
             inputs.append(rounded.patches(rounded.x, picks))
             targets.append(exact.picked(exact.output(exact.x, exact.weight), picks))
             bias = rounded.bias
@@ -126,8 +128,10 @@ class Streams:
         self._enter(block)
         numbers = sorted(self._float.inputs)
         outputs = [self._float.run(block, self._float.inputs[n]) for n in numbers]
-        sides = ([side.inputs[n] for n in numbers] for side in (self._quantized, self._float))
-        return (*sides, outputs)
+        rounded, exact = (
+            [side.inputs[n] for n in numbers] for side in (self._quantized, self._float)
+        )
+        return rounded, exact, outputs
 
     def _layer(self, name: str, addresses: tuple[str, ...]) -> Layer:
         plan = self._work.quantized.plan
