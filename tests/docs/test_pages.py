@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from slimkit.distill import DISTILL_LOSSES
 from slimkit.prune import ALLOCATIONS, CRITERIA
-from slimkit.quantize import OBSERVERS
+from slimkit.quantize import METHODS, OBSERVERS
 from slimkit.recipe import STAGES, parse_recipe
 from slimkit.recipe.schema import (
     BackendSettings,
@@ -79,6 +79,7 @@ def test_registered_names_are_documented() -> None:
         ("docs/pruning.md", CRITERIA),
         ("docs/pruning.md", ALLOCATIONS),
         ("docs/quantization.md", OBSERVERS),
+        ("docs/quantization.md", METHODS),
         ("docs/distillation.md", DISTILL_LOSSES),
     ):
         text = (ROOT / page).read_text(encoding="utf-8")
