@@ -255,3 +255,13 @@ def test_settings_that_make_no_sense_are_named(make: Callable[[], Any], field: s
     with pytest.raises(InputError) as caught:
         make()
     assert caught.value.where == field
+
+
+def test_recipes_name_them_with_their_settings() -> None:
+    from slimkit.recipe.methods import build_method
+    from slimkit.recipe.quantization_stages import METHOD, PtqStage
+
+    given = ["bias_correction", {"type": "gptq", "images": 32}, {"type": "reconstruct", "drop": 0}]
+    stage = PtqStage.model_validate({"type": "ptq", "methods": given})
+    built = [build_method(METHOD, choice, {}) for choice in stage.methods]
+    assert built == [BiasCorrection(), GPTQ(images=32), Reconstruct(drop=0.0)]

@@ -49,7 +49,7 @@ class GPTQ:
     images: int = 256
     positions: int = 8192
     damping: float = 0.1
-    act_order: bool = True
+    act_order: bool = False
     scale: ScaleChoice = "mse"
     compensate: bool = True
     seed: int = 0
