@@ -52,7 +52,7 @@ def nncf(**choices: Any) -> Make:
     return lambda _, float_file, out, images: nncf_onnx(float_file, out, images, **choices)
 
 
-BEST: dict[str, Any] = {"methods": ["bias_correction"]}
+BEST: dict[str, Any] = {"methods": ["gptq", "bias_correction"]}
 OURS: dict[str, Make] = {
     "Slimkit, per channel, min-max": ours(),
     "Slimkit, per channel, repaired": ours(**BEST),

@@ -151,3 +151,32 @@ def test_openvino_reads_the_file(
     q = ptq(small, images(1), calibration=[images(8)], target=target)
     export(q, tmp_path / "int8.onnx", images(1))
     assert parity(q, tmp_path / "int8.onnx", [images(16, 2)], backend="openvino").sqnr_db >= 25
+
+
+class Uneven(nn.Module):
+    """Padded as TensorFlow does it, once with zeros and once with something else."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+        self.first = nn.Conv2d(3, 8, 3)
+        self.second = nn.Conv2d(8, 8, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(nn.functional.pad(x, (1, 0, 1, 0))))
+        return self.second(nn.functional.pad(x, (0, 1, 0, 1), value=self.value))
+
+
+@pytest.mark.parametrize(("value", "pads"), [(0.0, 0), (1.0, 1)])
+def test_padding_with_zeros_becomes_part_of_the_convolution(
+    value: float, pads: int, images: Images, tmp_path: Path
+) -> None:
+    q = ptq(Uneven(value), images(1), calibration=[images(8)])
+    export(q, tmp_path / "pad.onnx", images(1))
+    operators = [node.op_type for node in onnx.load(tmp_path / "pad.onnx").graph.node]
+    assert operators.count("Pad") == pads
+    assert operators.count("QuantizeLinear") == 3 + pads
+    x = images(4, 3)
+    (out,) = open_session(tmp_path / "pad.onnx").run({"input": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), q(x), atol=1e-6, rtol=1e-6)

@@ -109,12 +109,20 @@ class Roles:
     def root(self, value: int) -> int:
         """The value that was moved, sliced or reshaped into ``value``."""
         producer = self._graph.call_producer(value)
-        while producer is not None and producer.function in self._target.same_scale:
+        while producer is not None and self._moves(producer):
             if not producer.inputs or producer.inputs[0] == value:
                 break
             value = producer.inputs[0]
             producer = self._graph.call_producer(value)
         return value
+
+    def _moves(self, call: Call) -> bool:
+        """Whether the values it returns are those of its input, or 0."""
+        if call.function != "pad":
+            return call.function in self._target.same_scale
+        given = dict(zip(("pad", "mode", "value"), call.args[1:], strict=False)) | dict(call.kwargs)
+        constant = given.get("mode", "constant") == "constant"
+        return "pad" in self._target.same_scale and not (constant and given.get("value"))
 
     def final(self, value: int) -> int:
         """The value behind the fused activation function, if one is all that reads ``value``."""

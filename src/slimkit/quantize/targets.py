@@ -86,7 +86,8 @@ class Target:
         pools: functions of one activation whose output gets its own scale.
         activations: activation functions that the runtime computes from integers to integers:
             ``hardsigmoid``, ``hardswish``, ``leaky_relu``, ``sigmoid``, ``silu``.
-        same_scale: functions that only move values: their output keeps the input's scale.
+        same_scale: functions that only move values: their output keeps the input's scale. ``pad``
+            is one of them where it pads with zeros or copies.
         shared: functions whose inputs and output must have one scale, made from all of their
             ranges: names out of ``joins`` and ``pools``.
         fused: activation functions that are part of the integer operator before them.
@@ -130,6 +131,7 @@ class Target:
             "getitem",
             "max_pool1d",
             "max_pool2d",
+            "pad",
             "permute",
             "pixel_shuffle",
             "reshape",

@@ -25,6 +25,7 @@ from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
 from slimkit.runtime.onnx_graph import GraphEditor
 from slimkit.runtime.qdq_biases import write_biases
 from slimkit.runtime.qdq_compact import looked_up
+from slimkit.runtime.qdq_pads import pads_into_convolutions
 from slimkit.runtime.qdq_weights import place_weight
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ _SAME_SCALE = {
     "Flatten",
     "Gather",
     "MaxPool",
+    "Pad",
     "Reshape",
     "Slice",
     "SpaceToDepth",
@@ -103,6 +105,7 @@ def to_qdq(model: ModelProto) -> None:
     _round_activations(graph)
     _pool_before_flatten(graph)
     _drop_saturated_activations(graph)
+    pads_into_convolutions(graph)
     _keep_scale_through(graph)
     newer = [place_weight(graph, node) for node in weights]
     biases = hints.get(BIASES, "int32")
