@@ -25,6 +25,7 @@ from benchmarks.tables import markdown, write_page
 from slimkit.measure.latency import benchmark_interleaved
 from slimkit.runtime import fusion_report
 
+BACKENDS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 NETWORKS = ("mobilenet_v2", "resnet18", "resnet50", "efficientnet_lite0")
 
 
@@ -92,17 +93,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="to calibrate on")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="per file and repeat")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     options = parser.parse_args()
     sections = [
-        "## ONNX Runtime\n\n" + section(options.networks, "onnxruntime", options),
-        "## OpenVINO\n\n" + section(options.networks, "openvino", options),
+        *(f"## {BACKENDS[b]}\n\n{section(options.networks, b, options)}" for b in options.backends),
         f"Median of {options.repeats} rounds (lowest … highest), {options.seconds:g} s per file "
         f"and round, {options.images} calibration images, one image of 224 × 224 pixels.",
     ]
+    flags = f" --repeats {options.repeats}"
+    if len(options.backends) < len(BACKENDS):
+        flags += f" --backends {' '.join(options.backends)}"
     page = write_page(
         "quantize_latency",
         "How fast int8 files are",
-        "python -m benchmarks.quantize_latency",
+        f"python -m benchmarks.quantize_latency{flags}",
         sections,
     )
     print(f"wrote {page}")
