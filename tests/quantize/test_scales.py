@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from slimkit.quantize import TARGETS, ptq
 from slimkit.quantize.quantizers import WeightQuantizer
-from slimkit.quantize.scales import affine_parameters, pair_sums, weight_scale
+from slimkit.quantize.scales import (
+    affine_parameters,
+    along,
+    mse_weight_scale,
+    pair_sums,
+    weight_scale,
+)
 from slimkit.quantize.targets import NumberFormat, resolve_target
 from slimkit.runtime.fake_quantize import quantized_integers
 
@@ -135,3 +141,47 @@ def test_a_fixed_scale_stays() -> None:
     rounded = quantizer(torch.tensor([[0.6, 1.3], [0.3, -0.1]]))
     assert rounded.tolist() == [[0.5, 1.5], [0.25, 0.0]]
     assert quantizer.scale.tolist() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("axis", [0, None])
+def test_the_mse_scale_is_the_best_of_a_fine_grid(axis: int | None) -> None:
+    form = NumberFormat(4, signed=True, symmetric=True)
+    weight = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
+    scale = mse_weight_scale(weight, form, axis)
+    largest = weight_scale(weight, form, axis)
+    rows = zip(weight, scale, largest, strict=True) if axis == 0 else [(weight, scale, largest)]
+
+    def error(values: Tensor, step: Tensor) -> float:
+        return float(((values / step).round().clamp(-7, 7) * step - values).square().sum())
+
+    for values, found, most in rows:
+        grid = [error(values, most * share) for share in torch.linspace(0.2, 1.0, 400)]
+        assert error(values, found) <= 1.02 * min(grid)
+        assert error(values, found) < 0.8 * error(values, most)
+
+
+def test_important_weights_are_not_clipped() -> None:
+    form = NumberFormat(4, signed=True, symmetric=True)
+    weight = torch.randn(1, 200, generator=torch.Generator().manual_seed(0))
+    largest = weight.abs().amax()
+    importance = torch.where(weight.abs() == largest, 1e6, 1.0)
+    steps = mse_weight_scale(weight, form, 0, importance=importance)
+    clipped = mse_weight_scale(weight, form, 0)
+    assert float(largest / clipped) > 7.7
+    assert float(largest / steps) < 7.5
+
+
+@pytest.mark.parametrize("axis", [0, None])
+def test_a_clipping_scale_keeps_pairs_within_16_bits(axis: int | None) -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).abs() * 0.2
+    weight[:, 0] = 30.0  # alone so far out that clipping it would be best
+    weight[:, 1] = -14.0
+    importance = torch.ones_like(weight)
+    importance[:, :2] = 0.0
+    scale = mse_weight_scale(weight, INT8, axis, pairs=True, importance=importance)
+    assert bool((scale < 0.6 * weight_scale(weight, INT8, axis, pairs=True)).all())
+    steps = along(scale, weight, axis)
+    for rounded in (torch.floor, torch.ceil):
+        levels = rounded(weight / steps).clamp(-127, 127)
+        assert int(pair_sums(levels).abs().max()) <= 128
+    assert int(pair_sums((weight / steps).round()).abs().max()) >= 125  # no larger than it must be

@@ -19,7 +19,7 @@ from slimkit.quantize.bias_correction import BiasCorrection
 from slimkit.quantize.gptq import GPTQ
 from slimkit.quantize.quantizers import WeightQuantizer
 from slimkit.quantize.reconstruction import Reconstruct
-from slimkit.quantize.scales import pair_sums
+from slimkit.quantize.scales import on_grid, pair_sums
 from slimkit.runtime import export
 from slimkit.runtime.fake_quantize import quantized_integers
 from slimkit.runtime.output_parity import parity
@@ -239,6 +239,60 @@ def test_shared_rare_and_skipped_layers(images: Images, method: Method) -> None:
     assert torch.equal(q.model.get_parameter("rare.weight"), model.rare.weight)
     skipped = ptq(model, images(1), calibration=batches, skip=["repeated"], methods=[method])
     assert torch.equal(skipped.model.get_parameter("repeated.weight"), model.repeated.weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "dynamic"},
+        {"mode": "weights"},
+        {"mode": "weights", "granularity": "group", "group_size": 16},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+@pytest.mark.parametrize("method", [*ROUNDING, BiasCorrection()], ids=name)
+def test_every_mode_of_quantization_gains(
+    small: nn.Module, images: Images, method: Method, options: dict[str, Any], tmp_path: Path
+) -> None:
+    x = images(64, 99)
+    q = repaired(small, images, method, **options)
+    assert sqnr(small(x), q(x)) > sqnr(small(x), repaired(small, images, **options)(x)) + 3
+    sk.save(q, tmp_path / "saved")
+    again = sk.load(tmp_path / "saved", model=type(small)()).eval()
+    assert torch.equal(again(x), q(x))
+
+
+@pytest.mark.parametrize("method", ROUNDING, ids=name)
+def test_scales_stay_in_the_short_list_of_the_target(
+    small: nn.Module, images: Images, method: Method
+) -> None:
+    q = repaired(small, images, method)
+    compact = [spec for spec in q.plan.quantizers if spec.parameter is not None and spec.compact]
+    assert len(compact) == 5
+    for spec in compact:
+        scale = q.quantizers[spec.name].scale
+        torch.testing.assert_close(on_grid(scale), scale, rtol=0, atol=0)
+
+
+class FixedFilter(nn.Module):
+    """A convolution whose weight is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.register_buffer("filters", torch.randn(4, 6, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(torch.relu(self.conv(x)), self.filters, padding=1)
+
+
+@pytest.mark.parametrize("method", ROUNDING, ids=name)
+def test_weights_that_are_buffers(images: Images, method: Method) -> None:
+    torch.manual_seed(0)
+    model, x = FixedFilter().eval(), images(64, 99)
+    q = repaired(model, images, method)
+    assert {spec.scale for spec in q.plan.quantizers if spec.parameter} == {"fixed"}
+    assert sqnr(model(x), q(x)) > sqnr(model(x), repaired(model, images)(x)) + 1
 
 
 @pytest.mark.parametrize(

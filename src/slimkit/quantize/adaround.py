@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from slimkit.progress import ProgressDisplay
-from slimkit.quantize.fixed_weights import ScaleChoice, axis_of, check, choose_scale, fix
+from slimkit.quantize.fixed_weights import (
+    ScaleChoice,
+    check,
+    choose_scale,
+    fix,
+    steps_of,
+    weight_of,
+)
 from slimkit.quantize.methods import Work
 from slimkit.quantize.sampled_layers import answers, centre, compensation, importance
 from slimkit.quantize.soft_rounding import Annealing, SoftRounding, optimise
@@ -22,9 +29,11 @@ __all__ = ["AdaRound", "round_layer"]
 class AdaRound:
     """Rounding learned layer after layer, on what reaches the layer in the quantized network.
 
-    Nagel et al., 2020 (https://arxiv.org/abs/2004.10568), with asymmetric reconstruction of the
-    layer's output behind its activation function (equation 25). Layers whose weights are fixed
-    already stay as they are.
+    Nagel et al., 2020 (https://arxiv.org/abs/2004.10568), on the layer's output behind its
+    activation function. The paper asks for the float network's output (equation 25), and a rounding
+    that is learned from few images then learns the noise of their inputs as well. With
+    ``compensate`` a change of the float weight makes up for the inputs, and rounding is to preserve
+    what that weight answers. Layers whose weights are fixed already stay as they are.
 
     Attributes:
         iterations: steps of Adam per layer.
@@ -32,6 +41,8 @@ class AdaRound:
         lr: learning rate.
         images: calibration examples to sample positions from.
         positions: samples of a layer, from all images together.
+        compensate: first change the float weight so that it makes up for the errors of its inputs
+            (:func:`~slimkit.quantize.sampled_layers.compensation`), and correct the bias.
         scale: of the weights, chosen beforehand: ``"mse"`` for the smallest squared error, which
             may clip, or ``"max"``.
         regularisation: weight of the term that draws roundings to 0 or 1, against an output error
@@ -94,15 +105,15 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
     samples = streams.draw(layer, settings.positions, generator)
     if samples is None:
         return f"{layer.module} never ran"
-    spec, parameter = layer.weight, str(layer.weight.parameter)
-    weight = work.quantized.model.get_parameter(parameter).detach()
+    spec = layer.weight
+    weight = weight_of(work.quantized, spec)
     wanted = samples.targets
     if settings.compensate:
         weight = weight + compensation(samples, weight)
         centre(samples, weight)
         wanted = answers(samples, weight, slice(None))
     scale = choose_scale(weight, spec, settings.scale, importance(samples, weight))
-    rounding = SoftRounding(weight, scale, spec.form, axis_of(spec))
+    rounding = SoftRounding(weight, steps_of(scale, weight, spec), spec.form)
     targets: Tensor = layer.activation(wanted.clone())
 
     def error(rounded: Tensor, picks: Tensor | slice = slice(None)) -> Tensor:
@@ -111,15 +122,15 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
         return difference.square().sum(1).mean()
 
     nearest = rounding.levels()
-    before = error(nearest * rounding.scale)
+    before = error(nearest * rounding.steps)
 
     def loss() -> Tensor:
         picks = torch.randint(len(targets), (settings.batch,), generator=generator)
         return error(rounding(), picks.to(targets.device)) / before.clamp(min=1e-20)
 
     optimise([rounding], loss, settings.annealing())
-    after = error(rounding.levels() * rounding.scale)
+    after = error(rounding.levels() * rounding.steps)
     fix(work.quantized, spec, rounding.levels() if after < before else nearest, scale)
     if settings.compensate:
-        centre(samples, work.quantized.model.get_parameter(parameter))
+        centre(samples, weight_of(work.quantized, spec))
     return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}"

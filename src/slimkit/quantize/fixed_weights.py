@@ -10,11 +10,11 @@ from torch import Tensor
 
 from slimkit.errors import InputError
 from slimkit.quantize.quantizers import WeightQuantizer
-from slimkit.quantize.scales import along, mse_weight_scale, weight_scale
-from slimkit.quantize.scheme import QuantizerSpec
+from slimkit.quantize.scales import along, mse_weight_scale, on_grid, weight_scale
+from slimkit.quantize.scheme import QuantizerSpec, named_weights
 from slimkit.quantize.wrapper import QuantizedModel
 
-__all__ = ["ScaleChoice", "axis_of", "check", "choose_scale", "fix"]
+__all__ = ["ScaleChoice", "check", "choose_scale", "fix", "steps_of", "weight_of"]
 
 ScaleChoice = Literal["mse", "max"]
 """``"max"``: the largest weight gets the largest level; ``"mse"``: smallest squared error."""
@@ -23,7 +23,7 @@ ScaleChoice = Literal["mse", "max"]
 def choose_scale(
     weight: Tensor, spec: QuantizerSpec, choice: ScaleChoice, importance: Tensor | None = None
 ) -> Tensor:
-    """A scale for ``weight``, shape (channels,) or ().
+    """A scale for ``weight``, shape (channels,), () or (channels, blocks).
 
     Args:
         weight: float.
@@ -32,13 +32,34 @@ def choose_scale(
         importance: of the weights for the squared error; broadcasts to ``weight``.
     """
     if choice == "max":
-        return weight_scale(weight, spec.form, axis_of(spec), pairs=spec.pairs)
-    return mse_weight_scale(
-        weight, spec.form, axis_of(spec), pairs=spec.pairs, importance=importance
-    )
+        scale = weight_scale(weight, spec.form, _axis(spec), pairs=spec.pairs, blocks=spec.blocks)
+    else:
+        rows, counts = weight, importance
+        if spec.blocks is not None:
+            shape = (len(weight) * spec.blocks, -1)
+            rows = weight.reshape(shape)
+            counts = None if importance is None else importance.reshape(shape)
+        scale = mse_weight_scale(rows, spec.form, _axis(spec), pairs=spec.pairs, importance=counts)
+        scale = scale if spec.blocks is None else scale.reshape(-1, spec.blocks)
+    return on_grid(scale) if spec.compact else scale
 
 
-def axis_of(spec: QuantizerSpec) -> int | None:
+def steps_of(scale: Tensor, weight: Tensor, spec: QuantizerSpec) -> Tensor:
+    """The scale of every weight: ``scale`` shaped so that it broadcasts to ``weight``."""
+    if spec.blocks is None:
+        return along(scale, weight, _axis(spec))
+    wide = scale.repeat_interleave(weight.shape[1] // spec.blocks, 1)
+    return wide.reshape(*wide.shape, *[1] * (weight.dim() - 2))
+
+
+def weight_of(quantized: QuantizedModel, spec: QuantizerSpec) -> Tensor:
+    """The weight that a quantizer rounds, as it is now; without gradient."""
+    if spec.parameter is None:
+        raise InputError("it does not round a weight", where=spec.name)
+    return named_weights(quantized.model)[spec.parameter].detach()
+
+
+def _axis(spec: QuantizerSpec) -> int | None:
     """The dimension with a scale each; ``None`` for one scale in all."""
     return None if spec.channels is None else spec.axis
 
@@ -54,13 +75,12 @@ def fix(quantized: QuantizedModel, spec: QuantizerSpec, levels: Tensor, scale: T
         quantized: changed in place.
         spec: of the weight's quantizer; in the plan of ``quantized``.
         levels: integers on the grid, of the weight's shape.
-        scale: shape (channels,) or ().
+        scale: from :func:`choose_scale`.
     """
     quantizer = quantized.quantizers[spec.name]
-    if spec.parameter is None or not isinstance(quantizer, WeightQuantizer):
+    if not isinstance(quantizer, WeightQuantizer):
         raise InputError("it does not round a weight", where=spec.name)
-    parameter = quantized.model.get_parameter(spec.parameter)
-    parameter.copy_(levels * along(scale, levels, axis_of(spec)))
+    weight_of(quantized, spec).copy_(levels * steps_of(scale, levels, spec))
     quantizer.scale.copy_(scale)
     quantizer.fixed = True
     plan = quantized.plan

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from slimkit.progress import ProgressDisplay
-from slimkit.quantize.fixed_weights import ScaleChoice, axis_of, check, choose_scale, fix
+from slimkit.quantize.fixed_weights import (
+    ScaleChoice,
+    check,
+    choose_scale,
+    fix,
+    steps_of,
+    weight_of,
+)
 from slimkit.quantize.layer_calls import grouped
 from slimkit.quantize.methods import Work
 from slimkit.quantize.sampled_layers import answers, centre, compensation, hessian, importance
-from slimkit.quantize.scales import along, pairs_can_overflow
+from slimkit.quantize.scales import pairs_can_overflow
 from slimkit.quantize.streams import Layer, Streams
 
 __all__ = ["GPTQ", "compensated_levels"]
@@ -30,14 +37,17 @@ class GPTQ:
     Transformers" (https://arxiv.org/abs/2210.17323). The Hessian ``2 X Xᵀ`` comes from what
     reaches the layer in the quantized network; a convolution is a matrix product with patches, a
     grouped or depthwise one a product for every group. Layers whose weights are fixed already stay
-    as they are.
+    as they are. Where pairs of 8-bit products must stay within 16 bits, weights go to one of their
+    two neighbouring levels.
 
     Attributes:
         images: calibration examples to sample positions from.
         positions: samples of a layer, from all images together.
         damping: added to the diagonal of the Hessian, as a fraction of its mean.
         act_order: begin with the inputs that matter most, instead of in order.
-        scale: of the weights, ``"mse"`` or ``"max"``.
+        scale: of the weights, ``"mse"`` or ``"max"``; see AdaRound.
+        compensate: first change the float weight so that it makes up for the errors of its inputs
+            (:func:`~slimkit.quantize.sampled_layers.compensation`), and correct the bias.
         seed: of the samples.
 
     Raises:
@@ -73,19 +83,17 @@ class GPTQ:
         if samples is None:
             return f"{layer.module} never ran"
         spec = layer.weight
-        weight = work.quantized.model.get_parameter(str(spec.parameter)).detach().float()
+        weight = weight_of(work.quantized, spec).float()
         still = weight == 0
         if self.compensate:
             weight = weight + compensation(samples, weight)
         scale = choose_scale(weight, spec, self.scale, importance(samples, weight))
-        steps = along(scale, weight, axis_of(spec))
+        steps = steps_of(scale, weight, spec)
         exact = weight / steps
         qmin, qmax = spec.form.qmin, spec.form.qmax
         nearest = exact.round().clamp(qmin, qmax)
         lowest, highest = torch.full_like(exact, qmin), torch.full_like(exact, qmax)
-        if spec.pairs and pairs_can_overflow(
-            spec.form
-        ):  # any other level might let a pair overflow
+        if spec.pairs and pairs_can_overflow(spec.form):  # with others a pair might overflow
             lowest, highest = exact.floor().clamp(qmin, qmax), exact.ceil().clamp(qmin, qmax)
         lowest, highest = lowest.masked_fill(still, 0.0), highest.masked_fill(still, 0.0)
         groups = len(samples.inputs)
@@ -105,7 +113,7 @@ class GPTQ:
         before, after = error(nearest), error(levels)
         fix(work.quantized, spec, levels if after < before else nearest, scale)
         if self.compensate:
-            centre(samples, work.quantized.model.get_parameter(str(spec.parameter)))
+            centre(samples, weight_of(work.quantized, spec))
         return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}"
 
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.adaround import AdaRound, round_layer
 from slimkit.quantize.blocks import Block
-from slimkit.quantize.fixed_weights import ScaleChoice, axis_of, check, choose_scale, fix
+from slimkit.quantize.fixed_weights import (
+    ScaleChoice,
+    check,
+    choose_scale,
+    fix,
+    steps_of,
+    weight_of,
+)
 from slimkit.quantize.methods import Work
 from slimkit.quantize.quantizers import ActivationQuantizer
 from slimkit.quantize.soft_rounding import Annealing, SoftRounding, optimise
@@ -135,10 +142,11 @@ class _Reconstruction:
         self._scales: dict[str, Tensor] = {}
         for layer in layers:
             spec = layer.weight
-            weight = work.quantized.model.get_parameter(str(spec.parameter)).detach()
+            weight = weight_of(work.quantized, spec)
             scale = choose_scale(weight, spec, settings.scale)
             self._scales[spec.name] = scale
-            self._roundings[spec.name] = SoftRounding(weight, scale, spec.form, axis_of(spec))
+            steps = steps_of(scale, weight, spec)
+            self._roundings[spec.name] = SoftRounding(weight, steps, spec.form)
         self._drop = _Drop(settings.drop, self._targets[0].device, settings.seed)
         self._activations = {
             name: _LearnedScale(quantizer, self._drop) for name, quantizer in self._inside()

@@ -11,7 +11,7 @@ from slimkit.quantize.layer_calls import grouped
 
 __all__ = ["Samples", "answers", "centre", "compensation", "hessian", "importance"]
 
-_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Dampings to choose from; see :func:`hessian`."""
 
 

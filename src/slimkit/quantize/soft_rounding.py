@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slimkit.quantize.scales import along
 from slimkit.quantize.targets import NumberFormat
 
 __all__ = ["Annealing", "SoftRounding", "optimise", "rectified_sigmoid"]
@@ -39,20 +38,19 @@ class SoftRounding(nn.Module):
 
     Args:
         weight: float, not changed.
-        scale: shape (weight.shape[axis],) or ().
+        steps: the scale of every weight; broadcasts to ``weight``.
         form: a symmetric number format.
-        axis: dimension of the weight that the scales lie on.
 
     Attributes:
         v: what is trained; at first h(v) is where the float weight lies.
-        scale: shaped so that it broadcasts to the weight.
+        steps: as given.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, form: NumberFormat, axis: int | None) -> None:
+    def __init__(self, weight: Tensor, steps: Tensor, form: NumberFormat) -> None:
         super().__init__()
         self._form = form
-        self.scale = along(scale, weight, axis)
-        exact = torch.div(weight.detach().float(), self.scale)
+        self.steps = steps
+        exact = torch.div(weight.detach().float(), self.steps)
         floor = exact.floor()
         self._moves = (exact != 0) & (floor >= form.qmin) & (floor < form.qmax)
         self._base = torch.where(self._moves, floor, exact.round().clamp(form.qmin, form.qmax))
@@ -62,7 +60,7 @@ class SoftRounding(nn.Module):
 
     def forward(self, _weight: Tensor | None = None) -> Tensor:
         """The soft weight; takes the place of a quantizer, so it is called with the weight."""
-        return (self._base + self._moves * rectified_sigmoid(self.v)) * self.scale
+        return (self._base + self._moves * rectified_sigmoid(self.v)) * self.steps
 
     def regulariser(self, beta: float) -> Tensor:
         """The mean of equation 24 over the weights: 1 in the middle between levels, 0 on one."""

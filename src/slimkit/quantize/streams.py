@@ -56,15 +56,16 @@ class Streams:
         largest: see :func:`~slimkit.quantize.blocks.outline`.
 
     Attributes:
-        layers: convolutions and linear layers with integer weights, in order of execution.
+        layers: convolutions and linear layers whose weights are rounded, in order of execution.
     """
 
     def __init__(self, work: Work, images: int | None = None, *, largest: int = 8) -> None:
         quantized, reference = work.quantized, work.reference
         addresses: dict[str, list[str]] = {}
         for decision in quantized.plan.decisions:
-            if decision.integer and decision.weight is not None:
-                addresses.setdefault(decision.weight, []).append(decision.address)
+            rule, weight = quantized.plan.calls.get(decision.address), decision.weight
+            if rule is not None and weight is not None and weight in rule.inputs.values():
+                addresses.setdefault(weight, []).append(decision.address)
         calls = {address for used in addresses.values() for address in used}
         self._work, self._images = work, images
         self._outline = outline(reference, work.example, calls, largest=largest)

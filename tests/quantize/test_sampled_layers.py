@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from slimkit.quantize.sampled_layers import Samples, answers, centre, compensation, importance
+
+
+def test_compensation_undoes_a_distortion_of_the_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2000, 6, generator=generator)
+    distortion = torch.eye(6) + 0.15 * torch.randn(6, 6, generator=generator)
+    weight = torch.randn(4, 6, generator=generator)
+    samples = Samples(x @ distortion.T, (x @ weight.T).squeeze(0) + 5.0, None)
+    exact = weight @ torch.linalg.inv(distortion)
+    found = weight + compensation(samples, weight)
+    before, after = (float((w - exact).norm()) for w in (weight, found))
+    assert after < 0.1 * before  # what is left is the ridge
+
+
+def test_compensation_does_not_learn_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 40, 30, generator=generator)
+    weight = torch.randn(4, 30, generator=generator)
+    noise = torch.randn(40, 4, generator=generator)
+    change = compensation(Samples(x, (x @ weight.T).squeeze(0) + noise, None), weight)
+    assert float(change.norm()) < 0.1 * float(weight.norm())
+
+
+def test_compensation_leaves_zeros_and_treats_groups_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 500, 4, generator=generator)  # three groups of two outputs
+    weight = torch.randn(6, 4, generator=generator)
+    weight[1, 2] = 0.0
+    targets = answers(Samples(x, torch.empty(0), None), weight, slice(None))
+    factors = torch.tensor([2.0, 1.0, 0.5]).reshape(3, 1, 1)
+    found = weight + compensation(Samples(x * factors, targets, None), weight)
+    expected = weight / factors.repeat_interleave(2, 1).reshape(6, 1)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.01)
+    assert found[1, 2] == 0.0
+
+
+def test_centre_moves_the_bias_to_the_right_mean() -> None:
+    bias = nn.Parameter(torch.tensor([1.0, -1.0]))
+    inputs = torch.tensor([[[1.0], [3.0]]])
+    samples = Samples(inputs, torch.tensor([[2.0, 0.0], [6.0, 0.0]]), bias)
+    weight = torch.tensor([[1.0], [0.5]])
+    centre(samples, weight)  # means of W x are 2 and 1, wanted are 4 and 0
+    assert bias.tolist() == [2.0, -1.0]
+    assert answers(samples, weight, slice(None)).mean(0).tolist() == [4.0, 0.0]
+
+
+def test_importance_is_the_mean_square_of_the_input() -> None:
+    inputs = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])
+    samples = Samples(inputs, torch.empty(0), None)
+    found = importance(samples, torch.zeros(3, 1, 2, 1))
+    assert found.shape == (3, 1, 2, 1)
+    assert found[2].flatten().tolist() == pytest.approx([5.0, 2.0])
