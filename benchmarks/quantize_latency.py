@@ -70,14 +70,20 @@ def section(names: list[str], backend: str, options: argparse.Namespace) -> str:
         with tempfile.TemporaryDirectory() as folder:
             files = files_of(build(name), images, Path(folder), backend == "openvino")
             r = rounds(files, backend, options.repeats, options.seconds)
-            fused = [] if backend == "openvino" else [float_nodes(files["ours"])]
+            fused = [] if backend == "openvino" else [float_nodes(files["ours"]), sizes(files)]
         spread = f"{r['ratio']:.2f} ({r['spread'][0]:.2f} … {r['spread'][1]:.2f})"
         shown = [f"{r[key]:.2f} ms" for key in ("float", "peer", "ours")]
         rows.append([name, *shown, spread, *fused])
         print(backend, rows[-1], flush=True)
     peer = "NNCF" if backend == "openvino" else "quantize_static"
-    more = [] if backend == "openvino" else ["ours, operators in float"]
+    more = [] if backend == "openvino" else ["ours, operators in float", "bytes, allowed"]
     return markdown(["network", "float", peer, "ours", f"ours / {peer}", *more], rows)
+
+
+def sizes(files: dict[str, Path]) -> str:
+    """Bytes of our file, and a quarter of the float one plus 64 kB."""
+    ours, exact = (files[name].stat().st_size for name in ("ours", "float"))
+    return f"{ours:,}, {exact // 4 + 64_000:,}"
 
 
 def float_nodes(file: Path) -> str:
@@ -98,7 +104,8 @@ def main() -> None:
     sections = [
         *(f"## {BACKENDS[b]}\n\n{section(options.networks, b, options)}" for b in options.backends),
         f"Median of {options.repeats} rounds (lowest … highest), {options.seconds:g} s per file "
-        f"and round, {options.images} calibration images, one image of 224 × 224 pixels.",
+        f"and round, {options.images} calibration images, one image of 224 × 224 pixels. A file "
+        "may have a quarter of the float one's bytes and 64 kB.",
     ]
     flags = f" --repeats {options.repeats}"
     if len(options.backends) < len(BACKENDS):

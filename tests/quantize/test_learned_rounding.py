@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -61,6 +61,8 @@ def test_the_fused_function_equals_its_composition(
     x = torch.randn(2, 3, 5, 4, generator=generator).to(memory_format=layout).requires_grad_()
     s = torch.tensor(step, requires_grad=True)
     beta = torch.tensor(-zero_point * step, requires_grad=True)
+    between = (x.detach() / step).frac().abs() - 0.5
+    assume(between.abs().min() > 1e-4)  # at a tie, the last bit decides where each of them rounds
     upstream = torch.randn(2, 3, 5, 4, generator=generator).to(memory_format=layout)
     point = torch.tensor(zero_point, dtype=torch.int32)
     ours = round_tensor(x, s, beta, scale=s, zero_point=point, qmin=0, qmax=15, factor=1.0)

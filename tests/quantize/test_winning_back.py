@@ -19,9 +19,9 @@ from slimkit.quantize.bias_correction import BiasCorrection
 from slimkit.quantize.gptq import GPTQ
 from slimkit.quantize.quantizers import WeightQuantizer
 from slimkit.quantize.reconstruction import Reconstruct
-from slimkit.quantize.scales import on_grid, pair_sums
+from slimkit.quantize.scales import pair_sums
 from slimkit.runtime import export
-from slimkit.runtime.fake_quantize import quantized_integers
+from slimkit.runtime.fake_quantize import on_grid, quantized_integers
 from slimkit.runtime.output_parity import parity
 
 Images = Callable[..., Tensor]

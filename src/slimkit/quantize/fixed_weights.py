@@ -10,9 +10,10 @@ from torch import Tensor
 
 from slimkit.errors import InputError
 from slimkit.quantize.quantizers import WeightQuantizer
-from slimkit.quantize.scales import along, mse_weight_scale, on_grid, weight_scale
+from slimkit.quantize.scales import along, mse_weight_scale, weight_scale
 from slimkit.quantize.scheme import QuantizerSpec, named_weights
 from slimkit.quantize.wrapper import QuantizedModel
+from slimkit.runtime.fake_quantize import on_grid
 
 __all__ = ["ScaleChoice", "check", "choose_scale", "fix", "steps_of", "weight_of"]
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
-from slimkit.runtime.fake_quantize import fits_half, quantized_integers
+from slimkit.runtime.fake_quantize import fits_half, quantized_integers, room_for_bias
 
 __all__ = ["add", "centred", "fma", "layer", "mean_over_space", "multiply", "plain", "product"]
 
@@ -68,6 +68,16 @@ def layer(
     integers = quantized_integers(
         raw, scale, weight.zero_point, qmin=form.qmin, qmax=form.qmax, axis=weight.axis
     )
+    flat = func is not F.linear or x.dim() == 2 or bias is None
+    in_float = isinstance(reads, DynamicQuantizer) or not flat  # the bias is added in float
+    shared = bias is not None and scale.dim() == 1 and len(scale) != len(bias)
+    if bias is not None and not in_float and not shared:
+        wide = room_for_bias(scale, bias, reads.scale)
+        if bool((wide > scale).any()):
+            if weight.axis != 0:
+                return None  # as in the file, it stays in float
+            ratio = (scale.double() / wide).reshape(-1, *[1] * (integers.dim() - 1))
+            integers, scale = integers.double().mul_(ratio).round_(), wide
     total: Tensor = func(centred(x, reads), integers.float(), None, *args[3:], **given)
     if total.device.type != "cpu":  # Winograd and the like on a GPU: off by far less than 0.5
         total = total.round()
@@ -75,8 +85,7 @@ def layer(
     if scale.dim() and len(scale) != total.shape[-len(channels)]:
         return None  # groups of a transposed convolution that share scales
     step = reads.scale * scale
-    flat = func is not F.linear or x.dim() == 2 or bias is None
-    if isinstance(reads, DynamicQuantizer) or not flat:  # the bias is added in float
+    if in_float:
         step = step.reshape(channels) if step.dim() else step
         total = total.mul_(step)
         return total if bias is None else total.add_(bias.reshape(channels))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.quantize.observers import MovingAverage, Observer, new_observer
-from slimkit.quantize.scales import affine_parameters, on_grid, weight_scale
+from slimkit.quantize.scales import affine_parameters, weight_scale
 from slimkit.quantize.scheme import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
-from slimkit.runtime.fake_quantize import fake_quantize
+from slimkit.runtime.fake_quantize import fake_quantize, on_grid
 
 __all__ = ["ActivationQuantizer", "WeightQuantizer"]
 

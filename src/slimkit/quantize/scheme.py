@@ -37,7 +37,7 @@ class QuantizerSpec:
         blocks: a weight has so many scales per output channel, each for equally many inputs.
         dynamic: of an activation: scale and zero point are computed from each tensor.
         compact: of a weight: scales are powers of 2^(1/16), see
-            :func:`slimkit.quantize.scales.on_grid`.
+            :func:`slimkit.runtime.fake_quantize.on_grid`.
         bounds: of an activation: a range known beforehand, such as that of a sigmoid.
     """
 

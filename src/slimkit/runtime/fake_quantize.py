@@ -23,7 +23,17 @@ from torch import Tensor
 
 from slimkit.runtime.export_hooks import GRAPH_PASSES, TRANSLATIONS
 
-__all__ = ["dynamic_fake_quantize", "fake_quantize", "fits_half", "quantized_integers"]
+__all__ = [
+    "dynamic_fake_quantize",
+    "fake_quantize",
+    "fits_half",
+    "on_grid",
+    "quantized_integers",
+    "room_for_bias",
+]
+
+_LARGEST = 2**31 * (1 - 2**-10)
+"""Of the whole numbers that biases become; rounded to 16-bit floats first, they still fit."""
 
 
 def fake_quantize(
@@ -91,6 +101,43 @@ def fits_half(bias: Tensor) -> bool:
     """
     largest = float(bias.detach().abs().amax()) if bias.numel() else 0.0
     return 2.0**-8 <= largest <= 65504.0
+
+
+def on_grid(scale: Tensor) -> Tensor:
+    """The next larger power of 2^(1/16): a network then has so few scales that a byte names one.
+
+    The step is at most 4.4 % wider than it had to be, 2.2 % on average, which costs 0.2 dB.
+    Scales 64 times smaller than the largest, of channels that hardly count, become powers of 2:
+    there may be many of them, and far apart.
+
+    Args:
+        scale: of one weight, any shape, float32, > 0.
+    """
+    mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
+    steps = torch.tensor([2.0 ** (k / 16 - 1) for k in range(17)], device=scale.device)
+    snapped = torch.ldexp(steps[torch.searchsorted(steps, mantissa).clamp(max=16)], exponent)
+    mantissa, exponent = torch.frexp(snapped)
+    power = torch.ldexp(torch.where(mantissa > 0.5, 1.0, 0.5), exponent)
+    snapped = torch.where(exponent < exponent.amax() - 6, power, snapped)
+    return torch.where(torch.isfinite(scale), snapped, scale)
+
+
+def room_for_bias(scale: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+    """Scales of a weight, wider where ``bias`` in steps of the sums would exceed 32 bits.
+
+    That happens to channels of hardly any weight under a large bias.
+
+    Args:
+        scale: of the weight's output channels, float32, shape () or (channels,).
+        bias: float32, (channels,).
+        step: scale of the layer's input, float32, shape ().
+
+    Returns:
+        float32, (channels,).
+    """
+    needed = (bias.detach().abs().double() / (step.double() * _LARGEST)).float()
+    scale = scale.expand_as(bias)
+    return torch.where(needed > scale, on_grid(torch.maximum(needed, scale)), scale)
 
 
 def _aligned(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> tuple[Tensor, Tensor]:

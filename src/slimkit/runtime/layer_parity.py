@@ -327,7 +327,7 @@ class _LayerRun:
         values: dict[str, Array] = {**self._constants, **inputs}
         for node in self._group.nodes:
             arguments = [values[name] if name else None for name in node.input]
-            values[node.output[0]] = evaluate(node, arguments)
+            values.update(zip(node.output, evaluate(node, arguments), strict=True))
         return values[self._group.output]
 
     def result(self) -> LayerParity:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slimkit.runtime.fake_quantize import fits_half
+from slimkit.runtime.fake_quantize import fits_half, room_for_bias
 from slimkit.runtime.onnx_graph import GraphEditor
-from slimkit.runtime.qdq_compact import zeros
+from slimkit.runtime.qdq_compact import unpacked, zeros
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -30,6 +30,7 @@ def write_biases(graph: GraphEditor, *, short: bool) -> None:
         graph: with its weights in place.
         short: write 16-bit floats where they suffice.
     """
+    halves: dict[str, Array] = {}
     for node in list(graph.nodes):
         if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
             continue
@@ -41,19 +42,19 @@ def write_biases(graph: GraphEditor, *, short: bool) -> None:
         scale_x, scale_w = graph.constant(pair[0]), graph.constant(weight.input[1])
         if scale_x is None or scale_w is None or scale_w.ndim > 1:
             continue
-        wide = np.broadcast_to(scale_w, bias.shape).astype(np.float64)
-        excess = np.abs(bias) / (float(scale_x) * wide * (2**31 - 1))
-        half = short and _meets_quantizer(graph, node) and (excess <= 1).all()
-        if half and fits_half(torch.from_numpy(np.array(bias))):
-            _place_half(graph, node, bias.astype(np.float16))
-            continue
-        if (excess > 1).any():
+        wide = np.broadcast_to(scale_w, bias.shape)
+        roomy = room_for_bias(*map(_tensor, (scale_w, bias, scale_x))).numpy()
+        if (roomy > wide).any():
             if scale_w.ndim == 0 or graph.attribute(weight, "axis") not in (0, None):
                 continue  # it stays in float, and so does this layer
-            # Channels of hardly any weight under a large bias: a coarser step for the weight.
-            wide = wide * np.maximum(excess, 1)
-            _requantize(graph, weight, scale_w, wide.astype(np.float32))
-        _place(graph, node, bias, pair[0], weight.input[1], wide.astype(np.float32) * scale_x)
+            wide = roomy
+            _requantize(graph, weight, scale_w, wide)
+        half = short and _meets_quantizer(graph, node)
+        if half and fits_half(_tensor(bias)):
+            halves[node.input[2]] = bias.astype(np.float16)
+            continue
+        _place(graph, node, bias, pair[0], weight.input[1], wide * scale_x)
+    unpacked(graph, halves)
 
 
 def _place(
@@ -88,16 +89,6 @@ def _meets_quantizer(graph: GraphEditor, node: NodeProto) -> bool:
     return len(readers) == 1 and readers[0].op_type == "QuantizeLinear"
 
 
-def _place_half(graph: GraphEditor, node: NodeProto, half: Array) -> None:
-    from onnx import TensorProto
-
-    only = graph.consumers(node.input[2]) == [node]
-    name = graph.overwrite(node.input[2], half) if only else graph.shared(half, "b")
-    output = graph.fresh("d")
-    graph.insert_before(node, graph.node("Cast", [name], output, node, to=TensorProto.FLOAT))
-    node.input[2] = output
-
-
 def _requantize(graph: GraphEditor, weight: NodeProto, old: Array, new: Array) -> None:
     """Bring the integers of ``weight`` to coarser scales."""
     source = weight.input[0]
@@ -110,3 +101,8 @@ def _requantize(graph: GraphEditor, weight: NodeProto, old: Array, new: Array) -
     ratio = (old.astype(np.float64) / new).reshape(shape)
     graph.overwrite(source, np.rint(integers.astype(np.float64) * ratio).astype(integers.dtype))
     weight.input[1] = graph.shared(new, "s")
+    graph.link(weight)
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, np.float32))

@@ -22,14 +22,22 @@ __all__ = ["evaluate"]
 _CONSTANTS = ("Cast", "ConstantOfShape", "Gather", "Mul")
 
 
-def evaluate(node: NodeProto, arguments: list[Array | None]) -> Array:
-    """One node in float64 (integers of a QuantizeLinear: int64)."""
+def evaluate(node: NodeProto, arguments: list[Array | None]) -> list[Array]:
+    """All outputs of one node in float64 (integers of a QuantizeLinear: int64)."""
     from onnx import helper
 
     options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     first = arguments[0]
     if first is None:
         raise InputError("a layer without input", where=node.name)
+    if node.op_type == "Split" and arguments[1] is not None:
+        return np.split(first, np.cumsum(arguments[1])[:-1])
+    return [_single(node, first, arguments, options)]
+
+
+def _single(
+    node: NodeProto, first: Array, arguments: list[Array | None], options: Mapping[str, Any]
+) -> Array:
     if node.op_type == "DequantizeLinear":
         scale, zero = _aligned(first, arguments, options)
         return np.asarray((first.astype(np.float64) - zero) * scale)

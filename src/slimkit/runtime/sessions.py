@@ -279,7 +279,7 @@ class _OpenVinoSession:
     @staticmethod
     def _spec(port: Any) -> TensorSpec:
         shape = tuple(d.get_length() if d.is_static else None for d in port.get_partial_shape())
-        names = sorted(port.get_names())
+        names = sorted(port.get_names()) or [port.get_node().get_friendly_name()]
         return TensorSpec(names[0], shape, str(np.dtype(port.get_element_type().to_dtype())))
 
     def run(self, inputs: Mapping[str, Array] | Sequence[Array]) -> list[Array]:
