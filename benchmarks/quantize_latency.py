@@ -26,6 +26,7 @@ from slimkit.measure.latency import benchmark_interleaved
 from slimkit.runtime import fusion_report
 
 BACKENDS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+ALLOWED = " A file may have a quarter of the float one's bytes and 64 kB."
 NETWORKS = ("mobilenet_v2", "resnet18", "resnet50", "efficientnet_lite0")
 
 
@@ -62,7 +63,7 @@ def rounds(files: dict[str, Path], backend: str, repeats: int, seconds: float) -
     return {**times, "ratio": statistics.median(ratios), "spread": (min(ratios), max(ratios))}
 
 
-def section(names: list[str], backend: str, options: argparse.Namespace) -> str:
+def rows_of(names: list[str], backend: str, options: argparse.Namespace) -> list[list[str]]:
     """One table."""
     images = calibration_images(options.images)
     rows = []
@@ -75,9 +76,7 @@ def section(names: list[str], backend: str, options: argparse.Namespace) -> str:
         shown = [f"{r[key]:.2f} ms" for key in ("float", "peer", "ours")]
         rows.append([name, *shown, spread, *fused])
         print(backend, rows[-1], flush=True)
-    peer = "NNCF" if backend == "openvino" else "quantize_static"
-    more = [] if backend == "openvino" else ["ours, operators in float", "bytes, allowed"]
-    return markdown(["network", "float", peer, "ours", f"ours / {peer}", *more], rows)
+    return rows
 
 
 def sizes(files: dict[str, Path]) -> str:
@@ -101,22 +100,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="per file and repeat")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     options = parser.parse_args()
-    sections = [
-        *(f"## {BACKENDS[b]}\n\n{section(options.networks, b, options)}" for b in options.backends),
-        f"Median of {options.repeats} rounds (lowest … highest), {options.seconds:g} s per file "
-        f"and round, {options.images} calibration images, one image of 224 × 224 pixels. A file "
-        "may have a quarter of the float one's bytes and 64 kB.",
-    ]
-    flags = f" --repeats {options.repeats}"
-    if len(options.backends) < len(BACKENDS):
-        flags += f" --backends {' '.join(options.backends)}"
-    page = write_page(
-        "quantize_latency",
-        "How fast int8 files are",
-        f"python -m benchmarks.quantize_latency{flags}",
-        sections,
+    for backend in options.backends:
+        print(f"wrote {write(backend, rows_of(options.networks, backend, options), options)}")
+
+
+def write(backend: str, rows: list[list[str]], options: argparse.Namespace) -> Path:
+    """One page for each runtime, as soon as it is measured."""
+    peer = "NNCF" if backend == "openvino" else "quantize_static"
+    more = [] if backend == "openvino" else ["ours, operators in float", "bytes, allowed"]
+    return write_page(
+        "quantize_latency" + ("_openvino" if backend == "openvino" else ""),
+        f"How fast int8 files are in {BACKENDS[backend]}",
+        f"python -m benchmarks.quantize_latency --repeats {options.repeats} --backends {backend}",
+        [
+            markdown(["network", "float", peer, "ours", f"ours / {peer}", *more], rows),
+            f"Median of {options.repeats} rounds (lowest … highest), {options.seconds:g} s per "
+            f"file and round, {options.images} calibration images, one image of 224 × 224 pixels."
+            + ("" if backend == "openvino" else ALLOWED),
+        ],
     )
-    print(f"wrote {page}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def nncf_openvino(model: Any, out: Path, images: Tensor) -> Path:
 
     nncf.set_log_level(logging.ERROR)
     quantized = nncf.quantize(model, nncf.Dataset(list(images.split(1))), subset_size=len(images))
-    converted = openvino.convert_model(quantized, example_input=images[:1])
+    shape = tuple(images[:1].shape)
+    converted = openvino.convert_model(quantized, example_input=images[:1], input=[shape])
     openvino.save_model(converted, str(out), compress_to_fp16=False)
     return out
 
