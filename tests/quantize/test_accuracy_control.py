@@ -70,6 +70,38 @@ def test_the_poisoned_layer_alone_goes_back_to_float(
         assert torch.equal(again(images(8, 3)), expected(images(8, 3)))
 
 
+def test_without_labels_the_outputs_are_the_limit(
+    poisoned: nn.Module, images: Images, batches: list[Tensor]
+) -> None:
+    choices: dict[str, Any] = {"calibration": batches, "granularity": "tensor"}
+    whole = ptq(poisoned, images(1), **choices)
+    distance = OutputDistance(poisoned, [sk.Inputs((x,)) for x in batches])
+    assert decibels(distance.noise(whole)) < 25
+    q = ptq(poisoned, images(1), min_sqnr=30, **choices)
+    assert integer_layers(q.plan) == ("conv1", "depthwise", "branch", "fc")
+    assert decibels(distance.noise(q)) >= 30
+    assert q.plan.warnings[0].startswith("pointwise left in float to keep the outputs at 30 dB: ")
+    assert q.plan.warnings[0].endswith("dB with every layer quantized")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        ({"min_sqnr": -1}, "min_sqnr"),
+        ({"min_sqnr": float("nan")}, "min_sqnr"),
+        ({"min_sqnr": 300}, "min_sqnr"),
+        ({"min_sqnr": 20, "max_drop": 1, "evaluate": lambda _: 1.0}, "min_sqnr"),
+        ({"min_sqnr": 20, "mode": "dynamic", "calibration": None}, "calibration"),
+    ],
+)
+def test_limits_that_make_no_sense(
+    small: nn.Module, images: Images, wrong: dict[str, Any], where: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        ptq(small, images(1), **{"calibration": [images(4)], **wrong})
+    assert caught.value.where == where
+
+
 def test_where_the_limit_holds_everything_stays_integer(
     small: nn.Module, images: Images, batches: list[Tensor]
 ) -> None:
@@ -206,7 +238,8 @@ def test_no_layer_is_left_in_float_without_need(costs: list[int], limit: int, ra
     def evaluate(model: Any) -> float:
         return 100.0 - sum(cost[name] for name in layers if name not in model.in_float)
 
-    trials = _Trials(AccuracyLimit(evaluate, limit, 100.0), Network(layers))  # type: ignore[arg-type]
+    goal = AccuracyLimit(limit, 100.0, evaluate)
+    trials = _Trials(goal, evaluate, Network(layers))  # type: ignore[arg-type]
     if trials.meets(()):
         return
     ranked = sorted(layers, key=lambda name: -cost[name])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from slimkit.errors import DataError
 from slimkit.models import build_model
@@ -50,6 +51,12 @@ def test_a_limit_without_validation_images_fails_before_the_run() -> None:
     with pytest.raises(DataError, match="validation images"):
         stage.preview(network(), without)
     assert PtqStage().preview(network(), without)
+
+
+def test_one_limit_at_a_time() -> None:
+    assert PtqStage(min_sqnr=20).min_sqnr == 20
+    with pytest.raises(ValidationError, match="max_drop is a limit already"):
+        PtqStage(max_drop=1, min_sqnr=20)
 
 
 def test_layers_left_in_float_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,14 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
             show_default="everything is quantized",
         ),
     ] = None,
+    min_sqnr: Annotated[
+        float | None,
+        typer.Option(
+            help="dB that the outputs must lie above their difference from the float network's; "
+            "as --max-drop, without labels.",
+            show_default="everything is quantized",
+        ),
+    ] = None,
 ) -> None:
     """Turn a trained network into an ONNX file of integers, without training (PTQ)."""
     import torch
@@ -96,6 +104,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
         methods=method or (),
         evaluate=None if max_drop is None else _on_validation_images(splits),
         max_drop=max_drop,
+        min_sqnr=min_sqnr,
         progress=True,
     )
     metadata = model_metadata(splits.preprocessing, splits.classes)

@@ -1,4 +1,4 @@
-"""Quantization within a limit: the most damaging layers stay in float until the metric is kept."""
+"""Quantization within a limit: the most damaging layers stay in float until it is kept."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from slimkit.progress import ProgressDisplay
 from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated, refuse_test_data
 from slimkit.quantize.layer_sensitivity import measure_sensitivity, noise_scorer, units_of
 from slimkit.quantize.layer_switches import LayerSwitches, float_parameters
+from slimkit.quantize.output_distance import OutputDistance, decibels
 from slimkit.quantize.scheme import QuantPlan
 
 if TYPE_CHECKING:
@@ -25,21 +26,54 @@ if TYPE_CHECKING:
 __all__ = ["AccuracyLimit", "accuracy_limit"]
 
 
+MOST_DB = 200.0
+"""What outputs without any difference count as."""
+
+
 @dataclass(frozen=True)
 class AccuracyLimit:
-    """How much of a metric quantization may cost.
+    """How much quantization may cost: of a metric, or of the outputs' distance from the noise.
 
     Attributes:
-        evaluate: the metric; higher is better.
         max_drop: in the unit of the metric, at least 0.
-        base: metric of the float network.
+        base: metric of the float network; without a metric the dB that the outputs must reach.
+        evaluate: the metric, higher is better; None compares outputs with those of the float
+            network, on the calibration batches.
         file: where the sensitivity of the layers is kept; None keeps it nowhere.
     """
 
-    evaluate: Evaluate
     max_drop: float
     base: float
+    evaluate: Evaluate | None = None
     file: PathLike | None = None
+
+    @property
+    def subject(self) -> str:
+        """What is kept."""
+        return "the outputs" if self.evaluate is None else "the metric"
+
+    @property
+    def bound(self) -> str:
+        """Where it is kept."""
+        return f"at {self.base:g} dB" if self.evaluate is None else f"within {self.max_drop:g}"
+
+    def outcome(self, drop: float, whole: float) -> str:
+        """What was reached, and what there was with every layer quantized."""
+        if self.evaluate is None:
+            return (
+                f"{self.base - drop:.4g} dB, {self.base - whole:.4g} dB with every layer quantized"
+            )
+        return (
+            f"it falls by {drop:.4g} from {self.base:.6g}, and by {whole:.4g} "
+            "with every layer quantized"
+        )
+
+    def score(self, work: Work) -> Evaluate:
+        """What candidates are judged by; higher is better."""
+        if self.evaluate is not None:
+            return self.evaluate
+        distance = OutputDistance(work.reference, work.inputs())
+        return lambda model: min(decibels(distance.noise(model)), MOST_DB)
 
     def remembered(self, work: Work) -> dict[str, Tensor]:
         """Parameters of the integer layers and the float outputs, before methods adjust them."""
@@ -68,7 +102,7 @@ class AccuracyLimit:
             EvaluationError: its ``model`` is ``work.quantized`` with every layer integer.
         """
         switches = LayerSwitches(work.quantized, float_outputs=float_outputs, originals=originals)
-        trials = _Trials(self, switches)
+        trials = _Trials(self, self.score(work), switches)
         most = len(switches.layers) + 2
         try:
             with ProgressDisplay(most, 0, label="accuracy", enabled=work.progress) as show:
@@ -98,20 +132,17 @@ class AccuracyLimit:
         self, switches: LayerSwitches, trials: _Trials, in_float: Sequence[str], *, reached: bool
     ) -> QuantPlan:
         """The final plan, with a sentence on what was left in float."""
-        reason = f"left in float to keep the metric within {self.max_drop:g}"
+        reason = f"left in float to keep {self.subject} {self.bound}"
         plan = switches.plan(in_float, reason)
         drop, whole = trials.drops[frozenset(in_float)], trials.drops[frozenset()]
         names = ", ".join(in_float) or "no layer"
-        fell = (
-            f"it falls by {drop:.4g} from {self.base:.6g}, and by {whole:.4g} "
-            "with every layer quantized"
-        )
+        outcome = self.outcome(drop, whole)
         if reached:
-            told = f"{names} {reason}: {fell}"
+            told = f"{names} {reason}: {outcome}"
         else:
             told = (
-                f"the metric cannot be kept within {self.max_drop:g}, not even in float: "
-                f"with {names} in float {fell}"
+                f"{self.subject} cannot be kept {self.bound}, not even in float: "
+                f"with {names} in float {outcome}"
             )
         if reached and len(in_float) == len(switches.layers):
             told += "; no layer is left to quantize"
@@ -123,6 +154,7 @@ class AccuracyLimit:
 def accuracy_limit(
     evaluate: Evaluate | None,
     max_drop: Any,
+    min_sqnr: Any,
     model: QuantizedModel,
     file: PathLike | None,
 ) -> AccuracyLimit | None:
@@ -132,21 +164,37 @@ def accuracy_limit(
         None if no limit was given.
 
     Raises:
-        InputError: one of the two is missing or wrong.
+        InputError: one of them is missing, wrong, or too much.
         DataError: ``evaluate`` holds test data.
         EvaluationError: it failed on the float network.
     """
+    if min_sqnr is not None:
+        if max_drop is not None or evaluate is not None:
+            raise InputError(
+                "the outputs are one limit, a metric is another",
+                where="min_sqnr",
+                hint="min_sqnr alone, or evaluate and max_drop",
+            )
+        lowest = _number(min_sqnr, "min_sqnr")
+        if lowest >= MOST_DB:
+            raise InputError(f"expected less than {MOST_DB:g} dB", where="min_sqnr", hint="20")
+        return AccuracyLimit(0.0, lowest, file=file)
     if max_drop is None:
         if evaluate is not None:
             raise InputError("evaluate needs it", where="max_drop", hint="max_drop=0.5")
         return None
-    numeric = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
-    if not numeric or not math.isfinite(max_drop) or max_drop < 0:
-        raise InputError(f"expected a number ≥ 0, got {max_drop!r}", where="max_drop")
+    most = _number(max_drop, "max_drop")
     refuse_test_data(evaluate)
     assert evaluate is not None
     base = evaluated(evaluate, model.model, "the float network")
-    return AccuracyLimit(evaluate, float(max_drop), base, file)
+    return AccuracyLimit(most, base, evaluate, file)
+
+
+def _number(value: Any, where: str) -> float:
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not numeric or not math.isfinite(value) or value < 0:
+        raise InputError(f"expected a number ≥ 0, got {value!r}", where=where)
+    return float(value)
 
 
 @dataclass
@@ -154,6 +202,7 @@ class _Trials:
     """Candidates that were evaluated: layers in float → fall of the metric."""
 
     limit: AccuracyLimit
+    score: Evaluate
     switches: LayerSwitches
     drops: dict[frozenset[str], float] = field(default_factory=dict)
     tried: list[tuple[str, ...]] = field(default_factory=list)
@@ -168,7 +217,7 @@ class _Trials:
                 f"{number} layer{'' if number == 1 else 's'} in float" if number else "all integer"
             )
             with self.switches.set(in_float) as network:
-                value = evaluated(self.limit.evaluate, network, what)
+                value = evaluated(self.score, network, what)
             self.drops[key] = self.limit.base - value
             self.tried.append(tuple(in_float))
             if self.show is not None:

@@ -51,6 +51,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     methods: Iterable[str | Method] = (),
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
+    min_sqnr: float | None = None,
     sensitivity: PathLike | None = None,
     progress: bool = False,
 ) -> QuantizedModel:
@@ -81,7 +82,9 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         evaluate: network → metric on validation data, higher is better; for ``max_drop``.
         max_drop: as few layers stay in float as it takes for the metric to fall by no more than
             this, in its own unit (0.5 points of a metric in percent); the plan names them.
-        sensitivity: file for what ``max_drop`` measures of every layer, so that an interrupted
+        min_sqnr: the same without labels: the outputs on the calibration batches must lie so many
+            dB above their difference from the float network's, 0 to 200; 20 to 30 are usual.
+        sensitivity: file for what either of them measures of every layer, so that an interrupted
             call need not measure it again.
         progress: show on standard error how far it is.
 
@@ -98,11 +101,13 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     chosen = resolve_methods(methods)
     resolved = resolve_target(target)
     example = as_inputs(example_inputs)
-    if calibration is None and mode == "static":
+    if calibration is None and (mode == "static" or min_sqnr is not None):
+        what = "static scales of activations need" if mode == "static" else "min_sqnr needs"
         raise InputError(
-            "static scales of activations need data",
+            f"{what} data",
             where="calibration",
-            hint="pass batches of training data, or use mode='dynamic'",
+            hint="pass batches of training data"
+            + (", or use mode='dynamic'" if mode == "static" else ""),
         )
     quantized = attach(
         model,
@@ -115,7 +120,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         skip=skip,
         weight_bits=weight_bits,
     )
-    limit = accuracy_limit(evaluate, max_drop, quantized, sensitivity)
+    limit = accuracy_limit(evaluate, max_drop, min_sqnr, quantized, sensitivity)
     given = () if calibration is None else calibration
     data = Batches(given, example, batches, keep=bool(chosen) or limit is not None)
 

@@ -150,12 +150,21 @@ class PtqStage(QuantizeOptions, Stage):
         methods: what else to do beside calibration, in this order.
         max_drop: as few layers stay in float as it takes for the task's metric on validation
             images to fall by no more than so many points; null quantizes everything.
+        min_sqnr: the same without labels: the outputs on the calibration images must lie so many dB
+            above their difference from the float network's.
     """
 
     version: ClassVar[int] = 2
     type: Literal["ptq"] = "ptq"
     methods: tuple[Annotated[Any, METHOD], ...] = ()
     max_drop: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    min_sqnr: float | None = Field(default=None, ge=0, lt=200)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.max_drop is not None and self.min_sqnr is not None:
+            raise wrong("max_drop is a limit already", "leave one of them out", path="min_sqnr")
+        return self
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
@@ -181,6 +190,7 @@ class PtqStage(QuantizeOptions, Stage):
             model,
             context.example_inputs,
             methods=[build_method(METHOD, choice, {}) for choice in self.methods],
+            min_sqnr=self.min_sqnr,
             sensitivity=file,
             progress=context.progress,
             **limit,
