@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["AccuracyLimit", "accuracy_limit"]
 
 
+RANKED = 2
+"""Calibration batches that layers are ranked on; it is one forward per layer and batch."""
 MOST_DB = 200.0
 """What outputs without any difference count as."""
 
@@ -85,8 +88,8 @@ class AccuracyLimit:
     ) -> QuantizedModel:
         """Put as few layers back to float as it takes.
 
-        Layers are ranked by the noise that each alone makes in the outputs, on the calibration
-        batches. The smallest number of them, from the top, that meets the limit is found by
+        Layers are ranked by the noise that each alone makes in the outputs, on the first
+        calibration batches. The smallest number of them, from the top, that meets the limit is found by
         doubling and bisection; then those that turn out not to be needed become integer again.
         Every candidate is evaluated for real.
 
@@ -120,7 +123,7 @@ class AccuracyLimit:
     def _ranked(self, work: Work, switches: LayerSwitches) -> list[str]:
         table = measure_sensitivity(
             switches,
-            noise_scorer(work.reference, work.inputs()),
+            noise_scorer(work.reference, islice(work.inputs(), RANKED)),
             measure="sqnr",
             units=units_of(switches),
             file=self.file,
