@@ -89,9 +89,9 @@ class AccuracyLimit:
         """Put as few layers back to float as it takes.
 
         Layers are ranked by the noise that each alone makes in the outputs, on the first
-        calibration batches. The smallest number of them, from the top, that meets the limit is found by
-        doubling and bisection; then those that turn out not to be needed become integer again.
-        Every candidate is evaluated for real.
+        calibration batches. The smallest number of them, from the top, that meets the limit is
+        found by doubling and bisection; then those that turn out not to be needed become integer
+        again. Every candidate is evaluated for real.
 
         Args:
             work: what is quantized, in every layer.
