@@ -48,7 +48,7 @@ def test_the_poisoned_layer_alone_goes_back_to_float(
 ) -> None:
     quality = Quality(poisoned, images(16, 9))
     q = ptq(
-        poisoned, images(1), calibration=batches, granularity="tensor",
+        poisoned, images(1), calibration=batches, granularity="tensor", methods=[],
         evaluate=quality, max_drop=65, sensitivity=tmp_path / "layers.json",
     )  # fmt: skip
     reason = "left in float to keep the metric within 65"
@@ -59,7 +59,8 @@ def test_the_poisoned_layer_alone_goes_back_to_float(
     assert len(q.plan.warnings) == 1
     assert q.plan.warnings[0].startswith(f"pointwise {reason}: it falls by ")
     assert reason in q.plan.explain()
-    expected = ptq(poisoned, images(1), calibration=batches, granularity="tensor", skip="pointwise")
+    choices: dict[str, Any] = {"granularity": "tensor", "methods": []}
+    expected = ptq(poisoned, images(1), calibration=batches, skip="pointwise", **choices)
     with torch.no_grad():
         assert torch.equal(q(images(8, 3)), expected(images(8, 3)))
     assert quality(q) >= 35
@@ -73,7 +74,7 @@ def test_the_poisoned_layer_alone_goes_back_to_float(
 def test_without_labels_the_outputs_are_the_limit(
     poisoned: nn.Module, images: Images, batches: list[Tensor]
 ) -> None:
-    choices: dict[str, Any] = {"calibration": batches, "granularity": "tensor"}
+    choices: dict[str, Any] = {"calibration": batches, "granularity": "tensor", "methods": []}
     whole = ptq(poisoned, images(1), **choices)
     distance = OutputDistance(poisoned, [sk.Inputs((x,)) for x in batches])
     assert decibels(distance.noise(whole)) < 25
@@ -197,7 +198,7 @@ def test_a_layer_in_float_gets_back_what_methods_changed(
 
     with METHODS.scratch():
         METHODS.register("shift")(Shift)
-        plain = ptq(poisoned, images(1), calibration=batches, granularity="tensor")
+        plain = ptq(poisoned, images(1), calibration=batches, granularity="tensor", methods=[])
         q = ptq(
             poisoned, images(1), calibration=iter(batches), granularity="tensor",
             methods=["shift"], evaluate=Quality(poisoned, images(16, 9)), max_drop=65,

@@ -36,7 +36,7 @@ def test_the_numbers_are_those_of_the_two_networks(small: nn.Module, images: Ima
 
 def test_the_poisoned_layer_is_pictured_first(poisoned: nn.Module, images: Images) -> None:
     x = images(8)
-    q = ptq(poisoned, x, calibration=x, granularity="tensor")
+    q = ptq(poisoned, x, calibration=x, granularity="tensor", methods=[])
     facts = layer_noise(q, sk.Inputs((x,)), original=poisoned, pictured=2)
     first, second = facts["histograms"]
     assert first["layer"] == "pointwise"

@@ -107,7 +107,9 @@ def test_methods_and_their_settings_are_searched(
 ) -> None:
     with METHODS.scratch():
         METHODS.register("spoil")(Spoil)
-        assert arguments_of({"methods.spoil": False, "methods.spoil.amount": 2.0}) == {}
+        assert arguments_of({"methods.spoil": False, "methods.spoil.amount": 2.0}) == {
+            "methods": []
+        }
         assert arguments_of({"methods.spoil": True})["methods"] == ["spoil"]
         given = arguments_of({"methods.spoil": True, "methods.spoil.amount": 2.0})
         assert given["methods"] == [Spoil(2.0)]
@@ -115,7 +117,7 @@ def test_methods_and_their_settings_are_searched(
             small, images(1), calibration=batches, objective="kl", trials=4, sampler="random",
             space={"methods.spoil": Choice(True, False), "weight_bits": Choice(8, 3)},
         )  # fmt: skip
-    assert found.settings == {"weight_bits": 8}
+    assert found.settings == {"weight_bits": 8, "methods": []}
     assert {"kl", "sqnr"} == set(found.result.best.metrics)
     assert found.value == min(trial.value or 0.0 for trial in found.result.trials)
 

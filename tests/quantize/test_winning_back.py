@@ -198,13 +198,43 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_random_state_alone(
 def test_bias_correction_centres_every_layer(small: nn.Module, images: Images) -> None:
     batches = [images(16, seed) for seed in range(4)]
     q = ptq(small, images(1), calibration=batches, weight_bits=4, methods=["bias_correction"])
-    reference = ptq(small, images(1), calibration=batches, weight_bits=4)
+    reference = ptq(small, images(1), calibration=batches, weight_bits=4, methods=[])
     reference.set_rounding(False)
     x = torch.cat(batches)
     with torch.no_grad():
         error = q(x) - reference(x)
     assert float(error.mean(0).abs().max()) < 1e-4
     assert float(error.abs().mean()) > 0.001
+
+
+@pytest.mark.parametrize("coarse", [{"granularity": "tensor"}, {"weight_bits": {"fc": 4}}])
+def test_coarse_weights_are_repaired_by_default(
+    poisoned: nn.Module, images: Images, coarse: dict[str, Any]
+) -> None:
+    batches = [images(16, seed) for seed in range(4)]
+    repaired = ptq(poisoned, images(1), calibration=batches, **coarse)
+    plain = ptq(poisoned, images(1), calibration=batches, methods=[], **coarse)
+    weights = {spec.name: spec for spec in repaired.plan.quantizers if spec.parameter is not None}
+    assert {spec.scale for spec in weights.values()} == {"fixed"}
+    x = images(16, 99)
+    with torch.no_grad():
+        assert sqnr(poisoned(x), repaired(x)) > sqnr(poisoned(x), plain(x)) + 3
+
+
+def test_fine_weights_and_missing_data_leave_nothing_to_repair(
+    small: nn.Module, images: Images
+) -> None:
+    for choices in ({"calibration": [images(4)]}, {"mode": "weights", "weight_bits": 4}):
+        q = ptq(small, images(1), **choices)
+        assert {spec.scale for spec in q.plan.quantizers if spec.parameter} == {"follows"}
+
+
+def test_too_wide_layers_are_rounded_to_nearest(small: nn.Module, images: Images) -> None:
+    choices: dict[str, Any] = {"calibration": [images(8)], "weight_bits": 4}
+    q = ptq(small, images(1), methods=[GPTQ(widest=1)], **choices)
+    plain = ptq(small, images(1), methods=[], **choices)
+    with torch.no_grad():
+        assert torch.equal(q(images(4)), plain(images(4)))
 
 
 class Twice(nn.Module):
@@ -232,7 +262,7 @@ def test_shared_rare_and_skipped_layers(images: Images, method: Method) -> None:
     wide = F.interpolate(images(1), size=24)
     with pytest.warns(UserWarning, match="rare:conv2d#0 did not run"):
         q = ptq(model, wide, calibration=batches, weight_bits=4, methods=[method])
-    plain = ptq(model, images(1), calibration=batches, weight_bits=4)
+    plain = ptq(model, images(1), calibration=batches, weight_bits=4, methods=[])
     x = images(16, 99)
     assert sqnr(model(x), q(x)) > sqnr(model(x), plain(x))
     assert q.model.get_parameter("first.weight") is q.model.get_parameter("second.weight")

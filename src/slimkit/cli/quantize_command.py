@@ -51,7 +51,11 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="What else to do, in this order; see: slimkit list methods; repeatable."),
+        typer.Option(
+            help="What else to do, in this order; see: slimkit list methods; repeatable; none for "
+            "nothing.",
+            show_default="gptq, bias_correction for coarse weights, else none",
+        ),
     ] = None,
     max_drop: Annotated[
         float | None,
@@ -101,7 +105,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
         batches=batches,
         target=target,
         weight_bits=parse_weight_bits(weight_bits),
-        methods=method or (),
+        methods=[] if method == ["none"] else method or None,
         evaluate=None if max_drop is None else _on_validation_images(splits),
         max_drop=max_drop,
         min_sqnr=min_sqnr,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,11 +68,15 @@ class AddressMode(TorchFunctionMode):
 
     Args:
         model: paths are relative to it; a module reachable by several paths has the first.
+        followed: some of ``model.named_modules()``, where only a part of the model will run: hooks
+            on a large model take longer than a small part of it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, followed: Sequence[tuple[str, nn.Module]] | None = None
+    ) -> None:
         super().__init__()
-        self._named = list(model.named_modules())
+        self._named = list(model.named_modules()) if followed is None else followed
         self._handles: list[RemovableHandle] = []
         self._stack: list[str] = [""]
         self._counts: dict[tuple[str, str], int] = {}

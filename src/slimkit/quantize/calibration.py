@@ -21,7 +21,7 @@ from slimkit.quantize.accuracy_control import accuracy_limit
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.evaluating import Evaluate
 from slimkit.quantize.learned_quantizers import with_scales
-from slimkit.quantize.methods import Method, Work, resolve_methods, run_methods
+from slimkit.quantize.methods import Method, Work, resolve_methods, run_methods, usual_methods
 from slimkit.quantize.observers import Observer, describe_observer, new_observer
 from slimkit.quantize.planning import lay_out
 from slimkit.quantize.requests import check_request
@@ -48,7 +48,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
     weight_bits: WeightBits | None = None,
-    methods: Iterable[str | Method] = (),
+    methods: Iterable[str | Method] | None = None,
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
     min_sqnr: float | None = None,
@@ -78,7 +78,9 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         weight_bits: 2 to 8 for all weights, or module pattern → bits (the first that matches);
             what is not named has the target's.
         methods: what else to do, in this order: names in
-            :data:`~slimkit.quantize.methods.METHODS`, or methods with settings of their own.
+            :data:`~slimkit.quantize.methods.METHODS`, or methods with settings of their own. By
+            default ``gptq`` and ``bias_correction`` on 64 images if weights are rounded coarsely,
+            per tensor or in fewer than 8 bits, and there is calibration data; else nothing.
         evaluate: network → metric on validation data, higher is better; for ``max_drop``.
         max_drop: as few layers stay in float as it takes for the metric to fall by no more than
             this, in its own unit (0.5 points of a metric in percent); the plan names them.
@@ -98,7 +100,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         DataError: calibration data is empty, of another shape, not finite, or test data.
         CaptureError: the network fails on ``example_inputs``.
     """
-    chosen = resolve_methods(methods)
+    chosen = [] if methods is None else resolve_methods(methods)
     resolved = resolve_target(target)
     example = as_inputs(example_inputs)
     if calibration is None and (mode == "static" or min_sqnr is not None):
@@ -120,6 +122,8 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         skip=skip,
         weight_bits=weight_bits,
     )
+    if methods is None and calibration is not None:
+        chosen = usual_methods(quantized.plan)
     limit = accuracy_limit(evaluate, max_drop, min_sqnr, quantized, sensitivity)
     given = () if calibration is None else calibration
     data = Batches(given, example, batches, keep=bool(chosen) or limit is not None)

@@ -48,6 +48,8 @@ class GPTQ:
         scale: of the weights, ``"mse"`` or ``"max"``; see AdaRound.
         compensate: first change the float weight so that it makes up for the errors of its inputs
             (:func:`~slimkit.quantize.sampled_layers.compensation`), and correct the bias.
+        widest: layers whose sums have more inputs are rounded to nearest: the Hessian of so many
+            inputs takes half a gigabyte, and its inversion minutes.
         seed: of the samples.
 
     Raises:
@@ -62,10 +64,11 @@ class GPTQ:
     act_order: bool = False
     scale: ScaleChoice = "mse"
     compensate: bool = True
+    widest: int = 8192
     seed: int = 0
 
     def __post_init__(self) -> None:
-        names = ("images", "positions", "damping")
+        names = ("images", "positions", "damping", "widest")
         check(choice=self.scale, counts={name: getattr(self, name) for name in names})
 
     @torch.no_grad()
@@ -78,6 +81,8 @@ class GPTQ:
                 display.step(number, self._round(work, streams, layer))
 
     def _round(self, work: Work, streams: Streams, layer: Layer) -> str:
+        if weight_of(work.quantized, layer.weight)[0].numel() > self.widest:
+            return f"{layer.module} is too wide"
         generator = torch.Generator().manual_seed(self.seed)
         samples = streams.draw(layer, self.positions, generator)
         if samples is None:

@@ -35,9 +35,13 @@ from slimkit.quantize.batches import Batches
 from slimkit.registry import Registry
 
 if TYPE_CHECKING:
+    from slimkit.quantize.scheme import QuantPlan
     from slimkit.quantize.wrapper import QuantizedModel
 
-__all__ = ["METHODS", "Method", "Work", "resolve_methods", "run_methods"]
+__all__ = ["METHODS", "Method", "Work", "resolve_methods", "run_methods", "usual_methods"]
+
+_FEW = 64
+"""Images that the usual methods look at: a minute for a small network on two cores."""
 
 METHODS: Registry[type[Method]] = Registry("quantization method")
 """Name → class of a method that needs no argument."""
@@ -108,6 +112,22 @@ def resolve_methods(methods: Iterable[str | Method]) -> list[Method]:
             raise InputError(f"{entry!r} is not a quantization method", where=where)
         found.append(method)
     return found
+
+
+def usual_methods(plan: QuantPlan) -> list[Method]:
+    """What :func:`~slimkit.quantize.ptq` does when nobody says what to do.
+
+    Weights that are rounded coarsely, with one scale per tensor or in fewer than 8 bits, make a
+    network useless (EfficientNet-Lite0: ``python -m benchmarks.quantize_accuracy``) unless
+    their errors are made up for; others do without.
+    """
+    weights = [spec for spec in plan.quantizers if spec.parameter is not None]
+    if plan.granularity != "tensor" and all(spec.form.bits >= 8 for spec in weights):
+        return []
+    from slimkit.quantize.bias_correction import BiasCorrection
+    from slimkit.quantize.gptq import GPTQ
+
+    return [GPTQ(images=_FEW, positions=64 * _FEW), BiasCorrection(images=_FEW)]
 
 
 def run_methods(methods: Sequence[Method], when: Literal["before", "after"], work: Work) -> None:

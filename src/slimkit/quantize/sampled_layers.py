@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +58,19 @@ def hessian(inputs: Tensor, damping: float) -> Tensor:
         inputs: (groups, P, K).
         damping: fraction of the mean of the diagonal that is added to it.
     """
-    product = (inputs.transpose(1, 2) @ inputs).double() * (2.0 / inputs.shape[1])
-    diagonal = product.diagonal(dim1=1, dim2=2)
+    return _damped(_gram(inputs), damping)
+
+
+def _gram(inputs: Tensor) -> Tensor:
+    return (inputs.transpose(1, 2) @ inputs).double() * (2.0 / inputs.shape[1])
+
+
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    """``gram``, changed in place."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
     diagonal += torch.where(mean > 0, damping * mean, torch.ones_like(mean))
-    return product
+    return gram
 
 
 def compensation(samples: Samples, weight: Tensor) -> Tensor:
@@ -112,9 +121,14 @@ class _Ridge:
 
     def solution(self, ridge: float) -> Tensor:
         """(groups, K, out / groups)."""
+        factor = torch.linalg.cholesky(_damped(self._products[0].clone(), ridge))
+        return torch.cholesky_solve(self._products[1], factor).to(self._x.dtype)
+
+    @cached_property
+    def _products(self) -> tuple[Tensor, Tensor]:
+        """Of the inputs with themselves and with the residual."""
         right = (self._x.transpose(1, 2) @ self._y).double() * (2.0 / self._x.shape[1])
-        factor = torch.linalg.cholesky(hessian(self._x, ridge))
-        return torch.cholesky_solve(right, factor).to(self._x.dtype)
+        return _gram(self._x), right
 
     def error(self, solution: Tensor | None) -> float:
         """What is left of the residual."""

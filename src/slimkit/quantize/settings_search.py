@@ -194,7 +194,8 @@ def arguments_of(parameters: Parameters) -> dict[str, Any]:
             name = key.partition(".")[2]
             method = METHODS.get(name, where=key)
             methods.append(_built(method, _below(parameters, key)) or name)
-    return {**arguments, "methods": methods} if methods else arguments
+    searched = any(key.startswith("methods.") for key in parameters)
+    return {**arguments, "methods": methods} if searched else arguments
 
 
 def _below(parameters: Parameters, key: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ sides, for as many images as the method asks for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,8 +74,10 @@ class Streams:
             for name, used in addresses.items()
             if all(_function(address) in SUPPORTED for address in used)
         ]
-        self._float = _Side(reference, nullcontext)
-        self._quantized = _Side(quantized.model, quantized.attachment)
+        self._float = _Side(reference, lambda _: nullcontext())
+        self._quantized = _Side(
+            quantized.model, lambda followed: quantized.attachment(followed=followed)
+        )
         self._block: Block | None = None
 
     def calls(self, layer: Layer) -> Iterator[tuple[LayerCall, LayerCall]]:
@@ -188,18 +190,37 @@ class _Reached(Exception):  # noqa: N818 - no error: the forward has shown what 
 class _Side:
     """One of the two networks.
 
+    Args:
+        model: what runs.
+        mode: a context in which it computes as it should, given the modules that will run.
+
     Attributes:
         inputs: number of a batch → what reaches the current block.
     """
 
-    def __init__(self, model: nn.Module, mode: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: Callable[[Sequence[tuple[str, nn.Module]]], AbstractContextManager[Any]],
+    ) -> None:
         self._model, self._mode = model, mode
+        self._named = list(model.named_modules())
+        self._within: tuple[Block | None, list[tuple[str, nn.Module]]] = (None, self._named)
         self.inputs: dict[int, Tensor] = {}
+
+    def _followed(self, block: Block | None) -> list[tuple[str, nn.Module]]:
+        """The modules inside of a block, or all, with their paths."""
+        if block is None:
+            return self._named
+        if self._within[0] != block:
+            inside = set(self._model.get_submodule(block.path).modules())
+            self._within = (block, [(path, m) for path, m in self._named if m in inside])
+        return self._within[1]
 
     @torch.no_grad()
     def run(self, block: Block, x: Tensor) -> Tensor:
         """The output of a block."""
-        with self._mode():
+        with self._mode(self._followed(block)):
             output: Tensor = self._model.get_submodule(block.path)(x.clone())
         return output
 
@@ -214,7 +235,7 @@ class _Side:
 
         handle = self._model.get_submodule(block.path).register_forward_pre_hook(stop)
         try:
-            with self._mode():
+            with self._mode(self._named):
                 batch.call(self._model)
         except _Reached:
             return found[0]
@@ -227,9 +248,10 @@ class _Side:
         self, addresses: tuple[str, ...], block: Block | None, number: int, start: Inputs | None
     ) -> Mapping[str, LayerCall]:
         """What is called at these addresses when a block, or all of the network, runs."""
-        watch = _Watch(self._model, frozenset(addresses))
+        followed = self._followed(block)
+        watch = _Watch(self._model, frozenset(addresses), followed)
         try:
-            with self._mode(), watch:
+            with self._mode(followed), watch:
                 if block is not None:
                     self._model.get_submodule(block.path)(self.inputs[number].clone())
                 elif start is not None:
@@ -240,8 +262,13 @@ class _Side:
 
 
 class _Watch(AddressMode):
-    def __init__(self, model: nn.Module, addresses: frozenset[str]) -> None:
-        super().__init__(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        addresses: frozenset[str],
+        followed: Sequence[tuple[str, nn.Module]],
+    ) -> None:
+        super().__init__(model, followed)
         self._wanted = addresses
         self.seen: dict[str, LayerCall] = {}
 

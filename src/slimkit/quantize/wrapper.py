@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,14 +75,19 @@ class QuantizedModel(nn.Module):
         with _Attachment(self, self._called, exact=exact):
             return self.model(*args, **kwargs)
 
-    def attachment(self, replaced: Mapping[str, Rounding] | None = None) -> AddressMode:
+    def attachment(
+        self,
+        replaced: Mapping[str, Rounding] | None = None,
+        followed: Sequence[tuple[str, nn.Module]] | None = None,
+    ) -> AddressMode:
         """A mode in which :attr:`model`, or one module of it alone, computes as in :meth:`forward`.
 
         Args:
             replaced: name of a quantizer → what to use in its place.
+            followed: see :class:`~slimkit.graph.addressing.AddressMode`.
         """
         exact = not (replaced or self.training or torch.is_grad_enabled())
-        return _Attachment(self, None, exact=exact, replaced=replaced)
+        return _Attachment(self, None, exact=exact, replaced=replaced, followed=followed)
 
     def activation_quantizers(self) -> dict[str, ActivationQuantizer]:
         """Name → quantizer of an activation whose scale is stored."""
@@ -201,6 +206,7 @@ class _Attachment(AddressMode):
         called: gets the addresses of the calls that ran; ``None`` to not note them.
         exact: compute like integer kernels.
         replaced: name of a quantizer → what to use in its place.
+        followed: as for the base class.
     """
 
     def __init__(
@@ -210,8 +216,9 @@ class _Attachment(AddressMode):
         *,
         exact: bool,
         replaced: Mapping[str, Rounding] | None = None,
+        followed: Sequence[tuple[str, nn.Module]] | None = None,
     ) -> None:
-        super().__init__(quantized.model)
+        super().__init__(quantized.model, followed)
         self._called = called
         self._rules = quantized.plan.calls
         self._quantizers: dict[str, Rounding] = {**quantized.quantizers, **(replaced or {})}

@@ -147,16 +147,17 @@ class PtqStage(QuantizeOptions, Stage):
     """Post-training quantization: calibrated on training images, no training.
 
     Attributes:
-        methods: what else to do beside calibration, in this order.
+        methods: what else to do beside calibration, in this order; null leaves it to
+            :func:`slimkit.quantize.ptq`.
         max_drop: as few layers stay in float as it takes for the task's metric on validation
             images to fall by no more than so many points; null quantizes everything.
         min_sqnr: the same without labels: the outputs on the calibration images must lie so many dB
             above their difference from the float network's.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     type: Literal["ptq"] = "ptq"
-    methods: tuple[Annotated[Any, METHOD], ...] = ()
+    methods: tuple[Annotated[Any, METHOD], ...] | None = None
     max_drop: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     min_sqnr: float | None = Field(default=None, ge=0, lt=200)
 
@@ -189,7 +190,9 @@ class PtqStage(QuantizeOptions, Stage):
         return ptq(
             model,
             context.example_inputs,
-            methods=[build_method(METHOD, choice, {}) for choice in self.methods],
+            methods=None
+            if self.methods is None
+            else [build_method(METHOD, choice, {}) for choice in self.methods],
             min_sqnr=self.min_sqnr,
             sensitivity=file,
             progress=context.progress,
