@@ -1,0 +1,269 @@
+"""Distillation from knowledge: the same losses, without a teacher in this process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimkit.distill.knowledge.mixing import Knowledge
+from slimkit.distill.knowledge.schema import LOGITS
+from slimkit.distill.recording import Recorder, check_layers, main_tensor, probing, run
+from slimkit.distill.settings import DistillLoss, parse_losses
+from slimkit.errors import CheckpointError, DataError, InputError, ModelError
+from slimkit.inputs import ExampleInputs, as_inputs
+from slimkit.plan import load_weights
+
+if TYPE_CHECKING:
+    from slimkit.train.callbacks import StepContext
+
+__all__ = ["KnowledgeDistiller", "NumberedLoader"]
+
+OUTPUT = ""
+
+
+class NumberedLoader(Protocol):
+    """A loader whose samples have numbers; :class:`slimkit.tasks.data.ArrayLoader` is one.
+
+    Attributes:
+        ids: numbers of the samples in the batch that it yielded last.
+    """
+
+    ids: Tensor
+
+    def fix_changes(self, seed: int, passes: int | None = None) -> None:
+        """Draw the random changes of a sample from the seed and the pass alone."""
+
+    def epoch_ids(self, epoch: int) -> list[Tensor]:
+        """Numbers of the samples in every batch of an epoch."""
+
+
+class KnowledgeDistiller:
+    """Distillation losses from knowledge, as a term of :func:`slimkit.train.fit`.
+
+    ::
+
+        with Knowledge(["file:knowledge"]) as knowledge:
+            term = KnowledgeDistiller(student, knowledge, [KD()], splits.train)
+            fit(student, splits.train, losses=[term], ...)
+
+    Args:
+        student: the model in training; listened to through forward hooks until :meth:`close`.
+        knowledge: what the teachers say.
+        losses: as of :class:`slimkit.distill.Distiller`; a loss on a layer reads the key that
+            is called like the teacher's layer.
+        loader: what the student trains on; its random changes are fixed as the teachers' are.
+        example_inputs: one small batch, for losses with connectors and to check shapes early.
+        audit: keep a hash over all (sample, knowledge) in the order of use.
+
+    Attributes:
+        connectors: trainable modules between student's and teachers' features.
+        last: name of a loss → its weighted value in the latest step.
+
+    Raises:
+        InputError: no losses.
+        DataError: no teacher knows what a loss needs.
+        UnknownNameError: the student has no such layer.
+        ModelError: student and teachers differ in their classes or features.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        knowledge: Knowledge,
+        losses: Sequence[DistillLoss | Mapping[str, Any]],
+        loader: NumberedLoader,
+        *,
+        example_inputs: ExampleInputs | None = None,
+        audit: bool = False,
+    ) -> None:
+        self.losses = parse_losses(losses, where="losses")
+        if not self.losses:
+            raise InputError("there is nothing to distil", where="losses", hint="pass [KD()]")
+        check_layers(student, filter(None, (loss.student for loss in self.losses)), who="student")
+        self.knowledge = knowledge
+        self._keys = [loss.teacher_layer or LOGITS for loss in self.losses]
+        for key in self._keys:
+            knowledge.shape(key)
+        self._loader = loader
+        loader.fix_changes(knowledge.seed, knowledge.passes)
+        self._recorder = Recorder(student, [loss.student or OUTPUT for loss in self.losses])
+        self.connectors = nn.ModuleDict()
+        self.last: dict[str, Tensor] = {}
+        self._epoch = -1
+        self._stream: Iterator[tuple[np.ndarray[Any, Any], dict[str, Tensor]]] = iter(())
+        self._digest: bytes | None = bytes(32) if audit else None
+        try:
+            self._connect(student, example_inputs)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 (hex) over all samples and knowledge so far, with ``audit``."""
+        return None if self._digest is None else self._digest.hex()
+
+    def __call__(self, context: StepContext) -> Tensor:
+        """The weighted sum of the losses for a step; a float32 scalar with gradient."""
+        ours = dict(self._recorder.records)
+        self._recorder.clear()
+        ours[OUTPUT] = main_tensor(context.outputs, where="student")
+        return self.loss(ours, self.take(context.epoch))
+
+    def loss(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the losses between records and knowledge.
+
+        Args:
+            ours: path of a layer → (B, …), ``""`` for the output.
+            theirs: key → (B, …).
+
+        Raises:
+            InputError: a layer of the student has not run.
+        """
+        device = ours[OUTPUT].device
+        self.last = {}
+        terms = []
+        with torch.autocast(device.type, enabled=False):
+            for index, (settings, key) in enumerate(zip(self.losses, self._keys, strict=True)):
+                layer = settings.student or OUTPUT
+                if layer not in ours:
+                    raise InputError(f"layer {layer!r} has not run", where="student")
+                student = ours[layer].float()
+                if str(index) in self.connectors:
+                    student = self.connectors[str(index)].to(device)(student)
+                teacher = theirs[key].to(device, non_blocking=True).float()
+                if student.shape != teacher.shape:
+                    raise _misfit(settings, tuple(student.shape), tuple(teacher.shape))
+                terms.append(settings.weight * settings.compute(student, teacher))
+                self.last[f"{settings.type}:{index}"] = terms[-1].detach()
+            return torch.stack(terms).sum()
+
+    def take(self, epoch: int) -> dict[str, Tensor]:
+        """Knowledge about the batch that the loader yielded last; each batch once, in order.
+
+        Raises:
+            DataError: the loader yields other samples than it announced.
+            TeacherError: a teacher is gone.
+        """
+        if epoch != self._epoch:
+            self._epoch = epoch
+            batches = [ids.numpy() for ids in self._loader.epoch_ids(epoch)]
+            wanted = tuple(dict.fromkeys(self._keys))
+            self._stream = self.knowledge.stream(batches, epoch, wanted)
+        found = next(self._stream, None)
+        seen = self._loader.ids.numpy()
+        if found is None or not _subset(seen, found[0]):
+            raise DataError(
+                f"the loader yields other samples than it announced for epoch {epoch}",
+                where="loader",
+            )
+        asked, answers = found
+        if len(seen) < len(asked):  # unreadable images were left out of the batch
+            kept = torch.from_numpy(np.flatnonzero(np.isin(asked, seen)))
+            answers = {name: rows[kept] for name, rows in answers.items()}
+        if self._digest is not None:
+            self._digest = _digest_of(self._digest, seen, answers)
+        return answers
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The connectors' parameters, to be given to the optimizer."""
+        return self.connectors.parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: the connectors' weights, and the audit's hash."""
+        state: dict[str, Tensor] = self.connectors.state_dict(prefix="connectors.")
+        if self._digest is not None:
+            state = {**state, "digest": torch.tensor(list(self._digest), dtype=torch.uint8)}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: the state is another distiller's.
+        """
+        weights = dict(state)
+        digest = weights.pop("digest", None)
+        if (digest is None) != (self._digest is None):
+            raise CheckpointError("it was written with another audit", where="distiller")
+        if digest is not None:
+            self._digest = bytes(digest.tolist())
+        own = {key.removeprefix("connectors."): value for key, value in weights.items()}
+        load_weights(self.connectors, own, where="distiller")
+
+    def close(self) -> None:
+        """Remove the hooks from the student; the knowledge stays open."""
+        self._recorder.close()
+        close = getattr(self._stream, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _connect(self, student: nn.Module, example_inputs: ExampleInputs | None) -> None:
+        """Build the connectors and compare shapes, when there are example inputs."""
+        if example_inputs is None:
+            for loss in self.losses:
+                if loss.needs_shapes:
+                    raise InputError(
+                        f"the loss {loss.type!r} on {loss.student!r} needs them to build its "
+                        "connector",
+                        where="example_inputs",
+                    )
+            return
+        inputs = as_inputs(example_inputs)
+        parameter = next(student.parameters(), None)
+        if parameter is not None:
+            inputs = inputs.to(parameter.device)
+        with probing(student):
+            run(student, inputs, who="student")
+        ours = dict(self._recorder.records)
+        self._recorder.clear()
+        for index, (settings, key) in enumerate(zip(self.losses, self._keys, strict=True)):
+            record = ours.get(settings.student or OUTPUT)
+            if record is None:
+                raise ModelError(f"layer {settings.student!r} did not run", where="student")
+            theirs = (len(record), *self.knowledge.shape(key))
+            connector = settings.connect(tuple(record.shape), theirs)
+            if connector is not None:
+                self.connectors[str(index)] = connector.to(record.device)
+            elif tuple(record.shape) != theirs:
+                raise _misfit(settings, tuple(record.shape), theirs)
+
+
+def _misfit(settings: DistillLoss, ours: tuple[int, ...], theirs: tuple[int, ...]) -> ModelError:
+    if settings.student is None and len(ours) == len(theirs) == 2:
+        return ModelError(
+            f"the student has {ours[1]} classes, the teachers {theirs[1]}",
+            where="knowledge",
+            hint="both must be trained for the same classes in the same order",
+        )
+    return ModelError(
+        f"the student's record has shape {ours}, the knowledge {theirs}",
+        where=f"{settings.type} on {settings.student or 'the output'}",
+    )
+
+
+def _subset(seen: np.ndarray[Any, Any], asked: np.ndarray[Any, Any]) -> bool:
+    """Whether ``seen`` is ``asked``, perhaps with gaps, in the same order."""
+    if len(seen) == len(asked):
+        return bool(np.array_equal(seen, asked))
+    return bool(len(seen)) and bool(np.array_equal(asked[np.isin(asked, seen)], seen))
+
+
+def _digest_of(before: bytes, ids: np.ndarray[Any, Any], answers: Mapping[str, Tensor]) -> bytes:
+    digest = hashlib.sha256(before)
+    digest.update(np.ascontiguousarray(ids).tobytes())
+    for name in sorted(answers):
+        digest.update(name.encode())
+        digest.update(answers[name].contiguous().numpy().tobytes())
+    return digest.digest()

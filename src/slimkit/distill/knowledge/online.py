@@ -1,0 +1,144 @@
+"""An online teacher as a source of knowledge: asked ahead of time, in the student's order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimkit.distill.knowledge.asking import Question
+from slimkit.distill.knowledge.connecting import Connection, Patience, Trust
+
+__all__ = ["OnlineTeacher", "cut"]
+
+Records = dict[str, Tensor]
+
+
+class OnlineTeacher:
+    """A teacher in another process, on this machine or elsewhere.
+
+    Args:
+        address: ``grpc://host:port`` or ``grpc+tls://host:port``.
+        trust: token and certificates.
+        patience: how long to wait for it.
+        state: answers what the teacher asks about the student, ``about -> JSON``.
+
+    Attributes:
+        name: its address.
+        schema: what it knows.
+
+    Raises:
+        TeacherError: it does not answer in time, or refuses the token.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        trust: Trust | None = None,
+        patience: Patience | None = None,
+        state: Callable[[str], Any] | None = None,
+    ) -> None:
+        self.name = address
+        self._connection = Connection(address, trust or Trust(), patience or Patience(), state)
+        self.schema = self._connection.schema
+
+    def tell(self, name: str, value: Any) -> None:
+        """Send a named JSON value to the teacher."""
+        self._connection.tell(name, value)
+
+    def stream(
+        self, questions: Iterable[Question], number: int, names: Sequence[str]
+    ) -> Iterator[Records]:
+        """Answers in the order of the questions.
+
+        As many questions are under way as the teacher works on at once, and one more; nothing
+        more is asked while the caller does not take what is there.
+
+        Args:
+            questions: of any size, independent of the teacher's batch size.
+            number: of the pass.
+            names: keys that are wanted.
+
+        Yields:
+            Key → (B, …) for each question.
+
+        Raises:
+            TeacherError: see :class:`slimkit.distill.knowledge.connecting.Connection`.
+        """
+        ahead = self._connection.parallel + 1
+        sizes: deque[int] = deque()
+        chunks = _chunks(questions, self._connection.batch_size, sizes)
+        asked: deque[Future[Records]] = deque()
+        with ThreadPoolExecutor(ahead, "slimkit-ask") as pool:
+            try:
+                yield from cut(self._answers(chunks, asked, pool, ahead, number, names), sizes)
+            finally:
+                for future in asked:
+                    future.cancel()
+
+    def close(self) -> None:
+        """Stop waiting for the teacher."""
+        self._connection.close()
+
+    def _answers(
+        self,
+        chunks: Iterator[Question],
+        asked: deque[Future[Records]],
+        pool: ThreadPoolExecutor,
+        ahead: int,
+        number: int,
+        names: Sequence[str],
+    ) -> Iterator[Records]:
+        for chunk in chunks:
+            asked.append(pool.submit(self._connection.fetch, chunk, number, names))
+            if len(asked) >= ahead:
+                yield asked.popleft().result()
+        while asked:
+            yield asked.popleft().result()
+
+
+def _chunks(questions: Iterable[Question], size: int, sizes: deque[int]) -> Iterator[Question]:
+    """Questions regrouped to at most ``size`` samples; notes in ``sizes`` how to undo it."""
+    waiting: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    for question in questions:
+        sizes.append(len(question.ids))
+        if question.inputs is not None:
+            for start in range(0, len(question.ids), size):
+                part = {k: v[start : start + size] for k, v in question.inputs.items()}
+                yield Question(question.ids[start : start + size], part)
+            continue
+        waiting.append(question.ids)
+        if sum(map(len, waiting)) < size:
+            continue
+        ids = np.concatenate(waiting)
+        whole = len(ids) - len(ids) % size
+        for start in range(0, whole, size):
+            yield Question(ids[start : start + size])
+        waiting = [ids[whole:]] if whole < len(ids) else []
+    if waiting:
+        yield Question(np.concatenate(waiting))
+
+
+def cut(parts: Iterator[Records], sizes: deque[int]) -> Iterator[Records]:
+    """Rows of the parts regrouped to the sizes, which grow while parts are made."""
+    held: list[Records] = []
+    count = 0
+    for part in parts:
+        held.append(part)
+        count += len(next(iter(part.values())))
+        while sizes and sizes[0] <= count:
+            size = sizes.popleft()
+            whole = held[0] if len(held) == 1 else _joined(held)
+            yield {name: rows[:size] for name, rows in whole.items()}
+            count -= size
+            held = [{name: rows[size:] for name, rows in whole.items()}] if count else []
+
+
+def _joined(parts: Sequence[Records]) -> Records:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
