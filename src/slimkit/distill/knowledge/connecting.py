@@ -143,9 +143,9 @@ class Connection:
     def _answer(self, client: Any, data: bytes, ask: Ask, question: Question) -> dict[str, Tensor]:
         expected = self.schema.arrow(ask.names)
         if question.inputs is None:
-            reader = client.do_get(flight.Ticket(data), self._options())
-        else:
-            reader = self._send(client, data, question)
+            writer, reader = None, client.do_get(flight.Ticket(data), self._options())
+        else:  # a writer that is forgotten takes the answer with it
+            writer, reader = self._send(client, data, question)
         batches, rows = [], 0
         with contextlib.suppress(StopIteration):
             while True:
@@ -159,6 +159,8 @@ class Connection:
                     raise TeacherError("it answered about other samples", where=self.address)
                 rows += len(found)
                 batches.append(chunk.data)
+        if writer is not None:
+            writer.close()
         if rows != len(ask.ids):
             raise TeacherError(
                 f"it answered about {rows} of {len(ask.ids)} samples", where=self.address
@@ -171,7 +173,7 @@ class Connection:
         }
         return decode(self.schema, ask.names, columns, self.address)
 
-    def _send(self, client: Any, data: bytes, question: Question) -> Any:
+    def _send(self, client: Any, data: bytes, question: Question) -> tuple[Any, Any]:
         """Ask with inputs: all of them are written before the answer is read."""
         import torch
 
@@ -195,7 +197,7 @@ class Connection:
         except (pa.ArrowException, OSError):
             reader.read_chunk()  # raises what the teacher said
             raise
-        return reader
+        return writer, reader
 
     def _reply(self, client: Any, note: bytes) -> None:
         """Answer what the teacher asked along with its knowledge."""
