@@ -15,6 +15,7 @@ from slimkit.distill.settings import DistillLoss
 from slimkit.errors import InputError
 from slimkit.recipe.fields import TypedBy, wrong
 from slimkit.recipe.places import at
+from slimkit.recipe.remote_teachers import check_place, knowing, knowledge_facts
 from slimkit.recipe.stages import UNPRUNED, Stage, StageContext, StageResult
 from slimkit.registry import Registry
 from slimkit.train.callbacks import Callback, EpochContext, StepContext
@@ -33,12 +34,17 @@ __all__ = [
     "GroupLassoTerm",
     "SparsityTerm",
     "TrainStage",
+    "check_teaching",
     "distilling",
     "train_model",
     "training_facts",
 ]
 
 Term = Callable[[StepContext], "Tensor"]
+MergeOption = (
+    Literal["mean", "sum", "confidence"]
+    | Annotated[tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...], Field(min_length=1)]
+)
 
 SPARSITY: Registry[type[SparsityTerm]] = Registry("sparsity term")
 """Name in a recipe → settings of a term of the loss that makes channels fall before pruning."""
@@ -113,6 +119,10 @@ class DistillOptions(BaseModel):
             labels), which ``loss_weight`` scales. For ``unpruned`` the default is
             ``[{type: kd}]``.
         teacher_precision: how the teacher runs; ``"auto"`` takes bf16 where it is fast and agrees.
+        knowledge: in place of a teacher in this process, what teachers elsewhere know:
+            ``file:DIR``, ``grpc://host:port``, ``grpc+tls://host:port``, any number of them.
+        merge: how what several of them say about the same becomes one: ``"mean"``, ``"sum"``,
+            ``"confidence"``, one weight for each, or one of these per key.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -120,6 +130,8 @@ class DistillOptions(BaseModel):
     teacher: str | None = None
     distill: tuple[Annotated[DistillLoss, TypedBy("slimkit.distill:DISTILL_LOSSES")], ...] = ()
     teacher_precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
+    knowledge: tuple[str, ...] = ()
+    merge: MergeOption | dict[str, MergeOption] = "mean"
 
     @model_validator(mode="before")
     @classmethod
@@ -130,11 +142,19 @@ class DistillOptions(BaseModel):
 
     @model_validator(mode="after")
     def _teacher_and_losses_go_together(self) -> Self:
+        if self.knowledge and self.teacher:
+            raise wrong("there are a teacher and knowledge", "leave one out", path="knowledge")
+        for number, place in enumerate(self.knowledge):
+            check_place(place, f"knowledge.{number}")
+        if self.knowledge and not self.distill:
+            raise wrong(
+                "there is knowledge but no loss", "add distill: [{type: kd}]", path="distill"
+            )
         if self.teacher and not self.distill:
             raise wrong(
                 "there is a teacher but no loss", "add distill: [{type: kd}]", path="distill"
             )
-        if self.distill and not self.teacher:
+        if self.distill and not (self.teacher or self.knowledge):
             raise wrong("there are losses but no teacher", "add teacher: NAME", path="teacher")
         return self
 
@@ -170,14 +190,16 @@ class TrainStage(DistillOptions, TrainSettings, Stage):
         if self.sparsity is not None:
             with at("sparsity"):
                 self.sparsity.term(model, context.example_inputs)
-        if context.teacher is not None:
-            with distilling(model, self, context):
-                pass
+        check_teaching(model, self, context)
         return model
 
     def teacher_name(self) -> str | None:
         """See the base class."""
         return self.teacher
+
+    def facts(self) -> Mapping[str, Any]:
+        """See the base class."""
+        return knowledge_facts(self.knowledge)
 
     def training_epochs(self) -> float:
         """See the base class."""
@@ -218,6 +240,8 @@ def train_model(
         losses: list[Term] = [*terms]
         if context.teacher is not None:
             losses.append(stack.enter_context(distilling(student or model, options, context)))
+        elif options.knowledge:
+            losses.append(stack.enter_context(knowing(student or model, options, context)))
         return fit(
             model,
             splits.train,
@@ -268,6 +292,19 @@ def distilling(
         )
     with distiller:
         yield _Remembering(distiller, note)
+
+
+def check_teaching(model: nn.Module, options: DistillOptions, context: StageContext) -> None:
+    """Make sure, without training, that a stage's student and its teachers fit.
+
+    Teachers behind an address are not asked: they may be started later.
+    """
+    if context.teacher is not None:
+        with distilling(model, options, context):
+            pass
+    elif options.knowledge and all(place.startswith("file:") for place in options.knowledge):
+        with knowing(model, options, context):
+            pass
 
 
 class _Reporter(Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,14 +56,22 @@ class Trust:
     Attributes:
         token: from the teacher's secret; None reads ``$SLIMKIT_TOKEN`` or
             ``$SLIMKIT_TOKEN_FILE`` whenever one is needed, so that it may be renewed.
-        roots: PEM file of who signs the teacher's certificate; None trusts the system's.
-        certificate, key: PEM files of the student's own, where the teacher asks for one.
+        roots: PEM file of who signs the teacher's certificate (``$SLIMKIT_TLS_ROOTS``); None
+            trusts whom the system does.
+        certificate, key: PEM files of the student's own, where the teacher asks for one
+            (``$SLIMKIT_TLS_CERT``, ``$SLIMKIT_TLS_KEY``).
     """
 
     token: str | None = None
     roots: PathLike | None = None
     certificate: PathLike | None = None
     key: PathLike | None = None
+
+    @classmethod
+    def from_environment(cls) -> Trust:
+        """What the environment variables say."""
+        names = ("SLIMKIT_TLS_ROOTS", "SLIMKIT_TLS_CERT", "SLIMKIT_TLS_KEY")
+        return cls(None, *(os.environ.get(name) for name in names))
 
 
 class Connection:

@@ -35,8 +35,8 @@ class NumberedLoader(Protocol):
 
     ids: Tensor
 
-    def fix_changes(self, seed: int, passes: int | None = None) -> None:
-        """Draw the random changes of a sample from the seed and the pass alone."""
+    def fix_changes(self, seed: int | None, passes: int | None = None) -> None:
+        """Draw the random changes of a sample from the seed and the pass alone; None ends it."""
 
     def epoch_ids(self, epoch: int) -> list[Tensor]:
         """Numbers of the samples in every batch of an epoch."""
@@ -56,7 +56,8 @@ class KnowledgeDistiller:
         knowledge: what the teachers say.
         losses: as of :class:`slimkit.distill.Distiller`; a loss on a layer reads the key that
             is called like the teacher's layer.
-        loader: what the student trains on; its random changes are fixed as the teachers' are.
+        loader: what the student trains on; until :meth:`close` its random changes are fixed as
+            the teachers' are.
         example_inputs: one small batch, for losses with connectors and to check shapes early.
         audit: keep a hash over all (sample, knowledge) in the order of use.
 
@@ -197,8 +198,9 @@ class KnowledgeDistiller:
         load_weights(self.connectors, own, where="distiller")
 
     def close(self) -> None:
-        """Remove the hooks from the student; the knowledge stays open."""
+        """Leave student and loader as they were; the knowledge stays open."""
         self._recorder.close()
+        self._loader.fix_changes(None)
         close = getattr(self._stream, "close", None)
         if close is not None:
             close()

@@ -24,7 +24,7 @@ class OnlineTeacher:
 
     Args:
         address: ``grpc://host:port`` or ``grpc+tls://host:port``.
-        trust: token and certificates.
+        trust: token and certificates; None takes them from the environment.
         patience: how long to wait for it.
         state: answers what the teacher asks about the student, ``about -> JSON``.
 
@@ -45,7 +45,9 @@ class OnlineTeacher:
         state: Callable[[str], Any] | None = None,
     ) -> None:
         self.name = address
-        self._connection = Connection(address, trust or Trust(), patience or Patience(), state)
+        self._connection = Connection(
+            address, trust or Trust.from_environment(), patience or Patience(), state
+        )
         self.schema = self._connection.schema
 
     def tell(self, name: str, value: Any) -> None:

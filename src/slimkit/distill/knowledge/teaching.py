@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from slimkit.artifact import tensors_hash
 from slimkit.distill.knowledge.encoding import encode
@@ -137,14 +138,7 @@ class NetworkTeacher:
             precision = cast("TeacherPrecision", teacher.precision)  # decided by now
             self._idle.put((teacher, device))
         specs = [
-            KeySpec.model_validate(
-                {
-                    "name": key,
-                    "shape": tuple(records[layer].shape[1:]),
-                    "dtype": dtype,
-                    "top_k": top_k if key == LOGITS else None,
-                }
-            )
+            _spec(key, records[layer], dtype, top_k if key == LOGITS else None)
             for key, layer in self._layers.items()
         ]
         label = name or type(model).__name__
@@ -218,6 +212,22 @@ class NetworkTeacher:
                 )
 
 
+def _spec(key: str, record: Tensor, dtype: str, top_k: int | None = None) -> KeySpec:
+    """What a key looks like, from a batch of it.
+
+    Raises:
+        InputError: no such type, or it cannot keep so many largest values.
+    """
+    shape = tuple(record.shape[1:])
+    try:
+        return KeySpec.model_validate({"name": key, "shape": shape, "dtype": dtype, "top_k": top_k})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or key
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{message}, got {first['input']!r}", where=where) from error
+
+
 def _inputs_of(example: ExampleInputs | None) -> tuple[KeySpec, ...]:
     """What must be sent along, from an example of it."""
     given = as_inputs(example) if example is not None else Inputs()
@@ -225,7 +235,5 @@ def _inputs_of(example: ExampleInputs | None) -> tuple[KeySpec, ...]:
     specs = []
     for name, tensor in named.items():
         dtype = "float32" if tensor.is_floating_point() else "int64"
-        specs.append(
-            KeySpec.model_validate({"name": name, "shape": tuple(tensor.shape[1:]), "dtype": dtype})
-        )
+        specs.append(_spec(name, tensor, dtype))
     return tuple(specs)

@@ -114,25 +114,27 @@ class ArrayLoader:
         """At most the first ``count`` batches."""
         return itertools.islice(iter(self), count)
 
-    def fix_changes(self, seed: int, passes: int | None = None) -> None:
+    def fix_changes(self, seed: int | None, passes: int | None = None) -> None:
         """Draw the random changes from ``seed`` and the number of the pass alone.
 
         Epoch ``e`` then changes images as pass ``e`` (modulo ``passes``) does, here and in any
-        other process with the same settings, whatever the order; see :meth:`inputs`.
+        other process with the same settings, whatever the order; see :meth:`inputs`. ``None``
+        goes back to changes that every epoch and every run draws for itself.
         """
-        self._changes = (seed, passes)
+        self._changes = None if seed is None else (seed, passes)
 
     def pass_of(self, epoch: int) -> int:
         """The number of the pass whose random changes an epoch has."""
         passes = self._changes[1] if self._changes is not None else None
         return epoch if passes is None else epoch % passes
 
-    def inputs(self, ids: Tensor, number: int) -> Tensor:
-        """The images of some samples, changed as in pass ``number`` after :meth:`fix_changes`.
+    def inputs(self, ids: Tensor, number: int, seed: int) -> Tensor:
+        """The images of some samples, as :meth:`fix_changes` makes a pass change them.
 
         Args:
             ids: int64 (B,), numbers of samples of this split.
             number: of the pass.
+            seed: of the random changes.
 
         Returns:
             float32 (B, C, H, W), as a batch would have them; black where an image cannot be
@@ -151,7 +153,6 @@ class ArrayLoader:
                 hint=f"the numbers are among {int(ascending[0])} … {int(ascending[-1])}",
             )
         chunk = positions[places]
-        seed = self._changes[0] if self._changes is not None else self.seed
         pixels, read = self._pixels(chunk, self._draws(seed, number))
         if len(read) == len(chunk):
             return pixels

@@ -18,7 +18,7 @@ class TrainingSamples:
     """Random access to the training images, in passes with fixed random changes.
 
     Attributes:
-        loader: of the training split; its random changes are fixed by ``seed``.
+        loader: of the training split.
         fingerprint: equal where a number means the same image, changed in the same way.
         classes: names in the order of the labels.
         seed: of the random changes.
@@ -40,15 +40,14 @@ class TrainingSamples:
         Raises:
             DataError: a number is not of this split.
         """
-        return self.loader.inputs(ids.to(torch.int64), number)
+        return self.loader.inputs(ids.to(torch.int64), number, self.seed)
 
 
 def training_samples(splits: Splits, *, seed: int = 0) -> TrainingSamples:
     """The training split as samples with numbers.
 
     Args:
-        splits: the data; the random changes of its training loader are fixed from now on.
+        splits: the data.
         seed: of the random changes.
     """
-    splits.train.fix_changes(seed)
     return TrainingSamples(splits.train, splits.samples_fingerprint, tuple(splits.classes), seed)
