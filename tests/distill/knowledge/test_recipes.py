@@ -128,7 +128,7 @@ def test_a_killed_teacher_and_a_killed_student_cost_nothing(
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     monkeypatch.setenv("SLIMKIT_CACHE", str(killed))
     with serving(path, "--secret-file", "secret") as (_, address):
-        path = recipe(knowledge=[address], epochs=200)
+        path = recipe(knowledge=[address], epochs=80)
         student = subprocess.Popen(
             [sys.executable, "-m", "slimkit.cli.main", "run", str(path), "--quiet"]
         )

@@ -20,6 +20,7 @@ from slimkit.distill.knowledge.distilling import KnowledgeDistiller
 from slimkit.distill.knowledge.dumping import dump
 from slimkit.distill.knowledge.mixing import Knowledge, Source
 from slimkit.distill.knowledge.online import OnlineTeacher
+from slimkit.distill.knowledge.pooling import TeacherPool, ray_pool
 from slimkit.distill.knowledge.reading import KnowledgeFiles
 from slimkit.distill.knowledge.schema import KeySpec, KnowledgeSchema
 from slimkit.distill.knowledge.serving import TeacherServer, TLSFiles, serve
@@ -40,9 +41,11 @@ __all__ = [
     "Source",
     "TLSFiles",
     "Teacher",
+    "TeacherPool",
     "TeacherServer",
     "Trust",
     "dump",
     "issue_token",
+    "ray_pool",
     "serve",
 ]

@@ -24,7 +24,7 @@ from slimkit.distill.knowledge.serving import SERVING, read_file
 from slimkit.distill.knowledge.tokens import token_from_environment
 from slimkit.errors import DataError, SlimkitError, TeacherError
 
-__all__ = ["Connection", "Patience", "Trust"]
+__all__ = ["Connection", "LostTeacherError", "Patience", "Trust"]
 
 _MAX_DESCRIPTION = 2**26
 _ROUND = (0.05, 2.0)  # seconds before the first and at most before any further attempt
@@ -34,6 +34,10 @@ _LOST = (
     flight.FlightInternalError,
     flight.FlightCancelledError,
 )
+
+
+class LostTeacherError(TeacherError):
+    """A teacher has not answered for as long as the student's patience lasts."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +254,7 @@ class Connection:
     def _gone(self, error: Exception, silent: float) -> TeacherError:
         if self._closed.is_set():
             return TeacherError("the connection was closed", where=self.address)
-        return TeacherError(
+        return LostTeacherError(
             f"no answer for {silent:.0f} s: {_told(error)}",
             where=self.address,
             hint="is it running, and is the address right?",

@@ -31,6 +31,7 @@ class OnlineTeacher:
     Attributes:
         name: its address.
         schema: what it knows.
+        batch_size: samples that it likes to be asked for at once.
 
     Raises:
         TeacherError: it does not answer in time, or refuses the token.
@@ -49,6 +50,7 @@ class OnlineTeacher:
             address, trust or Trust.from_environment(), patience or Patience(), state
         )
         self.schema = self._connection.schema
+        self.batch_size = self._connection.batch_size
 
     def tell(self, name: str, value: Any) -> None:
         """Send a named JSON value to the teacher."""
