@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from knowledge_helpers import ToyTeacher, batches, digits_splits, network, toy_record
@@ -103,21 +104,33 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 def small_teacher() -> NetworkTeacher:
     samples = training_samples(digits_splits())
-    return NetworkTeacher(network(1), samples, dtype="float32", precision="fp32")
+    return NetworkTeacher(network(1), samples, dtype="float32", precision="fp32", batch_size=4)
 
 
 def test_a_ray_cluster_serves_parts_and_restarts_what_dies() -> None:
     ray = pytest.importorskip("ray", reason="pip install 'slimkit[distributed]'")
+    local = small_teacher()
+    expected = network(1).eval()(local.samples.inputs(local.samples.ids, 0)).detach()
     try:
         pool = ray_pool(small_teacher, 2, insecure=True, patience=Patience(5.0, 60.0))
-        local = small_teacher()
-        expected = network(1)(local.samples.inputs(local.samples.ids, 0)).detach()
-        for kill in (False, True):
-            if kill:
-                for actor in ray.util.list_named_actors() or []:
-                    ray.kill(ray.get_actor(actor), no_restart=False)
-            (found,) = pool.stream([Question(local.ids)], 0, ["logits"])
-            torch.testing.assert_close(found["logits"], expected)
+        questions = [Question(ids) for ids in np.array_split(local.ids, 6)]
+        answers, killed = [], 0
+        for number, answer in enumerate(pool.stream(questions, 0, ["logits"])):
+            answers.append(answer["logits"])
+            if number == 1:  # every teacher of the pool
+                for process in psutil.process_iter():
+                    if _command(process).startswith("ray::_Worker"):
+                        process.kill()
+                        killed += 1
+        assert killed == 2
+        torch.testing.assert_close(torch.cat(answers), expected)
         pool.close()
     finally:
         ray.shutdown()
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
