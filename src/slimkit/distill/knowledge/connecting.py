@@ -107,7 +107,7 @@ class Connection:
         self._heard = time.monotonic()
         self.schema, self.batch_size, self.parallel = self._kept(self._describe)
         # from here on the largest message that can be right is known
-        self._limit += (self.schema.row_bytes + 64) * self.batch_size
+        self._limit += 2 * (self.schema.row_bytes + 64) * self.batch_size
         self._drop(self._client)
 
     def fetch(self, question: Question, number: int, names: Sequence[str]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimkit.distill.knowledge.asking import Question
+from slimkit.distill.knowledge.asking import MAX_ASK_ROWS, Question
 from slimkit.distill.knowledge.connecting import Connection, Patience, Trust
 
 __all__ = ["OnlineTeacher", "cut"]
 
 Records = dict[str, Tensor]
+_CALL_BYTES = 2**22  # of one call's answer
+_QUICK, _SLOW = 0.02, 0.2  # seconds
 
 
 class OnlineTeacher:
@@ -76,12 +79,27 @@ class OnlineTeacher:
             TeacherError: see :class:`slimkit.distill.knowledge.connecting.Connection`.
         """
         ahead = self._connection.parallel + 1
+        pace = _Pace(self._connection)
         sizes: deque[int] = deque()
-        chunks = _chunks(questions, self._connection.batch_size, sizes)
         asked: deque[Future[Records]] = deque()
+
+        def ask(chunk: Question) -> Records:
+            started = time.perf_counter()
+            found = self._connection.fetch(chunk, number, names)
+            pace.took(len(chunk.ids), time.perf_counter() - started)
+            return found
+
+        def answers(pool: ThreadPoolExecutor) -> Iterator[Records]:
+            for chunk in _chunks(questions, pace, sizes):
+                asked.append(pool.submit(ask, chunk))
+                if len(asked) >= ahead:
+                    yield asked.popleft().result()
+            while asked:
+                yield asked.popleft().result()
+
         with ThreadPoolExecutor(ahead, "slimkit-ask") as pool:
             try:
-                yield from cut(self._answers(chunks, asked, pool, ahead, number, names), sizes)
+                yield from cut(answers(pool), sizes)
             finally:
                 for future in asked:
                     future.cancel()
@@ -90,42 +108,53 @@ class OnlineTeacher:
         """Stop waiting for the teacher."""
         self._connection.close()
 
-    def _answers(
-        self,
-        chunks: Iterator[Question],
-        asked: deque[Future[Records]],
-        pool: ThreadPoolExecutor,
-        ahead: int,
-        number: int,
-        names: Sequence[str],
-    ) -> Iterator[Records]:
-        for chunk in chunks:
-            asked.append(pool.submit(self._connection.fetch, chunk, number, names))
-            if len(asked) >= ahead:
-                yield asked.popleft().result()
-        while asked:
-            yield asked.popleft().result()
+
+class _Pace:
+    """How many samples to ask for at once: whole batches of the teacher.
+
+    Where the teacher is quick, calls cost more than answers: several batches then share one. A
+    batch always holds the same samples, so that this changes no result.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.batch = connection.batch_size
+        self._most = max(1, _CALL_BYTES // (connection.schema.row_bytes * self.batch))
+        self._most = min(self._most, max(1, MAX_ASK_ROWS // self.batch))
+        self._batches = 1
+
+    @property
+    def rows(self) -> int:
+        """Samples of the next question."""
+        return self.batch * self._batches
+
+    def took(self, rows: int, seconds: float) -> None:
+        """Learn from an answer."""
+        batches = max(1, rows // self.batch)
+        if seconds < _QUICK and batches == self._batches:
+            self._batches = min(2 * batches, self._most)
+        elif seconds > _SLOW:
+            self._batches = max(1, min(self._batches, batches // 2))
 
 
-def _chunks(questions: Iterable[Question], size: int, sizes: deque[int]) -> Iterator[Question]:
-    """Questions regrouped to at most ``size`` samples; notes in ``sizes`` how to undo it."""
+def _chunks(questions: Iterable[Question], pace: _Pace, sizes: deque[int]) -> Iterator[Question]:
+    """Questions regrouped at the teacher's pace; notes in ``sizes`` how to undo it."""
     waiting: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    count = 0
     for question in questions:
         sizes.append(len(question.ids))
         if question.inputs is not None:
+            size = pace.batch
             for start in range(0, len(question.ids), size):
                 part = {k: v[start : start + size] for k, v in question.inputs.items()}
                 yield Question(question.ids[start : start + size], part)
             continue
         waiting.append(question.ids)
-        if sum(map(len, waiting)) < size:
-            continue
-        ids = np.concatenate(waiting)
-        whole = len(ids) - len(ids) % size
-        for start in range(0, whole, size):
-            yield Question(ids[start : start + size])
-        waiting = [ids[whole:]] if whole < len(ids) else []
-    if waiting:
+        count += len(question.ids)
+        while count >= pace.rows:
+            ids, size = np.concatenate(waiting), pace.rows
+            yield Question(ids[:size])
+            waiting, count = [ids[size:]], count - size
+    if count:
         yield Question(np.concatenate(waiting))
 
 

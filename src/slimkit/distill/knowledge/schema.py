@@ -6,6 +6,7 @@ else that both sides must agree on travels as JSON in the metadata of the Arrow 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -142,10 +143,7 @@ class KnowledgeSchema(_Value):
 
     def arrow(self, names: Iterable[str] | None = None) -> pa.Schema:
         """Columns of all keys, or of some, with this description in the metadata."""
-        chosen = [key for key in self.keys if names is None or key.name in set(names)]
-        fields = [pa.field(ID, pa.int64(), nullable=False)]
-        fields += [field for key in chosen for field in key.fields()]
-        return pa.schema(fields, {_METADATA: self.model_dump_json().encode()})
+        return _arrow(self, frozenset(self.names if names is None else names))
 
     def input_arrow(self) -> pa.Schema:
         """Columns of the inputs that a question brings along."""
@@ -177,6 +175,13 @@ class KnowledgeSchema(_Value):
         """JSON-able values."""
         value: dict[str, object] = json.loads(self.model_dump_json())
         return value
+
+
+@functools.lru_cache(64)
+def _arrow(schema: KnowledgeSchema, names: frozenset[str]) -> pa.Schema:
+    fields = [pa.field(ID, pa.int64(), nullable=False)]
+    fields += [field for key in schema.keys if key.name in names for field in key.fields()]
+    return pa.schema(fields, {_METADATA: schema.model_dump_json().encode()})
 
 
 def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:

@@ -207,9 +207,9 @@ class _Flight(flight.FlightServerBase):  # type: ignore[misc]
         """A question about samples that the teacher has."""
         with self._refusing():
             ask = self._read(ticket.ticket)
-            batch = self._answer(ask, None)
-        note = self._owner._questions.pending()
-        return flight.GeneratorStream(batch.schema, iter([(batch, note)]))
+        return flight.GeneratorStream(
+            self._owner.teacher.schema.arrow(ask.names), self._answers(ask)
+        )
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         """A question that brings its inputs along: all of them first, then the answer."""
@@ -299,6 +299,15 @@ class _Flight(flight.FlightServerBase):  # type: ignore[misc]
         shapes = {key.name: key.shape for key in self._owner.teacher.schema.inputs}
         columns = columns_of(whole, "inputs")
         return {name: values.reshape(rows, *shapes[name]) for name, values in columns.items()}
+
+    def _answers(self, ask: Ask) -> Iterator[tuple[pa.RecordBatch, bytes | None]]:
+        """The answer in the teacher's own batches, each sent as soon as it is there."""
+        size = self._owner.teacher.batch_size
+        for start in range(0, len(ask.ids), size):
+            with self._refusing():
+                part = Ask(ask.number, ask.names, ask.ids[start : start + size])
+                batch = self._answer(part, None)
+            yield batch, self._owner._questions.pending()
 
     def _answer(self, ask: Ask, inputs: Mapping[str, Any] | None) -> pa.RecordBatch:
         if not self._slots.acquire(blocking=False):
