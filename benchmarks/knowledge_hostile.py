@@ -68,7 +68,7 @@ def _answered(read: Callable[[], Any]) -> bool:
 
 def _get(target: Target, ticket: bytes, options: Any = None) -> bool:
     def read() -> Any:
-        return target.client.do_get(flight.Ticket(ticket), options or target.options()).read_chunk()
+        return target.client.do_get(flight.Ticket(ticket), options or target.options()).read_all()
 
     return _answered(read)
 

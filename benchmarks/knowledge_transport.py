@@ -167,10 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [
             table,
             f"{samples:,} samples of float16 logits for {CLASSES} classes, one teacher process, "
-            f"one student process, median of {repeats} interleaved runs. *Bare Flight* is one `do_get` "
-            "that streams the same record batches, unread. *Ours* asks by sample number in the "
-            "student's shuffled order, compares every number, checks that values are finite, and "
-            "hands out tensors of the student's batch size.",
+            f"one student process, median of {repeats} interleaved runs. *Bare Flight* is one "
+            "`do_get` that streams the same record batches, unread. *Ours* asks by sample number "
+            "in the student's shuffled order, compares every number, checks that values are "
+            "finite, and hands out tensors of the student's batch size.",
         ],
     )
     print(page.read_text())

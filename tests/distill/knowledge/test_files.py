@@ -68,7 +68,7 @@ def test_a_top_k_keeps_the_probabilities_of_the_largest() -> None:
     scores = torch.randn(7, 50) * 3
     ids = np.arange(7)
     batch = encode(schema, ids, {"logits": scores})
-    columns = {n: v.copy() for n, v in columns_of(batch, "here").items()}
+    columns = columns_of(batch, "here")
     found = decode(schema, ["logits"], columns, "here")["logits"].softmax(1)
     top = scores.topk(5, dim=1).indices
     expected = scores.softmax(1)
@@ -247,7 +247,7 @@ def test_any_shape_survives(rows: int, shape: list[int], dtype: str) -> None:
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
     (again,) = pa.ipc.open_stream(sink.getvalue())
-    columns = {n: v.copy() for n, v in columns_of(again, "here").items()}
+    columns = columns_of(again, "here")
     assert torch.equal(decode(schema, ["layer"], columns, "here")["layer"], record)
     assert KnowledgeSchema.from_arrow(again.schema, "here") == schema
 

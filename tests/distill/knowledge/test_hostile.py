@@ -15,8 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from knowledge_helpers import ToyTeacher, toy_record
+from pyarrow import flight
 
-from slimkit.distill.knowledge import OnlineTeacher, Patience, Question, Trust, issue_token, serve
+from slimkit.distill.knowledge import (
+    OnlineTeacher,
+    Patience,
+    Question,
+    Trust,
+    issue_token,
+    serve,
+    serving,
+)
 from slimkit.distill.knowledge.asking import Ask, pack_ask, read_ask
 from slimkit.distill.knowledge.encoding import columns_of, encode, ids_of
 from slimkit.distill.knowledge.schema import KnowledgeSchema
@@ -94,6 +103,13 @@ def test_a_question_survives() -> None:
         read_ask(schema, pack_ask(schema, ask), 2)
 
 
+def test_a_server_does_not_pass_on_another_schema() -> None:
+    with serve(LyingTeacher("wider")) as server:
+        teacher = OnlineTeacher(server.address, patience=Patience(2.0, 3.0))
+        with pytest.raises(TeacherError, match=f"{server.address}: teacher: another schema"):
+            list(teacher.stream([Question(np.arange(8))], 0, ["logits"]))
+
+
 class LyingTeacher(ToyTeacher):
     """Announces one thing and sends another."""
 
@@ -132,7 +148,12 @@ class LyingTeacher(ToyTeacher):
         ("nan", "not finite"),
     ],
 )
-def test_a_student_believes_no_lie(lie: str, message: str) -> None:
+def test_a_student_believes_no_lie(lie: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(self: Any, context: Any, ticket: Any) -> Any:
+        batch = self._answer(self._read(ticket.ticket), None)
+        return flight.GeneratorStream(batch.schema, iter([batch]))
+
+    monkeypatch.setattr(serving._Flight, "do_get", tell)  # an honest server would notice
     with serve(LyingTeacher(lie)) as server:
         teacher = OnlineTeacher(server.address, patience=Patience(2.0, 3.0))
         with pytest.raises((TeacherError, DataError), match=f"{server.address}.*{message}"):
@@ -153,12 +174,12 @@ def test_a_damaged_message_is_an_error_or_has_the_announced_shape(
         data[place] ^= value
     try:
         damaged = pa.ipc.read_record_batch(bytes(data), batch.schema)
-        ids_of(damaged, toy.schema.arrow(), "here")
+        ids = ids_of(damaged, toy.schema.arrow(), "here")
         columns = columns_of(damaged, "here")
     except (SlimkitError, pa.ArrowException, OSError):
         return
     assert columns["logits"].shape[1:] == (3,)
-    assert len(columns["logits"]) == len(columns["id"])
+    assert len(columns["logits"]) == len(ids)
 
 
 def test_a_damaged_description_is_refused() -> None:

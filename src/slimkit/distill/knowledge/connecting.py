@@ -19,13 +19,14 @@ from torch import Tensor
 from slimkit.artifact import PathLike
 from slimkit.distill.knowledge.asking import Ask, Question, pack_ask
 from slimkit.distill.knowledge.encoding import arrays_of, columns_of, decode, ids_of
-from slimkit.distill.knowledge.schema import ID, KnowledgeSchema
+from slimkit.distill.knowledge.schema import KnowledgeSchema
 from slimkit.distill.knowledge.serving import SERVING, read_file
 from slimkit.distill.knowledge.tokens import token_from_environment
 from slimkit.errors import DataError, SlimkitError, TeacherError
 
 __all__ = ["Connection", "LostTeacherError", "Patience", "Trust"]
 
+Records = dict[str, Tensor]
 _MAX_DESCRIPTION = 2**26
 _ROUND = (0.05, 2.0)  # seconds before the first and at most before any further attempt
 _LOST = (
@@ -110,20 +111,18 @@ class Connection:
         self._limit += 2 * (self.schema.row_bytes + 64) * self.batch_size
         self._drop(self._client)
 
-    def fetch(self, question: Question, number: int, names: Sequence[str]) -> dict[str, Tensor]:
+    def fetch(self, question: Question, number: int, names: Sequence[str]) -> list[Records]:
         """Ask about samples until there is an answer.
 
         Returns:
-            Key → (B, …), in the order of the question.
+            Key → (rows, …) for each batch of the teacher, together in the order of the question.
 
         Raises:
             TeacherError: the teacher refuses, is gone for too long, or answers something else.
         """
         ask = Ask(number, tuple(names), question.ids)
         data = pack_ask(self.schema, ask)
-        found: dict[str, Tensor] = self._kept(
-            lambda client: self._answer(client, data, ask, question)
-        )
+        found: list[Records] = self._kept(lambda client: self._answer(client, data, ask, question))
         return found
 
     def tell(self, name: str, value: Any) -> None:
@@ -153,13 +152,14 @@ class Connection:
             raise TeacherError(f"it asks for batches of {batch_size}", where=self.address)
         return schema, batch_size, parallel
 
-    def _answer(self, client: Any, data: bytes, ask: Ask, question: Question) -> dict[str, Tensor]:
+    def _answer(self, client: Any, data: bytes, ask: Ask, question: Question) -> list[Records]:
         expected = self.schema.arrow(ask.names)
         if question.inputs is None:
             writer, reader = None, client.do_get(flight.Ticket(data), self._options())
         else:  # a writer that is forgotten takes the answer with it
             writer, reader = self._send(client, data, question)
-        batches, rows = [], 0
+        parts: list[Records] = []
+        rows = 0
         with contextlib.suppress(StopIteration):
             while True:
                 chunk = reader.read_chunk()
@@ -171,20 +171,15 @@ class Connection:
                 if not np.array_equal(found, ask.ids[rows : rows + len(found)]):
                     raise TeacherError("it answered about other samples", where=self.address)
                 rows += len(found)
-                batches.append(chunk.data)
+                columns = columns_of(chunk.data, self.address)
+                parts.append(decode(self.schema, ask.names, columns, self.address))
         if writer is not None:
             writer.close()
         if rows != len(ask.ids):
             raise TeacherError(
                 f"it answered about {rows} of {len(ask.ids)} samples", where=self.address
             )
-        whole = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
-        columns = {
-            name: values.copy()
-            for name, values in columns_of(whole, self.address).items()
-            if name != ID
-        }
-        return decode(self.schema, ask.names, columns, self.address)
+        return parts
 
     def _send(self, client: Any, data: bytes, question: Question) -> tuple[Any, Any]:
         """Ask with inputs: all of them are written before the answer is read."""

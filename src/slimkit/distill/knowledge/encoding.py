@@ -16,8 +16,8 @@ from slimkit.errors import DataError
 
 __all__ = ["Columns", "arrays_of", "columns_of", "decode", "encode", "ids_of"]
 
-Columns = dict[str, NDArray[np.generic]]
-"""Name of a column → array (N, width), often a view of a file or of a received message."""
+Columns = dict[str, Tensor]
+"""Name of a column → (N, width), a view of a file or of a received message: not to be changed."""
 
 _TORCH = {"float16": torch.float16, "float32": torch.float32, "int64": torch.int64}
 
@@ -101,7 +101,7 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def columns_of(batch: pa.RecordBatch, where: str) -> Columns:
-    """Arrays of all columns of a checked batch, without a copy.
+    """The columns of a checked batch without its numbers, and without a copy.
 
     Raises:
         DataError: there are gaps in it.
@@ -111,13 +111,11 @@ def columns_of(batch: pa.RecordBatch, where: str) -> Columns:
         if column.null_count:
             raise DataError(f"the column {field.name} has gaps", where=where)
         if field.name == ID:
-            found[ID] = column.to_numpy(zero_copy_only=True)
             continue
         values = column.flatten()  # unlike .values, it minds the offset of a slice
         if values.null_count or len(values) != len(batch) * field.type.list_size:
             raise DataError(f"the column {field.name} has gaps", where=where)
-        flat = values.to_numpy(zero_copy_only=True)
-        found[field.name] = flat.reshape(len(batch), field.type.list_size)
+        found[field.name] = torch.from_dlpack(values).view(len(batch), field.type.list_size)
     return found
 
 
@@ -146,7 +144,7 @@ def decode(
     Args:
         schema: of the columns.
         names: keys that are wanted.
-        columns: own, writable memory.
+        columns: of all of these keys.
         where: whose they are, for errors.
 
     Returns:
@@ -158,11 +156,11 @@ def decode(
     found: dict[str, Tensor] = {}
     for name in names:
         key = schema.key(name, where)
-        values = torch.from_numpy(columns[name])
+        values = columns[name]
         if not _finite(values):
             raise DataError(f"{name} holds values that are not finite", where=where)
         if key.top_k is not None:
-            classes = torch.from_numpy(columns[f"{name}#classes"]).long()
+            classes = columns[f"{name}#classes"].long()
             if bool((classes < 0).any()) or bool((classes >= key.shape[0]).any()):
                 raise DataError(f"{name} names classes outside of {key.shape[0]}", where=where)
             whole = values[:, -1:].expand(-1, key.shape[0]).contiguous()

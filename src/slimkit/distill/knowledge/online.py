@@ -81,9 +81,9 @@ class OnlineTeacher:
         ahead = self._connection.parallel + 1
         pace = _Pace(self._connection)
         sizes: deque[int] = deque()
-        asked: deque[Future[Records]] = deque()
+        asked: deque[Future[list[Records]]] = deque()
 
-        def ask(chunk: Question) -> Records:
+        def ask(chunk: Question) -> list[Records]:
             started = time.perf_counter()
             found = self._connection.fetch(chunk, number, names)
             pace.took(len(chunk.ids), time.perf_counter() - started)
@@ -93,9 +93,9 @@ class OnlineTeacher:
             for chunk in _chunks(questions, pace, sizes):
                 asked.append(pool.submit(ask, chunk))
                 if len(asked) >= ahead:
-                    yield asked.popleft().result()
+                    yield from asked.popleft().result()
             while asked:
-                yield asked.popleft().result()
+                yield from asked.popleft().result()
 
         with ThreadPoolExecutor(ahead, "slimkit-ask") as pool:
             try:
@@ -164,13 +164,23 @@ def cut(parts: Iterator[Records], sizes: deque[int]) -> Iterator[Records]:
     count = 0
     for part in parts:
         held.append(part)
-        count += len(next(iter(part.values())))
+        count += _rows(part)
+        if not sizes or count < sizes[0]:
+            continue
+        whole = held[0] if len(held) == 1 else _joined(held)
+        start = 0
         while sizes and sizes[0] <= count:
             size = sizes.popleft()
-            whole = held[0] if len(held) == 1 else _joined(held)
-            yield {name: rows[:size] for name, rows in whole.items()}
-            count -= size
-            held = [{name: rows[size:] for name, rows in whole.items()}] if count else []
+            if size == _rows(whole):
+                yield whole
+            else:
+                yield {name: rows[start : start + size] for name, rows in whole.items()}
+            start, count = start + size, count - size
+        held = [{name: rows[start:] for name, rows in whole.items()}] if count else []
+
+
+def _rows(part: Records) -> int:
+    return len(next(iter(part.values())))
 
 
 def _joined(parts: Sequence[Records]) -> Records:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from slimkit.artifact import PathLike
 from slimkit.distill.knowledge.asking import Question
 from slimkit.distill.knowledge.encoding import Columns, columns_of, decode, ids_of
-from slimkit.distill.knowledge.schema import ID
 from slimkit.distill.knowledge.store import ShardFile, read_index
 from slimkit.errors import DataError
 
@@ -140,9 +140,10 @@ class KnowledgeFiles:
     def _pass(self, number: int) -> _Pass:
         if number not in self._passes:
             shards = [shard for shard in self.shards if shard.number == number]
-            columns = tuple(self._open(shard) for shard in shards)
+            opened = [self._open(shard) for shard in shards]
+            columns = tuple(columns for _, columns in opened)
             counts = [shard.rows for shard in shards]
-            ids = np.concatenate([found[ID] for found in columns]).astype(np.int64)
+            ids = np.concatenate([numbers for numbers, _ in opened])
             order = np.argsort(ids, kind="stable")
             shard_of = np.repeat(np.arange(len(shards)), counts)
             row_of = np.concatenate([np.arange(count) for count in counts])
@@ -154,7 +155,7 @@ class KnowledgeFiles:
             self._passes[number] = _Pass(ids[order], shard_of[order], row_of[order], columns)
         return self._passes[number]
 
-    def _open(self, shard: ShardFile) -> Columns:
+    def _open(self, shard: ShardFile) -> tuple[NDArray[np.int64], Columns]:
         path = str(self.folder / shard.file)
         try:
             with pa.ipc.open_file(pa.memory_map(path)) as reader:
@@ -164,22 +165,24 @@ class KnowledgeFiles:
         batches = table.to_batches()
         if len(batches) != 1 or len(table) != shard.rows:
             raise DataError(f"{len(table)} samples, expected {shard.rows}", where=path)
-        ids_of(batches[0], self.schema.arrow(), path)
-        return columns_of(batches[0], path)
+        return ids_of(batches[0], self.schema.arrow(), path), columns_of(batches[0], path)
 
 
 def _gathered(
     found: _Pass, shards: NDArray[np.int64], rows: NDArray[np.int64], fields: Sequence[str]
 ) -> Columns:
     """The rows of all wanted columns, in own memory."""
-    touched = np.unique(shards)
-    if len(touched) == 1:
-        return {name: found.columns[touched[0]][name][rows] for name in fields}
+    touched = np.unique(shards).tolist()
+    places = {shard: torch.from_numpy(np.flatnonzero(shards == shard)) for shard in touched}
+    chosen = torch.from_numpy(rows)
     own: Columns = {}
-    masks = [(shard, shards == shard) for shard in touched]
     for name in fields:
-        sample = found.columns[touched[0]][name]
-        own[name] = np.empty((len(rows), *sample.shape[1:]), sample.dtype)
-        for shard, mask in masks:
-            own[name][mask] = found.columns[shard][name][rows[mask]]
+        columns = [found.columns[shard][name] for shard in touched]
+        if len(touched) == 1:
+            own[name] = columns[0].index_select(0, chosen)
+            continue
+        own[name] = columns[0].new_empty((len(rows), *columns[0].shape[1:]))
+        for shard, column in zip(touched, columns, strict=True):
+            place = places[shard]
+            own[name][place] = column.index_select(0, chosen[place])
     return own

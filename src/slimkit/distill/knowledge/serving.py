@@ -298,7 +298,7 @@ class _Flight(flight.FlightServerBase):  # type: ignore[misc]
         whole = pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
         shapes = {key.name: key.shape for key in self._owner.teacher.schema.inputs}
         columns = columns_of(whole, "inputs")
-        return {name: values.reshape(rows, *shapes[name]) for name, values in columns.items()}
+        return {n: values.reshape(rows, *shapes[n]).numpy() for n, values in columns.items()}
 
     def _answers(self, ask: Ask) -> Iterator[tuple[pa.RecordBatch, bytes | None]]:
         """The answer in the teacher's own batches, each sent as soon as it is there."""
@@ -307,6 +307,7 @@ class _Flight(flight.FlightServerBase):  # type: ignore[misc]
             with self._refusing():
                 part = Ask(ask.number, ask.names, ask.ids[start : start + size])
                 batch = self._answer(part, None)
+                check_schema(batch.schema, self._owner.teacher.schema.arrow(ask.names), "teacher")
             yield batch, self._owner._questions.pending()
 
     def _answer(self, ask: Ask, inputs: Mapping[str, Any] | None) -> pa.RecordBatch:
