@@ -29,6 +29,7 @@ PAGES = [
     "docs/pruning.md",
     "docs/quantization.md",
     "docs/distillation.md",
+    "docs/knowledge.md",
     "docs/search.md",
 ]
 
