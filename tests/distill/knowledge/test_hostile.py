@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from knowledge_helpers import ToyTeacher, toy_record
@@ -101,6 +102,21 @@ def test_a_question_survives() -> None:
     assert (again.number, again.names, again.ids.tolist()) == (7, ("logits",), [5, 0, 3])
     with pytest.raises(DataError, match="3 samples at once, at most 2"):
         read_ask(schema, pack_ask(schema, ask), 2)
+
+
+def test_a_student_takes_no_larger_message_than_was_announced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def tell(self: Any, context: Any, ticket: Any) -> Any:
+        ids = np.arange(300_000)
+        batch = encode(self._owner.teacher.schema, ids, {"logits": torch.zeros(len(ids), 3)})
+        return flight.GeneratorStream(batch.schema, iter([batch]))
+
+    monkeypatch.setattr(serving._Flight, "do_get", tell)
+    with serve(ToyTeacher()) as server:
+        teacher = OnlineTeacher(server.address, patience=Patience(2.0, 30.0))
+        with pytest.raises(TeacherError, match=f"{server.address}: its answer breaks off"):
+            list(teacher.stream([Question(np.arange(8))], 0, ["logits"]))
 
 
 def test_a_server_does_not_pass_on_another_schema() -> None:

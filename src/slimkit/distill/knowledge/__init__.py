@@ -18,7 +18,8 @@ from slimkit.distill.knowledge.asking import Question
 from slimkit.distill.knowledge.connecting import Patience, Trust
 from slimkit.distill.knowledge.distilling import KnowledgeDistiller
 from slimkit.distill.knowledge.dumping import dump
-from slimkit.distill.knowledge.mixing import Knowledge, Source
+from slimkit.distill.knowledge.fetching import Source
+from slimkit.distill.knowledge.mixing import Knowledge
 from slimkit.distill.knowledge.online import OnlineTeacher
 from slimkit.distill.knowledge.pooling import TeacherPool, ray_pool
 from slimkit.distill.knowledge.reading import KnowledgeFiles

@@ -28,6 +28,8 @@ __all__ = ["Connection", "LostTeacherError", "Patience", "Trust"]
 
 Records = dict[str, Tensor]
 _MAX_DESCRIPTION = 2**26
+_SPARE = 2**20  # bytes for headers, padding and notes
+_CUT_OFF = 3  # times; gRPC cancels what is larger than it may be, and does not say so
 _ROUND = (0.05, 2.0)  # seconds before the first and at most before any further attempt
 _LOST = (
     flight.FlightUnavailableError,
@@ -106,23 +108,26 @@ class Connection:
         self._client: Any = None
         self._limit = _MAX_DESCRIPTION
         self._heard = time.monotonic()
-        self.schema, self.batch_size, self.parallel = self._kept(self._describe)
-        # from here on the largest message that can be right is known
-        self._limit += 2 * (self.schema.row_bytes + 64) * self.batch_size
+        described: tuple[KnowledgeSchema, int, int] = self._kept(self._describe)
+        self.schema, self.batch_size, self.parallel = described
+        # from here on the largest message that can be right is known: a batch, or the description
+        description = len(self.schema.arrow().serialize())
+        batch = 2 * self.schema.row_bytes * self.batch_size
+        self._limit = description + batch + _SPARE
         self._drop(self._client)
 
-    def fetch(self, question: Question, number: int, names: Sequence[str]) -> list[Records]:
+    def fetch(self, question: Question, number: int, names: Sequence[str]) -> Records:
         """Ask about samples until there is an answer.
 
         Returns:
-            Key → (rows, …) for each batch of the teacher, together in the order of the question.
+            Key → (B, …), in the order of the question.
 
         Raises:
             TeacherError: the teacher refuses, is gone for too long, or answers something else.
         """
         ask = Ask(number, tuple(names), question.ids)
         data = pack_ask(self.schema, ask)
-        found: list[Records] = self._kept(lambda client: self._answer(client, data, ask, question))
+        found: Records = self._kept(lambda client: self._answer(client, data, ask, question))
         return found
 
     def tell(self, name: str, value: Any) -> None:
@@ -152,16 +157,16 @@ class Connection:
             raise TeacherError(f"it asks for batches of {batch_size}", where=self.address)
         return schema, batch_size, parallel
 
-    def _answer(self, client: Any, data: bytes, ask: Ask, question: Question) -> list[Records]:
+    def _answer(self, client: Any, data: bytes, ask: Ask, question: Question) -> Records:
         expected = self.schema.arrow(ask.names)
         if question.inputs is None:
             writer, reader = None, client.do_get(flight.Ticket(data), self._options())
         else:  # a writer that is forgotten takes the answer with it
             writer, reader = self._send(client, data, question)
-        parts: list[Records] = []
+        batches: list[pa.RecordBatch] = []
         rows = 0
         with contextlib.suppress(StopIteration):
-            while True:
+            while rows <= len(ask.ids):
                 chunk = reader.read_chunk()
                 if chunk.app_metadata is not None:
                     self._reply(client, chunk.app_metadata.to_pybytes())
@@ -171,15 +176,15 @@ class Connection:
                 if not np.array_equal(found, ask.ids[rows : rows + len(found)]):
                     raise TeacherError("it answered about other samples", where=self.address)
                 rows += len(found)
-                columns = columns_of(chunk.data, self.address)
-                parts.append(decode(self.schema, ask.names, columns, self.address))
+                batches.append(chunk.data)
         if writer is not None:
             writer.close()
         if rows != len(ask.ids):
             raise TeacherError(
                 f"it answered about {rows} of {len(ask.ids)} samples", where=self.address
             )
-        return parts
+        whole = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+        return decode(self.schema, ask.names, columns_of(whole, self.address), self.address)
 
     def _send(self, client: Any, data: bytes, question: Question) -> tuple[Any, Any]:
         """Ask with inputs: all of them are written before the answer is read."""
@@ -221,7 +226,7 @@ class Connection:
 
     def _kept(self, call: Callable[[Any], Any]) -> Any:
         """``call(client)``, again and again until it succeeds or patience ends."""
-        begun = time.monotonic()
+        begun, cut_off = time.monotonic(), 0
         for pause in _pauses():
             client = self._connected()
             try:
@@ -237,6 +242,13 @@ class Connection:
             except SlimkitError:
                 raise
             except (*_LOST, pa.ArrowException, OSError) as error:
+                cut_off = cut_off + 1 if isinstance(error, flight.FlightCancelledError) else 0
+                if cut_off == _CUT_OFF and not self._closed.is_set():
+                    raise TeacherError(
+                        "its answer breaks off again and again: is it larger than the "
+                        f"{self._limit} bytes that were announced?",
+                        where=self.address,
+                    ) from error
                 silent = time.monotonic() - max(self._heard, begun)
                 self._drop(client)
                 if silent + pause > self._patience.lost or self._closed.wait(pause):

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from slimkit.distill.knowledge.schema import ID, KeySpec, KnowledgeSchema, check_schema
 from slimkit.errors import DataError
@@ -115,7 +116,7 @@ def columns_of(batch: pa.RecordBatch, where: str) -> Columns:
         values = column.flatten()  # unlike .values, it minds the offset of a slice
         if values.null_count or len(values) != len(batch) * field.type.list_size:
             raise DataError(f"the column {field.name} has gaps", where=where)
-        found[field.name] = torch.from_dlpack(values).view(len(batch), field.type.list_size)
+        found[field.name] = from_dlpack(values).view(len(batch), field.type.list_size)
     return found
 
 

@@ -38,8 +38,3 @@ class Mailbox:
         with self._changed:
             self._changed.wait_for(lambda: name in self._values, timeout)
             return self._values.get(name)
-
-    def names(self) -> list[str]:
-        """Names of all values."""
-        with self._changed:
-            return list(self._values)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,41 +11,15 @@ from torch import Tensor
 
 from slimkit.distill.knowledge.asking import Question
 from slimkit.distill.knowledge.connecting import Patience, Trust
+from slimkit.distill.knowledge.fetching import Fetching, Source
 from slimkit.distill.knowledge.merging import Merge, check_merge, merge
 from slimkit.distill.knowledge.online import OnlineTeacher
 from slimkit.distill.knowledge.reading import KnowledgeFiles
-from slimkit.distill.knowledge.schema import KnowledgeSchema
 from slimkit.errors import DataError, InputError, TeacherError, nearest
 
-__all__ = ["Knowledge", "Source", "open_source"]
+__all__ = ["Knowledge", "open_source"]
 
 Records = dict[str, Tensor]
-_POLL = 0.1  # seconds between looks at whether the student has stopped
-
-
-class Source(Protocol):
-    """One teacher's knowledge, online or offline.
-
-    Attributes:
-        name: what errors call it.
-        schema: what it knows.
-    """
-
-    name: str
-    schema: KnowledgeSchema
-
-    def stream(
-        self, questions: Iterable[Question], number: int, names: Sequence[str]
-    ) -> Iterator[Records]:
-        """Key → (B, …) for every question, in order."""
-
-    def close(self) -> None:
-        """Let go of files and connections."""
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error: BaseException
 
 
 class Knowledge:
@@ -97,7 +68,7 @@ class Knowledge:
         self.sources: list[Source] = []
         self._merge: Merge = merge
         self._prefetch = prefetch
-        self._running: _Stream | None = None
+        self._running: Fetching | None = None
         try:
             for source in sources:
                 opened = (
@@ -184,7 +155,7 @@ class Knowledge:
         if self.passes is not None:
             number %= self.passes
         listed = [b if isinstance(b, Question) else Question(np.asarray(b)) for b in batches]
-        self._running = running = _Stream(self.sources, listed, number, wanted, self._prefetch)
+        self._running = running = Fetching(self.sources, listed, number, wanted, self._prefetch)
         try:
             for question, parts in zip(listed, running, strict=True):
                 yield question.ids, self._united(parts, wanted, len(question.ids))
@@ -267,113 +238,6 @@ class Knowledge:
                         where="merge",
                         hint="merge: {logits: confidence} leaves the others to the mean",
                     )
-
-
-class _Stream:
-    """One thread and one bounded queue per source."""
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        questions: Sequence[Question],
-        number: int,
-        wanted: Sequence[str],
-        prefetch: int,
-    ) -> None:
-        self._stop = threading.Event()
-        self._sources = sources
-        self._queues: list[queue.Queue[Records | _Failure | None]] = []
-        self._threads: list[threading.Thread] = []
-        self._count = len(questions)
-        for source in sources:
-            names = [name for name in wanted if name in source.schema.names]
-            waiting: queue.Queue[Records | _Failure | None] = queue.Queue(max(1, prefetch))
-            self._queues.append(waiting)
-            thread = threading.Thread(
-                target=self._fetch,
-                args=(source, questions, number, names, waiting),
-                name=f"slimkit-knowledge {source.name}",
-                daemon=True,
-            )
-            self._threads.append(thread)
-            thread.start()
-
-    def __iter__(self) -> Iterator[list[Records]]:
-        for position in range(self._count):
-            yield [
-                self._next(waiting, source, position)
-                for waiting, source in zip(self._queues, self._sources, strict=True)
-            ]
-        for waiting, source in zip(self._queues, self._sources, strict=True):
-            if self._taken(waiting) is not None:
-                raise TeacherError(f"it goes on after all {self._count} batches", where=source.name)
-
-    def close(self) -> None:
-        """Stop all threads; what they hold is dropped."""
-        self._stop.set()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout=5)
-
-    def _next(
-        self, waiting: queue.Queue[Records | _Failure | None], source: Source, position: int
-    ) -> Records:
-        item = self._taken(waiting)
-        if item is None:
-            raise TeacherError(
-                f"it ended after {position} of {self._count} batches", where=source.name
-            )
-        return item
-
-    def _taken(self, waiting: queue.Queue[Records | _Failure | None]) -> Records | None:
-        while not self._stop.is_set():
-            try:
-                item = waiting.get(timeout=_POLL)
-            except queue.Empty:
-                continue
-            if isinstance(item, _Failure):
-                raise item.error
-            return item
-        raise TeacherError("a newer stream has ended this one", where="knowledge")
-
-    def _fetch(
-        self,
-        source: Source,
-        questions: Sequence[Question],
-        number: int,
-        names: Sequence[str],
-        waiting: queue.Queue[Records | _Failure | None],
-    ) -> None:
-        try:
-            if names:
-                answers = source.stream(self._while_wanted(questions), number, names)
-            else:
-                answers = iter({} for _ in questions)
-            for answer in answers:
-                if not self._put(waiting, answer):
-                    return
-            self._put(waiting, None)
-        except BaseException as error:
-            self._put(waiting, _Failure(error))
-
-    def _while_wanted(self, questions: Sequence[Question]) -> Iterator[Question]:
-        for question in questions:
-            if self._stop.is_set():
-                return
-            yield question
-
-    def _put(
-        self,
-        waiting: queue.Queue[Records | _Failure | None],
-        item: Records | _Failure | None,
-    ) -> bool:
-        while not self._stop.is_set():
-            try:
-                waiting.put(item, timeout=_POLL)
-            except queue.Full:
-                continue
-            return True
-        return False
 
 
 def open_source(

@@ -81,9 +81,9 @@ class OnlineTeacher:
         ahead = self._connection.parallel + 1
         pace = _Pace(self._connection)
         sizes: deque[int] = deque()
-        asked: deque[Future[list[Records]]] = deque()
+        asked: deque[Future[Records]] = deque()
 
-        def ask(chunk: Question) -> list[Records]:
+        def ask(chunk: Question) -> Records:
             started = time.perf_counter()
             found = self._connection.fetch(chunk, number, names)
             pace.took(len(chunk.ids), time.perf_counter() - started)
@@ -93,9 +93,9 @@ class OnlineTeacher:
             for chunk in _chunks(questions, pace, sizes):
                 asked.append(pool.submit(ask, chunk))
                 if len(asked) >= ahead:
-                    yield from asked.popleft().result()
+                    yield asked.popleft().result()
             while asked:
-                yield from asked.popleft().result()
+                yield asked.popleft().result()
 
         with ThreadPoolExecutor(ahead, "slimkit-ask") as pool:
             try:
@@ -180,7 +180,7 @@ def cut(parts: Iterator[Records], sizes: deque[int]) -> Iterator[Records]:
 
 
 def _rows(part: Records) -> int:
-    return len(next(iter(part.values())))
+    return int(next(iter(part.values())).shape[0])
 
 
 def _joined(parts: Sequence[Records]) -> Records:
