@@ -27,6 +27,7 @@ from slimkit.distill.knowledge import (
     issue_token,
     serve,
 )
+from slimkit.distill.knowledge.connecting import Connection
 from slimkit.distill.knowledge.proxy import Proxy
 from slimkit.errors import ArtifactError, DataError, InputError, TeacherError
 
@@ -113,6 +114,8 @@ def test_student_and_teacher_tell_each_other_things(server: TeacherServer) -> No
     list(student.stream([Question(np.arange(20))], 0, ["logits"]))
     asking.join()
     assert answers == [{"about": "epoch", "epoch": 4}]
+    with pytest.raises(InputError, match="value: cannot be told as JSON"):
+        student.tell("plan", {1, 2})
     with pytest.raises(TeacherError, match="no student answered"):
         server.ask("epoch", timeout=0.05)
 
@@ -248,6 +251,25 @@ def test_a_broken_or_silent_network_costs_no_sample(server: TeacherServer, fault
                 proxy.reset() if fault == "reset" else proxy.stall(1.0)
         for ids, found in zip(wanted, answers, strict=True):
             assert torch.equal(found, toy_record(ids, 0, 3))
+
+
+def test_what_was_received_before_a_break_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    toy = ToyTeacher(batch_size=4)
+    answer = toy.answer
+
+    def slower(ids: np.ndarray, *rest: object) -> object:
+        time.sleep(0.25)  # five of these take longer than one answer may
+        return answer(ids, *rest)
+
+    monkeypatch.setattr(toy, "answer", slower)
+    with serve(toy) as running:
+        connection = Connection(running.address, Trust(), Patience(0.6, 3.0), None)
+        ids = np.arange(40)
+        found = connection.fetch(Question(ids), 1, ["logits"])
+        assert torch.equal(found["logits"], toy_record(ids, 1, 3))
+    assert len(toy.asked) < 20
 
 
 def test_another_teacher_at_the_same_address_is_noticed() -> None:

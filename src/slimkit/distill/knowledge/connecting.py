@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from slimkit.distill.knowledge.encoding import arrays_of, columns_of, decode, id
 from slimkit.distill.knowledge.schema import KnowledgeSchema
 from slimkit.distill.knowledge.serving import SERVING, read_file
 from slimkit.distill.knowledge.tokens import token_from_environment
-from slimkit.errors import DataError, SlimkitError, TeacherError
+from slimkit.errors import DataError, InputError, SlimkitError, TeacherError
 
 __all__ = ["Connection", "LostTeacherError", "Patience", "Trust"]
 
@@ -69,7 +69,7 @@ class Trust:
             (``$SLIMKIT_TLS_CERT``, ``$SLIMKIT_TLS_KEY``).
     """
 
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     roots: PathLike | None = None
     certificate: PathLike | None = None
     key: PathLike | None = None
@@ -106,10 +106,11 @@ class Connection:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._client: Any = None
-        self._limit = _MAX_DESCRIPTION
+        self._limit, self._known = _MAX_DESCRIPTION, False
         self._heard = time.monotonic()
         described: tuple[KnowledgeSchema, int, int] = self._kept(self._describe)
         self.schema, self.batch_size, self.parallel = described
+        self._known = True
         # from here on the largest message that can be right is known: a batch, or the description
         description = len(self.schema.arrow().serialize())
         batch = 2 * self.schema.row_bytes * self.batch_size
@@ -125,10 +126,10 @@ class Connection:
         Raises:
             TeacherError: the teacher refuses, is gone for too long, or answers something else.
         """
-        ask = Ask(number, tuple(names), question.ids)
-        data = pack_ask(self.schema, ask)
-        found: Records = self._kept(lambda client: self._answer(client, data, ask, question))
-        return found
+        received: list[pa.RecordBatch] = []
+        self._kept(lambda client: self._receive(client, question, number, tuple(names), received))
+        whole = received[0] if len(received) == 1 else pa.concat_batches(received)
+        return decode(self.schema, names, columns_of(whole, self.address), self.address)
 
     def tell(self, name: str, value: Any) -> None:
         """Send a named JSON value, which the teacher finds in its ``mail``.
@@ -136,7 +137,7 @@ class Connection:
         Raises:
             TeacherError: it is gone, or refuses the value.
         """
-        body = json.dumps({"name": name, "value": value}).encode()
+        body = _json({"name": name, "value": value}, "value")
         self._kept(lambda client: list(client.do_action(("tell", body), self._options())))
 
     def close(self) -> None:
@@ -157,34 +158,41 @@ class Connection:
             raise TeacherError(f"it asks for batches of {batch_size}", where=self.address)
         return schema, batch_size, parallel
 
-    def _answer(self, client: Any, data: bytes, ask: Ask, question: Question) -> Records:
-        expected = self.schema.arrow(ask.names)
+    def _receive(
+        self,
+        client: Any,
+        question: Question,
+        number: int,
+        names: tuple[str, ...],
+        received: list[pa.RecordBatch],
+    ) -> None:
+        """Ask about what has not been received yet, and add it."""
+        expected = self.schema.arrow(names)
+        rows = sum(map(len, received))
+        data = pack_ask(self.schema, Ask(number, names, question.ids[rows:]))
         if question.inputs is None:
             writer, reader = None, client.do_get(flight.Ticket(data), self._options())
         else:  # a writer that is forgotten takes the answer with it
             writer, reader = self._send(client, data, question)
-        batches: list[pa.RecordBatch] = []
-        rows = 0
         with contextlib.suppress(StopIteration):
-            while rows <= len(ask.ids):
+            while rows <= len(question.ids):
                 chunk = reader.read_chunk()
                 if chunk.app_metadata is not None:
                     self._reply(client, chunk.app_metadata.to_pybytes())
                 if chunk.data is None:
                     continue
                 found = ids_of(chunk.data, expected, self.address)
-                if not np.array_equal(found, ask.ids[rows : rows + len(found)]):
+                if not np.array_equal(found, question.ids[rows : rows + len(found)]):
                     raise TeacherError("it answered about other samples", where=self.address)
                 rows += len(found)
-                batches.append(chunk.data)
+                received.append(chunk.data)
+                self._heard = time.monotonic()
         if writer is not None:
             writer.close()
-        if rows != len(ask.ids):
+        if rows != len(question.ids):
             raise TeacherError(
-                f"it answered about {rows} of {len(ask.ids)} samples", where=self.address
+                f"it answered about {rows} of {len(question.ids)} samples", where=self.address
             )
-        whole = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
-        return decode(self.schema, ask.names, columns_of(whole, self.address), self.address)
 
     def _send(self, client: Any, data: bytes, question: Question) -> tuple[Any, Any]:
         """Ask with inputs: all of them are written before the answer is read."""
@@ -220,7 +228,7 @@ class Connection:
         except (ValueError, LookupError, TypeError):
             return
         value = self._state(about) if self._state is not None else None
-        body = json.dumps({"question": number, "value": value}).encode()
+        body = _json({"question": number, "value": value}, "state")
         with contextlib.suppress(flight.FlightServerError):  # someone else answered first
             list(client.do_action(("reply", body), self._options()))
 
@@ -270,11 +278,10 @@ class Connection:
     def _connected(self) -> Any:
         with self._lock:
             if self._client is None:
-                self._client = self._connect()
-                if hasattr(self, "schema"):
-                    client, self._client = self._client, None
+                client = self._connect()
+                if self._known:
                     self._check_same(client)
-                    self._client = client
+                self._client = client
             return self._client
 
     def _check_same(self, client: Any) -> None:
@@ -323,6 +330,13 @@ class Connection:
         token = self._trust.token or token_from_environment()
         headers = [(b"authorization", f"Bearer {token}".encode())] if token else []
         return flight.FlightCallOptions(timeout=self._patience.answer, headers=headers)
+
+
+def _json(value: object, where: str) -> bytes:
+    try:
+        return json.dumps(value, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"cannot be told as JSON: {error}", where=where) from error
 
 
 def _pauses() -> Iterator[float]:

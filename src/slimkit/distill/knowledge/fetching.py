@@ -99,9 +99,13 @@ class Fetching:
             if self._taken(waiting) is not None:
                 raise TeacherError(f"it goes on after all {self._count} batches", where=source.name)
 
+    def stop(self) -> None:
+        """Ask for nothing more."""
+        self._stop.set()
+
     def close(self) -> None:
         """Stop all threads; what they hold is dropped."""
-        self._stop.set()
+        self.stop()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5)

@@ -171,9 +171,11 @@ class Knowledge:
     def close(self) -> None:
         """Stop fetching, and close files and connections."""
         if self._running is not None:
-            self._running.close()
+            self._running.stop()
         for source in self.sources:
-            source.close()
+            source.close()  # wakes those who wait for it
+        if self._running is not None:
+            self._running.close()
 
     def __enter__(self) -> Knowledge:
         return self

@@ -8,12 +8,11 @@ interrupted dump goes on with the shards that are missing and ends with the same
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -169,13 +168,16 @@ class KnowledgeWriter:
         Raises:
             ArtifactError: one is at work.
         """
-        with (self.folder / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ArtifactError(
-                    "another process writes into it", where=str(self.folder)
-                ) from error
+        path = self.folder / ".lock"
+        try:
+            handle = path.open("w")
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write: {error.strerror or error}", where=str(path)
+            ) from error
+        with handle:
+            if not _taken(handle):
+                raise ArtifactError("another process writes into it", where=str(self.folder))
             yield
 
     def write(self, shard: Shard, batches: Iterable[pa.RecordBatch]) -> None:
@@ -249,6 +251,21 @@ class KnowledgeWriter:
                 hint="choose another folder, or delete this one",
             )
         return found
+
+
+def _taken(handle: IO[str]) -> bool:
+    """Take a lock that ends with the process; True where there are no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def _identity(index: Index) -> dict[str, Any]:
