@@ -19,7 +19,7 @@ from torch import Tensor
 from slimkit.artifact import PathLike
 from slimkit.distill.knowledge.asking import Ask, Question, pack_ask
 from slimkit.distill.knowledge.encoding import arrays_of, columns_of, decode, ids_of
-from slimkit.distill.knowledge.schema import KnowledgeSchema
+from slimkit.distill.knowledge.schema import KnowledgeSchema, check_schema
 from slimkit.distill.knowledge.serving import SERVING, read_file
 from slimkit.distill.knowledge.tokens import token_from_environment
 from slimkit.errors import DataError, InputError, SlimkitError, TeacherError
@@ -174,6 +174,7 @@ class Connection:
             writer, reader = None, client.do_get(flight.Ticket(data), self._options())
         else:  # a writer that is forgotten takes the answer with it
             writer, reader = self._send(client, data, question)
+        check_schema(reader.schema, expected, self.address)
         with contextlib.suppress(StopIteration):
             while rows <= len(question.ids):
                 chunk = reader.read_chunk()
