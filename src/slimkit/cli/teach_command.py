@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dump_command", "serve_command", "teach_app", "token_command"]
 
-teach_app = typer.Typer(
-    help="Write what a teacher knows, or serve it to students elsewhere.", no_args_is_help=True
-)
+teach_app = typer.Typer(help="Write what a teacher knows, or serve it to students elsewhere.")
 
 RecipeFile = Annotated[
     Path, typer.Argument(help="The student's recipe: data, seed and teachers.", show_default=False)
@@ -46,6 +44,12 @@ Devices = Annotated[
     typer.Option("--device", help="Runs one copy; repeatable.", show_default="cpu"),
 ]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or autocast.")]
+
+
+@teach_app.callback(invoke_without_command=True)
+def _teach(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @teach_app.command("dump")

@@ -218,6 +218,15 @@ def test_a_folder_that_is_no_knowledge(tmp_path: Path) -> None:
         KnowledgeFiles(tmp_path)
 
 
+def test_a_teacher_answers_from_any_device(device: torch.device) -> None:
+    samples = training_samples(digits_splits())
+    teacher = NetworkTeacher(network(1), samples, devices=[device], precision="fp32")
+    batch = teacher.answer(teacher.ids[:5], 0, ["logits"])
+    expected = network(1)(samples.inputs(samples.ids[:5], 0)).detach()
+    found = columns_of(batch, "here")["logits"].float()
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)
+
+
 def test_several_devices_write_every_sample_once(tmp_path: Path) -> None:
     samples = training_samples(digits_splits())
     teacher = NetworkTeacher(

@@ -72,6 +72,29 @@ def test_a_network_teacher_says_online_what_it_writes_to_files(
             list(online.stream([Question(np.array([99999]))], 0, ["logits"]))
 
 
+def test_two_students_do_not_disturb_each_other(teacher: NetworkTeacher) -> None:
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def learn(seed: int) -> None:
+        online = opened(running.address)
+        order = np.random.default_rng(seed).permutation(teacher.ids)
+        questions = [Question(ids) for ids in np.array_split(order, 7)]
+        parts = [answer["logits"] for answer in online.stream(questions, seed, ["logits"])]
+        found[seed] = [torch.cat(parts)[np.argsort(order)]]
+
+    with serve(teacher) as running:
+        students = [threading.Thread(target=learn, args=(seed,)) for seed in (0, 1)]
+        for student in students:
+            student.start()
+        for student in students:
+            student.join()
+    for seed, (logits,) in found.items():
+        images = teacher.samples.inputs(teacher.samples.ids, seed)
+        expected = network(1).eval()(images).detach()
+        torch.testing.assert_close(logits.float(), expected, atol=5e-3, rtol=5e-3)
+    assert len(found) == 2
+
+
 def test_the_student_does_not_ask_for_more_than_it_takes(server: TeacherServer) -> None:
     with Knowledge([server.address], patience=QUICK, prefetch=2) as knowledge:
         stream = knowledge.stream(list(batches(64, 4)), 0)

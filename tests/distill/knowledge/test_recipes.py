@@ -160,6 +160,14 @@ def test_the_result_of_a_stage_can_teach(recipe: Callable[..., Path], tmp_path: 
     assert index["description"]["teacher"].startswith("train ")
 
 
+def test_teach_alone_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["teach"]) == 0
+    captured = capsys.readouterr()
+    assert not captured.err
+    for name in ("dump", "serve", "token"):
+        assert name in captured.out
+
+
 def test_a_smoke_run_needs_no_teacher(recipe: Callable[..., Path], tmp_path: Path) -> None:
     losses = [{"type": "kd"}, {"type": "mimic", "student": "0", "connector": "conv1x1"}]
     path = recipe(knowledge=["file:nowhere", "grpc://nowhere:1"], merge="sum", distill=losses)

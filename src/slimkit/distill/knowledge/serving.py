@@ -86,7 +86,7 @@ class TeacherServer:
             raise InputError(
                 f"{host} can be reached from other machines",
                 where="host",
-                hint="give TLS files and a secret, or say that it is meant to be insecure",
+                hint="give it TLS files and a secret, or insecure=True (--insecure)",
             )
         self.teacher = teacher
         self.mail = Mailbox()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -137,6 +138,7 @@ class NetworkTeacher:
             records = teacher(probe.to(device))
             precision = cast("TeacherPrecision", teacher.precision)  # decided by now
             self._idle.put((teacher, device))
+        self._workers = ThreadPoolExecutor(len(devices), "slimkit-teacher")
         specs = [
             _spec(key, records[layer], dtype, top_k if key == LOGITS else None)
             for key, layer in self._layers.items()
@@ -173,6 +175,16 @@ class NetworkTeacher:
         inputs: Mapping[str, NDArray[np.generic]] | None = None,
     ) -> pa.RecordBatch:
         """See :class:`Teacher`."""
+        # always in the same threads: torch keeps helpers of its own for every thread that calls it
+        return self._workers.submit(self._answer, ids, number, names, inputs).result()
+
+    def _answer(
+        self,
+        ids: NDArray[np.int64],
+        number: int,
+        names: Sequence[str],
+        inputs: Mapping[str, NDArray[np.generic]] | None,
+    ) -> pa.RecordBatch:
         given = self._inputs(ids, number, inputs)
         teacher, device = self._idle.get()
         try:
