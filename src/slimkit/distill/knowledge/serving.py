@@ -24,7 +24,7 @@ from slimkit.distill.knowledge.encoding import columns_of
 from slimkit.distill.knowledge.mailbox import Mailbox
 from slimkit.distill.knowledge.schema import check_schema
 from slimkit.distill.knowledge.teaching import Teacher
-from slimkit.distill.knowledge.tokens import check_token
+from slimkit.distill.knowledge.tokens import check_secret, check_token
 from slimkit.errors import ArtifactError, DataError, InputError, SlimkitError, TeacherError
 
 __all__ = ["SERVING", "TLSFiles", "TeacherServer", "read_file", "serve"]
@@ -66,7 +66,8 @@ class TeacherServer:
         mail: what students told, see :meth:`slimkit.distill.knowledge.OnlineTeacher.tell`.
 
     Raises:
-        InputError: other machines could reach it without TLS and a secret.
+        InputError: other machines could reach it without TLS and a secret, or the secret can be
+            guessed.
         TeacherError: the address is taken or not of this machine.
         ArtifactError: a certificate cannot be read.
     """
@@ -88,6 +89,8 @@ class TeacherServer:
                 where="host",
                 hint="give it TLS files and a secret, or insecure=True (--insecure)",
             )
+        if secret is not None:
+            check_secret(secret)
         self.teacher = teacher
         self.mail = Mailbox()
         self._questions = _StudentQuestions()

@@ -14,11 +14,25 @@ from pathlib import Path
 
 from slimkit.errors import InputError, TeacherError
 
-__all__ = ["check_token", "issue_token", "token_from_environment"]
+__all__ = ["check_secret", "check_token", "issue_token", "token_from_environment"]
 
 _PREFIX = "slimkit"
 _MIN_SECRET = 16
 TOKEN, TOKEN_FILE = "SLIMKIT_TOKEN", "SLIMKIT_TOKEN_FILE"
+
+
+def check_secret(secret: bytes) -> None:
+    """Make sure that a secret cannot be guessed.
+
+    Raises:
+        InputError: it is shorter than 16 bytes.
+    """
+    if len(secret) < _MIN_SECRET:
+        raise InputError(
+            f"a secret of {len(secret)} bytes can be guessed",
+            where="secret",
+            hint=f"at least {_MIN_SECRET} bytes, for example from: openssl rand -hex 32",
+        )
 
 
 def issue_token(secret: bytes, seconds: float) -> str:
@@ -27,12 +41,7 @@ def issue_token(secret: bytes, seconds: float) -> str:
     Raises:
         InputError: the secret is shorter than 16 bytes.
     """
-    if len(secret) < _MIN_SECRET:
-        raise InputError(
-            f"a secret of {len(secret)} bytes can be guessed",
-            where="secret",
-            hint=f"at least {_MIN_SECRET} bytes, for example from: openssl rand -hex 32",
-        )
+    check_secret(secret)
     expiry = str(int(time.time() + seconds))
     return f"{_PREFIX}.{expiry}.{_signature(secret, expiry)}"
 
