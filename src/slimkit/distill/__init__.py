@@ -16,7 +16,66 @@ Features need example inputs, so that connectors exist before the optimizer is b
 
 from __future__ import annotations
 
+from slimkit.distill.connectors import CONNECTORS, ConnectorSettings
+from slimkit.distill.delivering import Delivery
 from slimkit.distill.distilling import Distiller
-from slimkit.distill.settings import DIST, DISTILL_LOSSES, KD, DistillLoss, Mimic, parse_losses
+from slimkit.distill.records import Record, RecordPath
+from slimkit.distill.schedules import WeightSchedule
+from slimkit.distill.settings import (
+    BYOT,
+    CRD,
+    CWD,
+    DIST,
+    DISTILL_LOSSES,
+    DKD,
+    FBKD,
+    FSP,
+    KD,
+    L1,
+    MGD,
+    OFD,
+    PKD,
+    WSLD,
+    ActivationBoundary,
+    AttentionTransfer,
+    DistillLoss,
+    FactorTransfer,
+    Mimic,
+    RKDAngle,
+    RKDDistance,
+    SoftCrossEntropy,
+    parse_losses,
+)
 
-__all__ = ["DIST", "DISTILL_LOSSES", "KD", "DistillLoss", "Distiller", "Mimic", "parse_losses"]
+__all__ = [
+    "BYOT",
+    "CONNECTORS",
+    "CRD",
+    "CWD",
+    "DIST",
+    "DISTILL_LOSSES",
+    "DKD",
+    "FBKD",
+    "FSP",
+    "KD",
+    "L1",
+    "MGD",
+    "OFD",
+    "PKD",
+    "WSLD",
+    "ActivationBoundary",
+    "AttentionTransfer",
+    "ConnectorSettings",
+    "Delivery",
+    "DistillLoss",
+    "Distiller",
+    "FactorTransfer",
+    "Mimic",
+    "RKDAngle",
+    "RKDDistance",
+    "Record",
+    "RecordPath",
+    "SoftCrossEntropy",
+    "WeightSchedule",
+    "parse_losses",
+]

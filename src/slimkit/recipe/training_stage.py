@@ -298,6 +298,9 @@ class _Remembering:
             self.note = None
         return loss
 
+    def needs(self, argument: str) -> bool:
+        return self.distiller.needs(argument)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.distiller.parameters()
 

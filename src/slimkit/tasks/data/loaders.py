@@ -109,6 +109,10 @@ class ArrayLoader:
         return itertools.islice(iter(self), count)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images, labels) for images, labels, _ in self.with_ids())
+
+    def with_ids(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The same batches with the numbers of their samples, int64 (B,): places in ``labels``."""
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
         count = self.samples
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
@@ -127,14 +131,14 @@ class ArrayLoader:
                 yield ready
             yield pending.result()
 
-    def _batch(self, chunk: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
+    def _batch(self, chunk: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor]:
         images, read = self.store.fetch(self.indices[chunk])
         if len(read) != len(chunk):
             chunk = chunk[read]
         if draws is not None and self.augment is not None:
             images = augment(images, self.augment, draws.at(chunk))
         pixels = images.permute(0, 3, 1, 2).to(torch.float32)
-        return pixels.mul_(self._scale).add_(self._shift), self.labels[chunk]
+        return pixels.mul_(self._scale).add_(self._shift), self.labels[chunk], chunk
 
 
 def _mix(seed: int, epoch: int) -> int:
