@@ -106,7 +106,7 @@ def test_the_function_is_itself_again_even_after_an_error(x: Tensor) -> None:
     with Distiller(student, Noisy(8), [L1()], deliveries=[HERE]) as distiller:
         distiller.loss(x, student(x))
         assert globals()["drawn"] is before
-        with pytest.raises(RuntimeError, match="shapes|size"):
+        with pytest.raises(RuntimeError, match="shapes"):
             student(torch.randn(5, 4, 4)[:, :, :3])
         assert globals()["drawn"] is before
     assert not student._forward_hooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -108,27 +109,28 @@ class Distiller:
             )
             for name in teachers or (SINGLE,)
         }
-        self._ahead: Records | None = None
-        self._scope: ForwardScope | None = None
-        self._deliver(student, deliveries, list(teachers))
-        self._teachers = {
-            name: FrozenTeacher(
-                network, self._taps(name), self._precision_of(name, precision),
-                scope=self._deliveries.teaching,
-            )
-            for name, network in teachers.items()
-        }  # fmt: skip
-        taps = {tap for c in self._comparisons.values() for tap in c.taps("student")}
-        self._student_taps = sorted(taps, key=lambda tap: tap.key)
-        self._recorder = Recorder(student, [OUTPUT, *self._student_taps])
         self.last: dict[str, Tensor] = {}
-        try:
+        self._ahead: Records | None = None
+        with contextlib.ExitStack() as opened:  # what is open is closed again if the rest fails
+            self._deliver(student, deliveries, list(teachers), opened)
+            self._teachers: dict[str, FrozenTeacher] = {}
+            for name, network in teachers.items():
+                self._teachers[name] = FrozenTeacher(
+                    network,
+                    self._taps(name),
+                    self._precision_of(name, precision),
+                    scope=self._deliveries.teaching,
+                )
+                opened.callback(self._teachers[name].close)
+            taps = {tap for c in self._comparisons.values() for tap in c.taps("student")}
+            self._student_taps = sorted(taps, key=lambda tap: tap.key)
+            self._recorder = Recorder(student, [OUTPUT, *self._student_taps])
+            opened.callback(self._recorder.close)
             self._connect(student, example_inputs)
-        except BaseException:
-            self.close()
-            raise
+            self._opened = opened.pop_all()
         modules = {name: c.modules for name, c in self._comparisons.items()}
-        self.connectors = modules[SINGLE] if len(teachers) < 2 else nn.ModuleDict(modules)
+        several = len(teachers) > 1
+        self.connectors = nn.ModuleDict(modules) if several else next(iter(modules.values()))
 
     @property
     def precision(self) -> str:
@@ -241,12 +243,7 @@ class Distiller:
 
     def close(self) -> None:
         """Remove all hooks; the student is as it was before."""
-        self._recorder.close()
-        for teacher in self._teachers.values():
-            teacher.close()
-        self._deliveries.close()
-        if self._scope is not None:
-            self._scope.close()
+        self._opened.close()
         self._ahead = None
 
     def __enter__(self) -> Self:
@@ -271,6 +268,7 @@ class Distiller:
         student: nn.Module,
         deliveries: Sequence[Delivery | str | Mapping[str, Any]],
         names: Sequence[str],
+        opened: contextlib.ExitStack,
     ) -> None:
         parsed = [
             d if isinstance(d, Delivery)
@@ -285,8 +283,9 @@ class Distiller:
         self._delivered = bool(parsed)
         if any(delivery.source == "teacher" for delivery in parsed):
             # before the student's own hooks, which then replay what the teacher got
-            self._scope = ForwardScope(student, self._run_ahead, lambda: None)
+            opened.callback(ForwardScope(student, self._run_ahead, lambda: None).close)
         self._deliveries = Deliveries(parsed, student)
+        opened.callback(self._deliveries.close)
 
     def _run_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher before the student, which waits for its results."""

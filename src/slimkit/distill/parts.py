@@ -273,7 +273,7 @@ class Memory(nn.Module):
         scores = ((memory @ embedding[:, :, None])[:, :, 0] / self.temperature).exp()
         if not self.constants[critic]:  # Z is what makes the first scores sum to 1 over samples
             self.constants[critic] = scores.detach().mean() * len(self.student)
-        return scores / self.constants[critic]
+        return scores / self.constants[critic].clone()
 
     @torch.no_grad()
     def _remember(self, name: str, embedding: Tensor, ids: Tensor) -> None:
