@@ -19,6 +19,7 @@ from __future__ import annotations
 from slimkit.distill.connectors import CONNECTORS, ConnectorSettings
 from slimkit.distill.delivering import Delivery
 from slimkit.distill.distilling import Distiller
+from slimkit.distill.mutual import MutualLearning
 from slimkit.distill.records import Record, RecordPath
 from slimkit.distill.schedules import WeightSchedule
 from slimkit.distill.settings import (
@@ -71,6 +72,7 @@ __all__ = [
     "Distiller",
     "FactorTransfer",
     "Mimic",
+    "MutualLearning",
     "RKDAngle",
     "RKDDistance",
     "Record",

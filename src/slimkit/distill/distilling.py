@@ -179,7 +179,7 @@ class Distiller:
         self._recorder.clear()
         if outputs is not None:
             ours[OUTPUT] = main_tensor(outputs, where="student")
-        factors = self._factors(epoch, progress)
+        factors = [loss.factor_at(epoch, progress, i) for i, loss in enumerate(self.losses)]
         active = {index for index, factor in enumerate(factors) if factor}
         self._check_recorded(ours)
         theirs = self._ask(as_inputs(inputs), active)
@@ -332,33 +332,11 @@ class Distiller:
             return 1.0
         return self._weights[name] if self._given_weights else 1 / len(self._groups[index])
 
-    def _factors(self, epoch: int | None, progress: float | None) -> list[float]:
-        """What the schedules say now."""
-        factors = []
-        for index, loss in enumerate(self.losses):
-            if not loss.schedule.moves:
-                factors.append(1.0)
-            elif epoch is None or progress is None:
-                raise InputError(
-                    f"the weight of {self._names[index]!r} follows a schedule",
-                    where=f"losses.{index}.schedule",
-                    hint="pass epoch= and progress= to distiller.loss",
-                )
-            else:
-                factors.append(loss.schedule.factor(epoch, progress))
-        return factors
-
     def _connect(self, student: nn.Module, example_inputs: ExampleInputs | None) -> None:
         """Build the connectors and check all shapes, when there are example inputs."""
         if example_inputs is None:
-            asking = [loss for loss in self.losses if loss.needs_shapes]
-            if asking:
-                on = f" on {asking[0].student!s}" if asking[0].student is not None else ""
-                raise InputError(
-                    f"the loss {asking[0].type!r}{on} needs them to build its connector",
-                    where="example_inputs",
-                    hint="pass a small batch, or connector='none' where the shapes agree",
-                )
+            for loss in self.losses:
+                loss.check_shapes_known()
             return
         parameter = next(student.parameters(), None)
         inputs = as_inputs(example_inputs)

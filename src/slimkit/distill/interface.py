@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from slimkit.distill.records import Record, RecordPath
 from slimkit.distill.schedules import WeightSchedule, WeightScheduleField
-from slimkit.errors import RecipeError, nearest
+from slimkit.errors import InputError, RecipeError, nearest
 from slimkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -128,6 +128,41 @@ class DistillLoss(BaseModel, ABC):
     def fits(self, student: Shape, teacher: Shape) -> bool:
         """Whether records of these shapes, after the connectors, can be compared."""
         return student == teacher
+
+    def factor_at(self, epoch: int | None, progress: float | None, index: int = 0) -> float:
+        """What the schedule says now.
+
+        Args:
+            epoch: from 0.
+            progress: part of the run that is over, 0 … 1.
+            index: the loss's place among others, for the error.
+
+        Raises:
+            InputError: the schedule moves and the time is not known.
+        """
+        if not self.schedule.moves:
+            return 1.0
+        if epoch is None or progress is None:
+            raise InputError(
+                f"the weight of {self.type!r} follows a schedule",
+                where=f"losses.{index}.schedule",
+                hint="pass epoch= and progress= with the batch",
+            )
+        return self.schedule.factor(epoch, progress)
+
+    def check_shapes_known(self) -> None:
+        """For a loss that is used without example inputs.
+
+        Raises:
+            InputError: it cannot be.
+        """
+        if self.needs_shapes:
+            on = f" on {str(self.student)!r}" if self.student is not None else ""
+            raise InputError(
+                f"the loss {self.type!r}{on} needs them to build its connector",
+                where="example_inputs",
+                hint="pass a small batch, or connector='none' where the shapes agree",
+            )
 
     @abstractmethod
     def compute(self, *args: Any, **kwargs: Any) -> Tensor:
