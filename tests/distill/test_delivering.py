@@ -139,5 +139,8 @@ def test_mistakes_are_typed() -> None:
         Distiller(Noisy(), Noisy(), [L1()], deliveries=[f"{__name__}:drown"])
     with pytest.raises(ValidationError, match="no import path"):
         Delivery(function="drawn")
+    both = [HERE, Delivery(function="torch:relu", source="student")]
+    with pytest.raises(InputError, match="waits for the other"):
+        Distiller(Noisy(), Noisy(), [L1()], deliveries=both)
     with pytest.raises(InputError, match="one teacher, not 2"):
         Distiller(Noisy(), [Noisy(), Noisy()], [L1()], deliveries=[HERE])

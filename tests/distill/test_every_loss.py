@@ -1,4 +1,4 @@
-"""Every registered loss in a short run: it falls, and it reaches the student and its own modules."""
+"""Every registered loss in a short run: it falls, and it reaches the student and its modules."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_the_margin_is_the_mean_of_the_negative_values() -> None:
 
 
 def test_the_margin_needs_a_batch_norm(teacher: Net, batch: dict[str, Tensor]) -> None:
-    with pytest.raises(SlimkitError, match="layer2: the margin of ofd .* a Sequential"):
+    with pytest.raises(SlimkitError, match=r"layer2: the margin of ofd .* a Sequential"):
         Distiller(
             Net(4), teacher, [{"type": "ofd", "student": "layer2"}],
             example_inputs=batch["images"],

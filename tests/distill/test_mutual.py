@@ -136,7 +136,7 @@ def trained(checkpoint: Path, *, stop_after: int | None = None) -> dict[str, Ten
 
 def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole")
-    assert not torch.equal(whole["peers.teacher.0.weight"], network(8)[0].weight)
+    assert not torch.equal(whole["peer:teacher.0.weight"], network(8)[0].weight)
     with pytest.raises(KilledError):
         trained(tmp_path / "killed", stop_after=7)
     resumed = trained(tmp_path / "killed")

@@ -17,6 +17,7 @@ Features need example inputs, so that connectors exist before the optimizer is b
 from __future__ import annotations
 
 from slimkit.distill.connectors import CONNECTORS, ConnectorSettings
+from slimkit.distill.data_free import DAFL, DFAD, GENERATION, ZSKT, GeneratedBatches
 from slimkit.distill.delivering import Delivery
 from slimkit.distill.distilling import Distiller
 from slimkit.distill.mutual import MutualLearning
@@ -53,17 +54,21 @@ __all__ = [
     "CONNECTORS",
     "CRD",
     "CWD",
+    "DAFL",
+    "DFAD",
     "DIST",
     "DISTILL_LOSSES",
     "DKD",
     "FBKD",
     "FSP",
+    "GENERATION",
     "KD",
     "L1",
     "MGD",
     "OFD",
     "PKD",
     "WSLD",
+    "ZSKT",
     "ActivationBoundary",
     "AttentionTransfer",
     "ConnectorSettings",
@@ -71,6 +76,7 @@ __all__ = [
     "DistillLoss",
     "Distiller",
     "FactorTransfer",
+    "GeneratedBatches",
     "Mimic",
     "MutualLearning",
     "RKDAngle",

@@ -16,7 +16,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 from torch import Tensor, nn
@@ -314,8 +321,21 @@ class ConnectorField:
         if isinstance(value, list | tuple):
             if not value:
                 raise mistake("there is no connector in it", "write none")
-            return tuple(self._link(link, alone=False) for link in value)
+            return tuple(self._entry(number, link) for number, link in enumerate(value))
         return self._link(value, alone=True)
+
+    def _entry(self, number: int, link: Any) -> str | ConnectorSettings:
+        """One of several, with its number in the path of its mistakes."""
+        try:
+            return self._link(link, alone=False)
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = ".".join(map(str, [number, *first["loc"]]))
+            if first["type"] == "extra_forbidden":
+                known = CONNECTORS.get(link["type"]).model_fields
+                key = str(first["loc"][-1])
+                raise mistake(f"unknown key {key!r}", nearest(key, known), path) from error
+            raise mistake(f"{first['msg']}, got {first['input']!r}", "", path) from error
 
     def _link(self, value: Any, *, alone: bool) -> str | ConnectorSettings:
         if isinstance(value, ConnectorSettings):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from slimkit.distill.intercepting import ForwardScope, Handler, Interceptor
 from slimkit.distill.records import mistake
-from slimkit.errors import ModelError, UnknownNameError
+from slimkit.errors import InputError, ModelError, UnknownNameError
 from slimkit.registry import import_object
 
 __all__ = ["Deliveries", "Delivery", "Side"]
@@ -58,9 +58,16 @@ class Deliveries:
 
     Raises:
         UnknownNameError: a function does not exist.
+        InputError: each network waits for the other one.
     """
 
     def __init__(self, deliveries: Sequence[Delivery], student: nn.Module) -> None:
+        if len({delivery.source for delivery in deliveries}) > 1:
+            raise InputError(
+                "each network waits for the other one's results",
+                where="deliveries",
+                hint="one source for all deliveries",
+            )
         for delivery in deliveries:
             if not callable(import_object(delivery.function, where="deliveries")):
                 raise UnknownNameError(f"{delivery.function} cannot be called", where="deliveries")

@@ -128,7 +128,8 @@ class Distiller:
             opened.callback(self._recorder.close)
             self._connect(student, example_inputs)
             self._opened = opened.pop_all()
-        modules = {name: c.modules for name, c in self._comparisons.items()}
+        # a name alone could be that of a method of modules
+        modules = {f"student<{name}": c.modules for name, c in self._comparisons.items()}
         several = len(teachers) > 1
         self.connectors = nn.ModuleDict(modules) if several else next(iter(modules.values()))
 

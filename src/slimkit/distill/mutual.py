@@ -204,7 +204,9 @@ class MutualLearning:
         self.close()
 
     def _modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"peers": nn.ModuleDict(self.peers), "connectors": self.connectors})
+        # a name alone could be that of a method of modules
+        peers = {f"peer:{name}": peer for name, peer in self.peers.items()}
+        return nn.ModuleDict({**peers, "connectors": self.connectors})
 
     def _taken(self, name: str) -> dict[str, Tensor]:
         """A network's records, which are then forgotten."""
