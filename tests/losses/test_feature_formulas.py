@@ -287,7 +287,7 @@ def test_standardised_scores_forget_shift_and_scale() -> None:
 
 
 def test_decoupling_with_the_teachers_own_weights_is_plain_distillation() -> None:
-    """KD is the target term plus the others' weighted by 1 − p_t, equation 6 of the paper."""
+    """KD is the target term plus the others' weighted by 1 − p_t."""
     p = softmax(OTHER_SCORES / 2)
     for n in range(N):
         one = [tensor(x[n : n + 1]) for x in (SCORES, OTHER_SCORES)]

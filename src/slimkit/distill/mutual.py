@@ -28,7 +28,7 @@ STUDENT = ""  # among the networks; peers have names
 
 
 class MutualLearning:
-    """Deep mutual learning of Zhang et al. 2018 (arXiv 1706.00384), equations 6 to 9.
+    """Deep mutual learning of Zhang et al. 2018 (arXiv 1706.00384).
 
     Every network learns from the labels, and from what all others say about the same batch:
 

@@ -80,7 +80,7 @@ def fixed_weights(weights: TeacherWeights, names: Sequence[str]) -> dict[str, fl
 
 
 def confidence_weights(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """How much each of K teachers counts on each sample (Zhang et al. 2022, equation 5).
+    """How much each of K teachers counts on each sample (Zhang et al. 2022).
 
     With ``CE[k, n]`` the cross-entropy of teacher k with the label of sample n,
 

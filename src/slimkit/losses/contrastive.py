@@ -10,7 +10,7 @@ __all__ = ["crd"]
 
 
 def crd(scores: Tensor, samples: int) -> Tensor:
-    """Noise-contrastive estimation of CRD, Tian et al. 2020 (arXiv 1910.10699), equations 17 to 19.
+    """Noise-contrastive estimation of CRD, Tian et al. 2020 (arXiv 1910.10699).
 
     A critic ``h = s / (s + K/M)`` tells the one true partner of a sample from K others, drawn
     from M samples:

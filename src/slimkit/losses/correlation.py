@@ -48,7 +48,7 @@ def dist(
 
 
 def pkd(student: Tensor, teacher: Tensor) -> Tensor:
-    """Pearson correlation of feature maps, Cao et al. 2022 (arXiv 2207.02039), equation 7.
+    """Pearson correlation of feature maps, Cao et al. 2022 (arXiv 2207.02039).
 
     Each channel is standardised over all samples and positions of the batch; half the mean
     square of the difference is then

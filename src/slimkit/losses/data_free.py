@@ -12,7 +12,7 @@ __all__ = ["dafl_activation", "dafl_entropy", "dafl_one_hot", "dfad_gap", "zskt_
 
 
 def dafl_one_hot(teacher: Tensor) -> Tensor:
-    """Images that the teacher is sure of: DAFL, Chen et al. 2019 (arXiv 1904.01186), equation 2.
+    """Images that the teacher is sure of: DAFL, Chen et al. 2019 (arXiv 1904.01186).
 
     Cross-entropy of the teacher's logits (N, C) with their own arg-max.
     """
@@ -20,12 +20,12 @@ def dafl_one_hot(teacher: Tensor) -> Tensor:
 
 
 def dafl_activation(features: Tensor) -> Tensor:
-    """Images that excite the teacher: DAFL, equation 3, ``−mean |F|`` of its features (N, …)."""
+    """Images that excite the teacher: DAFL, ``−mean |F|`` of its features (N, …)."""
     return -features.float().abs().mean()
 
 
 def dafl_entropy(teacher: Tensor) -> Tensor:
-    """Images of all classes alike: DAFL, equation 4, ``Σ_c p̄_c · log₁₀ p̄_c``.
+    """Images of all classes alike: DAFL, ``Σ_c p̄_c · log₁₀ p̄_c``.
 
     ``p̄`` is the mean over the batch of the softmax of the logits (N, C). The logarithm is to
     base 10, which the weights in use are made for.
@@ -37,7 +37,7 @@ def dafl_entropy(teacher: Tensor) -> Tensor:
 def zskt_gap(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Images on which the student fails: ZSKT, Micaelli and Storkey 2019 (arXiv 1905.09768).
 
-    ``−KL(teacher ‖ student)``, equation 1, with gradient through both.
+    ``−KL(teacher ‖ student)``, with gradient through both.
 
     Args:
         student: logits (N, C).
@@ -50,7 +50,7 @@ def zskt_gap(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
 
 
 def dfad_gap(student: Tensor, teacher: Tensor) -> Tensor:
-    """Images on which the student fails: DFAD, Fang et al. 2019 (arXiv 1912.11006), equation 4.
+    """Images on which the student fails: DFAD, Fang et al. 2019 (arXiv 1912.11006).
 
     ``−mean |S − T|`` of the logits (N, C), with gradient through both.
     """

@@ -55,7 +55,7 @@ def l1(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:
-    """Which neurons are active, Heo et al. 2019 (arXiv 1811.03233), equation 6.
+    """Which neurons are active, Heo et al. 2019 (arXiv 1811.03233).
 
     A squared hinge towards the teacher's side of zero, whatever the teacher's magnitude:
 
@@ -72,7 +72,7 @@ def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -
 
 
 def ofd(student: Tensor, teacher: Tensor) -> Tensor:
-    """Partial L2 of Heo et al. 2019, "A comprehensive overhaul" (arXiv 1904.01866), equation 6.
+    """Partial L2 of Heo et al. 2019, "A comprehensive overhaul" (arXiv 1904.01866).
 
     ``mean (S − T)²``, but 0 where S ≤ T ≤ 0: where the teacher's value does not pass the
     activation function, the student's may be as small as it likes.
@@ -80,7 +80,7 @@ def ofd(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: features in front of the activation function, any shape.
         teacher: the same shape, behind the margin ReLU ``max(T, m_c)``, where the margin m_c is
-            the mean of the negative values of channel c (equation 4).
+            the mean of the negative values of channel c.
     """
     ours, theirs = student.float(), teacher.detach().float()
     counts = (ours > theirs) | (theirs > 0)
@@ -88,7 +88,7 @@ def ofd(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Channel-wise distillation of Shu et al. 2021 (arXiv 2011.13256), equations 4 and 5.
+    """Channel-wise distillation of Shu et al. 2021 (arXiv 2011.13256).
 
     Each channel's map becomes a distribution over positions, φ = softmax over (H, W) of F/τ:
 
@@ -108,7 +108,7 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def factor_transfer(student: Tensor, teacher: Tensor) -> Tensor:
-    """Factor transfer of Kim et al. 2018 (arXiv 1802.04977), equation 3 with p = 1.
+    """Factor transfer of Kim et al. 2018 (arXiv 1802.04977) with p = 1.
 
     ``mean_n ‖F_S/‖F_S‖₂ − F_T/‖F_T‖₂‖₁``, each sample's factor flattened and of length 1.
 

@@ -12,8 +12,8 @@ __all__ = ["dkd", "kd", "soft_cross_entropy", "standardized", "wsld"]
 def standardized(logits: Tensor) -> Tensor:
     """Logits with mean 0 and standard deviation 1 over the classes: (N, C, …) → the same.
 
-    ``(z − mean_c z) / std_c z`` with the standard deviation of all C scores, equation 17 of
-    Sun et al. 2024, "Logit standardization in knowledge distillation" (arXiv 2403.01267).
+    ``(z − mean_c z) / std_c z`` with the standard deviation of all C scores: Sun et al. 2024,
+    "Logit standardization in knowledge distillation" (arXiv 2403.01427).
     """
     centred = logits - logits.mean(dim=1, keepdim=True)
     return centred / centred.square().mean(dim=1, keepdim=True).add(1e-14).sqrt()
@@ -128,7 +128,7 @@ def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wsld(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 2.0) -> Tensor:
-    """Weighted soft labels of Zhou et al. 2021 (arXiv 2102.00650), equations 11 and 12.
+    """Weighted soft labels of Zhou et al. 2021 (arXiv 2102.00650).
 
     Soft labels help most where the student is worse than the teacher on the hard label:
 

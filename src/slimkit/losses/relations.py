@@ -10,7 +10,7 @@ __all__ = ["attention_transfer", "fbkd", "fsp", "rkd_angle", "rkd_distance"]
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Distances between samples, Park et al. 2019 (arXiv 1904.05068), equations 4 and 5.
+    """Distances between samples, Park et al. 2019 (arXiv 1904.05068), RKD-D.
 
     With d the Euclidean distances of all pairs of samples, each divided by their mean,
 
@@ -30,7 +30,7 @@ def _distances(embeddings: Tensor) -> Tensor:
 
 
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
-    """Angles between samples, Park et al. 2019 (arXiv 1904.05068), equations 6 and 7.
+    """Angles between samples, Park et al. 2019 (arXiv 1904.05068), RKD-A.
 
     With ``a[i, j, k]`` the cosine of the angle at sample j between samples i and k,
 
@@ -122,9 +122,9 @@ def fbkd(
     With the spatial attention ``A = mean_c |F|``, the channel attention ``B = mean_positions |F|``
     and masks M = H·W · softmax((A_S + A_T)/τ) and C · softmax((B_S + B_T)/τ), without gradient,
 
-        ``mask = mean_n sqrt(Σ M_A · M_B · (S − T)²)``       (equation 6)
-        ``attention = mean_n ‖A_S − A_T‖ + mean_n ‖B_S − B_T‖``   (equation 5)
-        ``relation = mean_n ‖R_S − R_T‖``                (equation 8)
+        ``mask = mean_n sqrt(Σ M_A · M_B · (S − T)²)``
+        ``attention = mean_n ‖A_S − A_T‖ + mean_n ‖B_S − B_T‖``
+        ``relation = mean_n ‖R_S − R_T‖``
 
     each times its weight. R is the output of a non-local block on the features of a network.
 
@@ -132,7 +132,7 @@ def fbkd(
         student: features (N, C, H, W).
         teacher: the same shape.
         student_relation: R of the student, (N, C, H, W).
-        teacher_relation: R of the teacher.
+        teacher_relation: R of the teacher; its block is trained too, so this has gradient.
         mask_weight: ≥ 0.
         attention_weight: ≥ 0.
         relation_weight: ≥ 0.
