@@ -76,7 +76,10 @@ def test_the_recipes_about_distillation_are_valid(tmp_path: Path) -> None:
     file.write_text(ablation, encoding="utf-8")
     edits = re.findall(r"--set (\S+)", "".join(_blocks("docs/distillation.md", "console")))
     assert len(edits) == 2
-    report = run_recipe(load_recipe(file, edits), tmp_path / "run", smoke=True, progress=False)
+    quickly = ["measure.seconds=0.02", "measure.parity_batches=1"]
+    report = run_recipe(
+        load_recipe(file, [*edits, *quickly]), tmp_path / "run", smoke=True, progress=False
+    )
     names = [variant["name"] for variant in report["variants"]]
     assert names == ["plain", "kd", "dkd", "features"]
     last = report["variants"][-1]["stages"][0]["settings"]

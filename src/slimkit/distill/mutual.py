@@ -145,10 +145,12 @@ class MutualLearning:
         active = {index for index, factor in enumerate(factors) if factor}
         values: dict[str, Tensor] = {}
         answers: dict[str, Any] = {}
+        device = records[STUDENT][OUTPUT].device
         for name, peer in self.peers.items():
+            if any(buffer.device != device for buffer in peer.buffers()):
+                peer.to(device)  # the loop moves parameters, not statistics
             answers[name] = as_inputs(inputs).call(peer.train())
             records[name] = self._taken(name)
-        device = records[STUDENT][OUTPUT].device
         with torch.autocast(device.type, enabled=False):
             for name, answer in answers.items():
                 scores = main_tensor(answer, where=name).float()
