@@ -72,6 +72,11 @@ FORMS: dict[str, dict[str, Any]] = {
         "epochs": 2,
         "distill": [{"type": "kd", "schedule": {"stop_epoch": 1}}],
     },
+    "remembered": {
+        "teacher": ["wide", "train"],
+        "teacher_cache": 1,
+        "distill": [{"type": "kd"}],
+    },
     "delivered": {
         "teacher": "train",
         "deliver": ["torch:flatten", {"function": "torch.nn.functional:relu"}],
@@ -142,6 +147,7 @@ MISTAKES = [
         "distill.0.connector.1.knid",
         "'kind'",
     ),
+    ("teacher_cache=-1", "stages.student.teacher_cache: expected at least 0", ""),
     (
         "deliver=['torch:flatten', {function: 'torch:relu', source: student}]",
         "stages.student.deliver: each network waits",
@@ -185,3 +191,10 @@ def test_the_schema_knows_records_connectors_and_schedules() -> None:
     text = json.dumps(recipe_schema())
     for word in ("WeightSchedule", "conv_bn_act", "data_free", "teacher_weighting", "Record"):
         assert word in text
+
+
+def test_a_cache_for_augmented_images_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    base = with_stage(values, teacher="wide", teacher_cache=1, distill=[{"type": "kd"}])
+    recipe = parse_recipe(base, ["data.augment={flip: true}"])
+    with pytest.raises(SlimkitError, match=r"student\.teacher_cache: no image comes again"):
+        preview_run(recipe, smoke=True, cache=tmp_path)

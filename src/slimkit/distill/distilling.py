@@ -15,6 +15,7 @@ from slimkit.distill.intercepting import ForwardScope
 from slimkit.distill.interface import DistillLoss, parse_losses
 from slimkit.distill.recording import Recorder, main_tensor, probing, run
 from slimkit.distill.records import OUTPUT, Record, Tap
+from slimkit.distill.remembering import AnswerCache
 from slimkit.distill.teacher import FrozenTeacher, TeacherPrecision
 from slimkit.distill.weighting import (
     SINGLE,
@@ -65,6 +66,8 @@ class Distiller:
             (Zhang et al. 2022, arXiv 2201.00007). None is equal weights of sum 1.
         deliveries: functions whose results one network gets from the other; a name alone is
             delivered from the teacher to the student. ``precision="auto"`` is then float32.
+        cache_mb: memory for each teacher's answers, found again by the content of each image;
+            for images that come again as they are. 0 keeps none.
 
     Attributes:
         connectors: the trainable modules between student's and teacher's features.
@@ -87,6 +90,7 @@ class Distiller:
         precision: TeacherPrecision | Mapping[str, TeacherPrecision] = "auto",
         teacher_weights: TeacherWeights = None,
         deliveries: Sequence[Delivery | str | Mapping[str, Any]] = (),
+        cache_mb: float = 0,
     ) -> None:
         self.losses = parse_losses(losses, where="losses")
         if not self.losses:
@@ -113,6 +117,13 @@ class Distiller:
         self._ahead: Records | None = None
         with contextlib.ExitStack() as opened:  # what is open is closed again if the rest fails
             self._deliver(student, deliveries, list(teachers), opened)
+            if cache_mb < 0 or (cache_mb and self._delivered):
+                raise InputError(
+                    "a cached answer draws nothing that could be delivered"
+                    if self._delivered
+                    else f"expected a number ≥ 0, got {cache_mb!r}",
+                    where="cache_mb",
+                )
             self._teachers: dict[str, FrozenTeacher] = {}
             for name, network in teachers.items():
                 self._teachers[name] = FrozenTeacher(
@@ -120,6 +131,7 @@ class Distiller:
                     self._taps(name),
                     self._precision_of(name, precision),
                     scope=self._deliveries.teaching,
+                    cache=AnswerCache(cache_mb) if cache_mb else None,
                 )
                 opened.callback(self._teachers[name].close)
             taps = {tap for c in self._comparisons.values() for tap in c.taps("student")}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimkit.distill.recording import Recorder, main_tensor, probing, run
 from slimkit.distill.records import OUTPUT, Tap, find_taps, tap_of
+from slimkit.distill.remembering import AnswerCache
 from slimkit.errors import CaptureError, InputError, ModelError, PlanError, nearest
 from slimkit.graph.capturing import capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
@@ -72,6 +73,7 @@ class FrozenTeacher:
         precision: ``"auto"`` takes bf16 where the device multiplies it natively and the arg-max
             agrees with float32 on ≥ 99 % of the first batch; another value is taken as it is.
         scope: entered around every forward whose records are kept.
+        cache: keeps answers to images that come again.
 
     Attributes:
         precision: as given, and what was chosen after the first batch.
@@ -89,12 +91,13 @@ class FrozenTeacher:
         precision: TeacherPrecision = "auto",
         *,
         scope: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        cache: AnswerCache | None = None,
     ) -> None:
         self._taps = sorted({tap_of(layer) for layer in layers}, key=lambda tap: tap.key)
         for tap in self._taps:
             if tap.kind == "module" and tap.name != OUTPUT:
                 find_taps(tap.name, teacher, who="teacher")
-        self._scope = scope
+        self._scope, self._cache = scope, cache
         if precision not in get_args(TeacherPrecision):
             hint = nearest(str(precision), get_args(TeacherPrecision))
             raise InputError(f"unknown precision {precision!r}", where="precision", hint=hint)
@@ -126,6 +129,9 @@ class FrozenTeacher:
 
     def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
         """Run on ``inputs``; layer → float32 record without gradient, ``""`` for the output."""
+        return self._run(inputs) if self._cache is None else self._cache(inputs, self._run)
+
+    def _run(self, inputs: Inputs) -> dict[str, Tensor]:
         inputs = self._cast(inputs)
         if self._runner is None:
             self._runner = self._prepare(inputs)

@@ -17,6 +17,7 @@ from slimkit.errors import InputError, SlimkitError, nearest
 from slimkit.recipe.fields import TypedBy, wrong
 from slimkit.recipe.places import at
 from slimkit.recipe.stages import SELF, UNPRUNED, StageContext
+from slimkit.tasks.data.settings import AugmentSettings
 from slimkit.train.callbacks import StepContext
 from slimkit.train.settings import TrainSettings
 
@@ -53,6 +54,8 @@ class DistillOptions(BaseModel):
         teacher_mode: ``frozen``, or ``mutual``: teachers start as they are, train beside the
             student, and learn from it in turn.
         teacher_precision: how the teacher runs; ``"auto"`` takes bf16 where it is fast and agrees.
+        teacher_cache: megabytes for the answers of each frozen teacher, found again by the content
+            of each image; only for images that are not augmented.
         deliver: functions whose results the student gets from the teacher, each an import path
             or ``{function: PATH, source: student}``.
         data_free: a generator invents the training images; none of the data's are used.
@@ -65,6 +68,7 @@ class DistillOptions(BaseModel):
     teacher_weighting: Literal["fixed", "confidence"] = "fixed"
     teacher_mode: Literal["frozen", "mutual"] = "frozen"
     teacher_precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
+    teacher_cache: float = Field(default=0, ge=0, allow_inf_nan=False)
     deliver: Annotated[tuple[Delivery, ...], BeforeValidator(_deliveries)] = ()
     data_free: Annotated[
         Generation | None, TypedBy("slimkit.distill:GENERATION", optional=True)
@@ -99,6 +103,7 @@ class DistillOptions(BaseModel):
         wanted = {
             "teacher_weighting": (self.teacher_weighting == "confidence", teachers > 1, "several"),
             "teacher_mode": (self.teacher_mode == "mutual", teachers > 0, "at least one"),
+            "teacher_cache": (self.teacher_cache > 0, teachers > 0, "at least one of its"),
             "deliver": (bool(self.deliver), teachers == 1, "one"),
             "data_free": (self.data_free is not None, teachers == 1, "one"),
         }
@@ -106,11 +111,16 @@ class DistillOptions(BaseModel):
             if chosen and not fits:
                 raise wrong(f"{key} needs {count} teachers, not {teachers}", path=key)
         if self.teacher_mode == "mutual":
-            given = (self.deliver, self.data_free, isinstance(self.teacher, dict))
+            given = (
+                self.deliver,
+                self.data_free,
+                self.teacher_cache,
+                isinstance(self.teacher, dict),
+            )
             if any(given) or self.teacher_weighting != "fixed":
                 raise wrong(
                     "networks that learn from each other count equally, and from data",
-                    "drop weights, deliver and data_free",
+                    "drop weights, deliver, teacher_cache and data_free",
                     path="teacher_mode",
                 )
         for index, loss in enumerate(self.distill):
@@ -187,6 +197,13 @@ def _distiller(
 ) -> Distiller:
     from slimkit.distill import Distiller
 
+    moving = context.splits.train.augment not in {None, AugmentSettings()}
+    if options.teacher_cache and (moving or options.data_free is not None):
+        raise InputError(
+            "no image comes again as it was, so there is nothing to keep",
+            where="teacher_cache",
+            hint="drop it, or data.augment and data_free",
+        )
     precision: Any = options.teacher_precision
     if precision == "auto" and note is not None and note.exists():
         precision = read_json(note)["precision"]
@@ -199,6 +216,7 @@ def _distiller(
         precision=precision,
         teacher_weights="confidence" if options.teacher_weighting == "confidence" else weights,
         deliveries=options.deliver,
+        cache_mb=options.teacher_cache,
     )
 
 
@@ -217,10 +235,11 @@ def _at_losses(context: StageContext) -> Iterator[None]:
         yield
     except SlimkitError as error:
         own = error.where or ""
-        if not own.startswith("losses.") and own != "deliveries":
+        keys = {"deliveries": "deliver", "cache_mb": "teacher_cache", "teacher_cache": own}
+        if not own.startswith("losses.") and own not in keys:
             with at("distill"):
                 raise
-        place = "deliver" if own == "deliveries" else own.replace("losses", "distill", 1)
+        place = keys.get(own, own.replace("losses", "distill", 1))
         where = f"stages.{context.name}.{place}"
         raise type(error)(error.message, where=where, hint=error.hint) from error
 
