@@ -139,6 +139,10 @@ def test_mistakes_are_typed() -> None:
         Distiller(Noisy(), Noisy(), [L1()], deliveries=[f"{__name__}:drown"])
     with pytest.raises(ValidationError, match="no import path"):
         Delivery(function="drawn")
+    with pytest.raises(InputError, match=r"deliveries\.0\.function: 'drawn' is no import path"):
+        Distiller(Noisy(), Noisy(), [L1()], deliveries=["drawn"])
+    with pytest.raises(InputError, match=r"deliveries\.0\.sorce"):
+        Distiller(Noisy(), Noisy(), [L1()], deliveries=[{"function": HERE, "sorce": "student"}])
     both = [HERE, Delivery(function="torch:relu", source="student")]
     with pytest.raises(InputError, match="waits for the other"):
         Distiller(Noisy(), Noisy(), [L1()], deliveries=both)

@@ -281,6 +281,17 @@ def test_a_teacher_and_the_student_itself_may_teach_together(x: Tensor) -> None:
     assert values == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_teacher_of_whom_nothing_is_recorded_does_not_run(x: Tensor) -> None:
+    class Failing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError
+
+    student = Net()
+    own = Mimic(student="layer1", teacher=Record(module="layer3", of="student"), connector="none")
+    with Distiller(student, Failing(), [own]) as distiller:
+        assert told(distiller, student, x) > 0
+
+
 # --- weights over time -----------------------------------------------------------------------
 
 

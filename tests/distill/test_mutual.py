@@ -165,6 +165,8 @@ def test_mistakes_are_typed(images: Tensor, labels: Tensor) -> None:
         MutualLearning(student, None, [KD()])
     with pytest.raises(InputError, match="its own peer"):
         MutualLearning(student, [student], [KD()])
+    with pytest.raises(InputError, match=r"losses\.0\.teachers"):
+        MutualLearning(student, network(8), [KD(teachers=("teacher",))])
     with pytest.raises(InputError, match="example_inputs"):
         MutualLearning(student, network(8), [Mimic(student="2")])
     with pytest.raises(SlimkitError, match="no layer '7'"):

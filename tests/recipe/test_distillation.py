@@ -136,6 +136,7 @@ MISTAKES = [
     ("deliver=['torch:flaten']", "stages.student.deliver", "'flatten'"),
     ("data_free={type: dalf}", "stages.student.data_free.type: unknown", "'dafl'"),
     ("data_free={type: dafl, latnt: 3}", "stages.student.data_free.latnt", "'latent'"),
+    ("data_free={type: dafl, features: fk}", "data_free.teacher: the teacher Tiny", "'fc'"),
     ("distill.0.teachers=[wdie]", "distill.0.teachers.0: there is no teacher 'wdie'", "'wide'"),
     ("distill.0.student=con1", "stages.student.distill.0.student: the student Tiny", "'conv1'"),
     ("distill.0.student={module: conv1, part: inputs}", "distill.0.student.part", "'input'"),

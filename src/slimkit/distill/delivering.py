@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -21,7 +21,7 @@ from slimkit.distill.records import mistake
 from slimkit.errors import InputError, ModelError, UnknownNameError
 from slimkit.registry import import_object
 
-__all__ = ["Deliveries", "Delivery", "Side"]
+__all__ = ["Deliveries", "Delivery", "Side", "parse_deliveries"]
 
 Side = Literal["student", "teacher"]
 
@@ -47,6 +47,27 @@ class Delivery(BaseModel):
         if ":" not in value:
             raise mistake(f"{value!r} is no import path", "write package.module:function")
         return value
+
+
+def parse_deliveries(entries: Sequence[Delivery | str | Mapping[str, Any]]) -> list[Delivery]:
+    """What a caller passed: settings, names of functions, or what a recipe says.
+
+    Raises:
+        InputError: an entry is none of them.
+    """
+    parsed = []
+    for index, entry in enumerate(entries):
+        if isinstance(entry, Delivery):
+            parsed.append(entry)
+            continue
+        values = {"function": entry} if isinstance(entry, str) else entry
+        try:
+            parsed.append(Delivery.model_validate(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, ["deliveries", index, *first["loc"]]))
+            raise InputError(first["msg"], where=where) from error
+    return parsed
 
 
 class Deliveries:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.distill.comparing import Comparison, Given
-from slimkit.distill.delivering import Deliveries, Delivery
+from slimkit.distill.delivering import Deliveries, Delivery, parse_deliveries
 from slimkit.distill.intercepting import ForwardScope
 from slimkit.distill.interface import DistillLoss, parse_losses
 from slimkit.distill.recording import Recorder, main_tensor, probing, run
@@ -283,11 +283,7 @@ class Distiller:
         names: Sequence[str],
         opened: contextlib.ExitStack,
     ) -> None:
-        parsed = [
-            d if isinstance(d, Delivery)
-            else Delivery.model_validate({"function": d} if isinstance(d, str) else d)
-            for d in deliveries
-        ]  # fmt: skip
+        parsed = parse_deliveries(deliveries)
         if parsed and len(names) != 1:
             raise InputError(
                 f"results are delivered between a student and one teacher, not {len(names)}",
@@ -310,8 +306,12 @@ class Distiller:
         ahead, self._ahead = self._ahead, None
         answers: dict[str, Records] = {} if self._teachers else {SINGLE: {}}
         for name, teacher in self._teachers.items():
-            if any(name in self._groups[index] for index in active):
-                answers[name] = ahead if ahead is not None else teacher(inputs)
+            if not any(name in self._groups[index] for index in active):
+                continue
+            asked = bool(
+                self._taps(name)
+            )  # where all records are the student's own, it need not run
+            answers[name] = ahead if ahead is not None else teacher(inputs) if asked else {}
         if answers:
             self._deliveries.check_delivered()
         return answers

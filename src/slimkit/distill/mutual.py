@@ -75,6 +75,13 @@ class MutualLearning:
         if not self.losses or not self.peers:
             what, where = ("losses", "losses") if not self.losses else ("peers", "peers")
             raise InputError(f"there are no {what}", where=where)
+        for index, loss in enumerate(self.losses):
+            if loss.teachers:
+                raise InputError(
+                    "every network learns from all others",
+                    where=f"losses.{index}.teachers",
+                    hint="leave it out",
+                )
         if any(peer is student for peer in self.peers.values()):
             raise InputError("the student cannot be its own peer", where="peers")
         self.task_loss, self.task_weight = task_loss, task_weight

@@ -20,6 +20,7 @@ __all__ = [
     "NonLocal",
     "Paraphraser",
     "Translator",
+    "WithRelation",
 ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimkit import losses
 from slimkit.distill.connectors import Choice, ConnectorField, connect
+from slimkit.distill.feature_losses import FeatureLoss
 from slimkit.distill.interface import DISTILL_LOSSES, DistillLoss, Shape
 from slimkit.distill.records import RecordPath
 
@@ -47,16 +48,16 @@ class RKDAngle(_Relations):
 
 
 @DISTILL_LOSSES.register("attention_transfer")
-class AttentionTransfer(DistillLoss):
+class AttentionTransfer(FeatureLoss):
     """Where a layer looks (Zagoruyko 2017); see :func:`slimkit.losses.attention_transfer`.
 
     Attributes:
-        student: path of the student's layer (required); widths may differ, map sizes not.
+        connector: widths may differ without one; ``resize`` joins maps of different sizes.
         power: ≥ 1.
     """
 
     type: Literal["attention_transfer"] = "attention_transfer"
-    student: RecordPath
+    connector: Annotated[Choice, ConnectorField()] = "none"
     power: float = Field(default=2.0, ge=1, allow_inf_nan=False)
 
     def fits(self, student: Shape, teacher: Shape) -> bool:

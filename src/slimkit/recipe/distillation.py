@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from slimkit.distill import Distiller, GeneratedBatches, MutualLearning
 
-__all__ = ["DistillOptions", "distilling", "generated_batches"]
+__all__ = ["DistillOptions", "check_distillation", "distilling", "generated_batches"]
 
 TeacherWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -147,6 +147,19 @@ class DistillOptions(BaseModel):
     def facts(self) -> Mapping[str, Any]:
         """See :class:`Stage`: the key of a teacher stands for its name, but not for its weight."""
         return {"teacher_weights": self.teacher} if isinstance(self.teacher, dict) else {}
+
+
+def check_distillation(model: nn.Module, options: DistillOptions, context: StageContext) -> None:
+    """Make sure that teachers, losses and the student fit, without training.
+
+    Raises:
+        SlimkitError: they do not, with the path in the stage.
+    """
+    if options.distill:
+        with distilling(model, options, context):
+            pass
+    if options.data_free is not None:
+        generated_batches(model, options.data_free, context)
 
 
 @contextlib.contextmanager

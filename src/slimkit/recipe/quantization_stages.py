@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slimkit.errors import DataError, InputError
-from slimkit.recipe.distillation import DistillOptions, distilling
+from slimkit.recipe.distillation import DistillOptions, check_distillation
 from slimkit.recipe.fields import OneOf, wrong
 from slimkit.recipe.methods import Method, build_method
 from slimkit.recipe.stages import Stage, StageContext, StageResult
@@ -235,9 +235,7 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
         """See the base class. Checks the patterns, the target and the teacher."""
         _check(model, self)
-        if self.distill:
-            with distilling(model, self, context):
-                pass
+        check_distillation(model, self, context)
         return model
 
     def training_epochs(self) -> float:

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from slimkit.recipe.distillation import DistillOptions, distilling, generated_batches
+from slimkit.recipe.distillation import (
+    DistillOptions,
+    check_distillation,
+    distilling,
+    generated_batches,
+)
 from slimkit.recipe.fields import TypedBy
 from slimkit.recipe.places import at
 from slimkit.recipe.stages import Stage, StageContext, StageResult
@@ -128,9 +133,7 @@ class TrainStage(DistillOptions, TrainSettings, Stage):
         if self.sparsity is not None:
             with at("sparsity"):
                 self.sparsity.term(model, context.example_inputs)
-        if self.distill:
-            with distilling(model, self, context):
-                pass
+        check_distillation(model, self, context)
         return model
 
     def training_epochs(self) -> float:
