@@ -308,9 +308,7 @@ class Distiller:
         for name, teacher in self._teachers.items():
             if not any(name in self._groups[index] for index in active):
                 continue
-            asked = bool(
-                self._taps(name)
-            )  # where all records are the student's own, it need not run
+            asked = bool(self._taps(name))  # not where all records are the student's own
             answers[name] = ahead if ahead is not None else teacher(inputs) if asked else {}
         if answers:
             self._deliveries.check_delivered()
