@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from slimkit.distill.knowledge import KnowledgeDistiller, NetworkTeacher, Source
+    from slimkit.recipe.distillation import DistillOptions
     from slimkit.recipe.schema import Recipe
-    from slimkit.recipe.training_stage import DistillOptions
 
 __all__ = ["check_place", "knowing", "knowledge_facts", "recipe_teacher"]
 
@@ -84,24 +84,32 @@ class _StandIn:
     """Answers with random numbers in the student's own shapes."""
 
     def __init__(self, model: nn.Module, options: DistillOptions, example: Tensor) -> None:
+        from slimkit.distill.comparing import Comparison
         from slimkit.distill.knowledge import KeySpec, KnowledgeSchema
+        from slimkit.distill.knowledge.distilling import Outline
         from slimkit.distill.knowledge.schema import LOGITS
-        from slimkit.distill.recording import Recorder, check_layers, probing, run
+        from slimkit.distill.recording import Recorder, probing, run
+        from slimkit.distill.records import OUTPUT
         from slimkit.inputs import as_inputs
 
-        pairs = {loss.teacher_layer or LOGITS: loss.student or "" for loss in options.distill}
-        check_layers(model, filter(None, pairs.values()), who="student")
-        recorder = Recorder(model, pairs.values())
+        named = [loss.teacher for loss in options.distill if isinstance(loss.teacher, str)]
+        outline = Outline([name for name, _ in model.named_modules() if name] + named)
+        terms = Comparison(list(enumerate(options.distill)), model, outline).terms
+        taps = {term.taps["student"] for term in terms}
+        recorder = Recorder(model, [OUTPUT, *taps])
         with probing(model):
             run(model, as_inputs(example), who="student")
+        shapes = {LOGITS: tuple(recorder.records[OUTPUT].shape[1:])}
+        for term in terms:
+            for name, tap in term.taps.items():
+                if term.sides[name] == "teacher":
+                    own = recorder.records[term.taps["student"].key]
+                    shapes.setdefault(tap.key or LOGITS, tuple(own.shape[1:]))
+        recorder.close()
         self.name = "stand-in"
         self.schema = KnowledgeSchema(
-            keys=tuple(
-                KeySpec(name=key, shape=tuple(recorder.records[layer].shape[1:]))
-                for key, layer in pairs.items()
-            )
+            keys=tuple(KeySpec(name=key, shape=shape) for key, shape in shapes.items())
         )
-        recorder.close()
 
     def stream(
         self, questions: Iterable[Any], number: int, names: Sequence[str]

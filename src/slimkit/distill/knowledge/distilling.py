@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimkit.distill.comparing import Comparison, Given
+from slimkit.distill.interface import DistillLoss, parse_losses
 from slimkit.distill.knowledge.mixing import Knowledge
 from slimkit.distill.knowledge.schema import LOGITS
-from slimkit.distill.recording import Recorder, check_layers, main_tensor, probing, run
-from slimkit.distill.settings import DistillLoss, parse_losses
-from slimkit.errors import CheckpointError, DataError, InputError, ModelError
+from slimkit.distill.recording import Recorder, main_tensor, probing, run
+from slimkit.distill.records import OUTPUT
+from slimkit.errors import CheckpointError, DataError, InputError
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.plan import load_weights
 
 if TYPE_CHECKING:
     from slimkit.train.callbacks import StepContext
 
-__all__ = ["KnowledgeDistiller", "NumberedLoader"]
-
-OUTPUT = ""
+__all__ = ["KnowledgeDistiller", "NumberedLoader", "Outline"]
 
 
 class NumberedLoader(Protocol):
@@ -68,7 +68,7 @@ class KnowledgeDistiller:
     Raises:
         InputError: no losses.
         DataError: no teacher knows what a loss needs.
-        UnknownNameError: the student has no such layer.
+        UnknownNameError: the student, or what the teachers know, has no such layer.
         ModelError: student and teachers differ in their classes or features.
     """
 
@@ -85,21 +85,23 @@ class KnowledgeDistiller:
         self.losses = parse_losses(losses, where="losses")
         if not self.losses:
             raise InputError("there is nothing to distil", where="losses", hint="pass [KD()]")
-        check_layers(student, filter(None, (loss.student for loss in self.losses)), who="student")
         self.knowledge = knowledge
-        self._keys = [loss.teacher_layer or LOGITS for loss in self.losses]
-        for key in self._keys:
+        outline = Outline(name for name in knowledge.names if name != LOGITS)
+        self._comparison = Comparison(list(enumerate(self.losses)), student, outline)
+        taps = sorted(self._comparison.taps("teacher"), key=lambda tap: tap.key)
+        self._keys = {tap.key: tap.key or LOGITS for tap in taps}
+        for key in self._keys.values():
             knowledge.shape(key)
         self._loader = loader
         loader.fix_changes(knowledge.seed, knowledge.passes)
-        self._recorder = Recorder(student, [loss.student or OUTPUT for loss in self.losses])
-        self.connectors = nn.ModuleDict()
+        self._recorder = Recorder(student, [OUTPUT, *self._comparison.taps("student")])
+        self.connectors = self._comparison.modules
         self.last: dict[str, Tensor] = {}
         self._epoch = -1
         self._stream: Iterator[tuple[np.ndarray[Any, Any], dict[str, Tensor]]] = iter(())
         self._digest: bytes | None = bytes(32) if audit else None
         try:
-            self._connect(student, example_inputs)
+            self._connect(student, outline, example_inputs)
         except BaseException:
             self.close()
             raise
@@ -109,39 +111,42 @@ class KnowledgeDistiller:
         """SHA-256 (hex) over all samples and knowledge so far, with ``audit``."""
         return None if self._digest is None else self._digest.hex()
 
+    def needs(self, argument: str) -> bool:
+        """Whether a loss must be given ``labels`` or ``ids``."""
+        return self._comparison.needs(argument)
+
     def __call__(self, context: StepContext) -> Tensor:
         """The weighted sum of the losses for a step; a float32 scalar with gradient."""
         ours = dict(self._recorder.records)
         self._recorder.clear()
         ours[OUTPUT] = main_tensor(context.outputs, where="student")
-        return self.loss(ours, self.take(context.epoch))
-
-    def loss(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the losses between records and knowledge.
-
-        Args:
-            ours: path of a layer → (B, …), ``""`` for the output.
-            theirs: key → (B, …).
-
-        Raises:
-            InputError: a layer of the student has not run.
-        """
         device = ours[OUTPUT].device
-        self.last = {}
-        terms = []
+        answers = self.take(context.epoch)
+        theirs = {
+            tap: answers[key].to(device, non_blocking=True).float()
+            for tap, key in self._keys.items()
+        }
+        for tap in self._comparison.taps("student"):
+            if tap.key not in ours:
+                raise InputError(tap.absent, where="student")
+        if not self._comparison.checked:
+            self._comparison.check(ours, theirs)
+        factors = [
+            loss.weight * loss.factor_at(context.epoch, context.progress, index)
+            for index, loss in enumerate(self.losses)
+        ]
+        active = {index for index, factor in enumerate(factors) if factor}
+        given = Given(context.targets, context.ids, context.inputs)
         with torch.autocast(device.type, enabled=False):
-            for index, (settings, key) in enumerate(zip(self.losses, self._keys, strict=True)):
-                layer = settings.student or OUTPUT
-                if layer not in ours:
-                    raise InputError(f"layer {layer!r} has not run", where="student")
-                student = ours[layer].float()
-                if str(index) in self.connectors:
-                    student = self.connectors[str(index)].to(device)(student)
-                teacher = theirs[key].to(device, non_blocking=True).float()
-                if student.shape != teacher.shape:
-                    raise _misfit(settings, tuple(student.shape), tuple(teacher.shape))
-                terms.append(settings.weight * settings.compute(student, teacher))
-                self.last[f"{settings.type}:{index}"] = terms[-1].detach()
+            values = self._comparison(ours, theirs, given, active)
+            terms = [
+                factor * values[index] if index in values else torch.zeros((), device=device)
+                for index, factor in enumerate(factors)
+            ]
+            self.last = {
+                f"{loss.type}:{index}": terms[index].detach()
+                for index, loss in enumerate(self.losses)
+            }
             return torch.stack(terms).sum()
 
     def take(self, epoch: int) -> dict[str, Tensor]:
@@ -154,7 +159,7 @@ class KnowledgeDistiller:
         if epoch != self._epoch:
             self._epoch = epoch
             batches = [ids.numpy() for ids in self._loader.epoch_ids(epoch)]
-            wanted = tuple(dict.fromkeys(self._keys))
+            wanted = tuple(dict.fromkeys(self._keys.values()))
             self._stream = self.knowledge.stream(batches, epoch, wanted)
         found = next(self._stream, None)
         seen = self._loader.ids.numpy()
@@ -211,16 +216,13 @@ class KnowledgeDistiller:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _connect(self, student: nn.Module, example_inputs: ExampleInputs | None) -> None:
+    def _connect(
+        self, student: nn.Module, outline: nn.Module, example_inputs: ExampleInputs | None
+    ) -> None:
         """Build the connectors and compare shapes, when there are example inputs."""
         if example_inputs is None:
             for loss in self.losses:
-                if loss.needs_shapes:
-                    raise InputError(
-                        f"the loss {loss.type!r} on {loss.student!r} needs them to build its "
-                        "connector",
-                        where="example_inputs",
-                    )
+                loss.check_shapes_known()
             return
         inputs = as_inputs(example_inputs)
         parameter = next(student.parameters(), None)
@@ -230,29 +232,25 @@ class KnowledgeDistiller:
             run(student, inputs, who="student")
         ours = dict(self._recorder.records)
         self._recorder.clear()
-        for index, (settings, key) in enumerate(zip(self.losses, self._keys, strict=True)):
-            record = ours.get(settings.student or OUTPUT)
-            if record is None:
-                raise ModelError(f"layer {settings.student!r} did not run", where="student")
-            theirs = (len(record), *self.knowledge.shape(key))
-            connector = settings.connect(tuple(record.shape), theirs)
-            if connector is not None:
-                self.connectors[str(index)] = connector.to(record.device)
-            elif tuple(record.shape) != theirs:
-                raise _misfit(settings, tuple(record.shape), theirs)
+        output = ours[OUTPUT]
+        theirs = {
+            tap: output.new_zeros((len(output), *self.knowledge.shape(key)), dtype=torch.float32)
+            for tap, key in self._keys.items()
+        }
+        self._comparison.connect(ours, theirs, student, outline)
 
 
-def _misfit(settings: DistillLoss, ours: tuple[int, ...], theirs: tuple[int, ...]) -> ModelError:
-    if settings.student is None and len(ours) == len(theirs) == 2:
-        return ModelError(
-            f"the student has {ours[1]} classes, the teachers {theirs[1]}",
-            where="knowledge",
-            hint="both must be trained for the same classes in the same order",
-        )
-    return ModelError(
-        f"the student's record has shape {ours}, the knowledge {theirs}",
-        where=f"{settings.type} on {settings.student or 'the output'}",
-    )
+class Outline(nn.Module):
+    """A network without layers' contents: where losses look up what the teachers know."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        super().__init__()
+        for path in paths:
+            node: nn.Module = self
+            for part in path.split("."):
+                if part not in node._modules:
+                    node.add_module(part, nn.Module())
+                node = node.get_submodule(part)
 
 
 def _subset(seen: np.ndarray[Any, Any], asked: np.ndarray[Any, Any]) -> bool:

@@ -166,6 +166,10 @@ class ArrayLoader:
         return [self.indices[chunk] for chunk in chunks]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images, labels) for images, labels, _ in self.with_ids())
+
+    def with_ids(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The same batches with the numbers of their samples, int64 (B,): places in ``labels``."""
         chunks, generator = self._chunks(self.epoch)
         draws = None
         if self._changes is not None:
@@ -208,15 +212,15 @@ class ArrayLoader:
             self._sorted = (ascending, positions)
         return self._sorted
 
-    def _handed(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels, self.ids = batch
-        return images, labels
+    def _handed(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        self.ids = self.indices[batch[2]]
+        return batch
 
     def _batch(self, chunk: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor]:
         pixels, read = self._pixels(chunk, draws)
         if len(read) != len(chunk):
             chunk = chunk[read]
-        return pixels, self.labels[chunk], self.indices[chunk]
+        return pixels, self.labels[chunk], chunk
 
     def _pixels(self, chunk: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
         """Normalised images, and which of the chunk could be read."""
