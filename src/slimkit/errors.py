@@ -25,6 +25,7 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "SlimkitError",
+    "TeacherError",
     "TrainingError",
     "UnknownNameError",
     "nearest",
@@ -88,6 +89,10 @@ class DataError(SlimkitError, ValueError):
 
 class TrainingError(SlimkitError, RuntimeError):
     """Training cannot go on: the loss is not finite, a callback failed, nothing to train."""
+
+
+class TeacherError(SlimkitError, ConnectionError):
+    """A teacher elsewhere does not answer, refuses, or does not keep to what it announced."""
 
 
 class ExportError(SlimkitError, RuntimeError):

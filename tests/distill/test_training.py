@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimkit.distill import KD, Distiller, Mimic
-from slimkit.errors import CheckpointError
+from slimkit.errors import CheckpointError, InputError
 from slimkit.train import TrainSettings, fit
 
 
@@ -32,6 +33,23 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.batches)
 
+    def with_ids(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for number, (images, labels) in enumerate(self.batches):
+            yield images, labels, torch.arange(8) + 8 * number
+
+
+class Anonymous(Batches):
+    """Does not know which samples it yields."""
+
+    with_ids = None  # type: ignore[assignment]
+
+
+class Numbered(Batches):
+    """Yields the numbers of its samples unasked."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.with_ids()
+
 
 def network(width: int) -> nn.Sequential:
     torch.manual_seed(width)
@@ -49,9 +67,19 @@ class KilledError(Exception):
     """Stands for a killed process."""
 
 
-def trained(checkpoint: Path, *, stop_after: int | None = None) -> dict[str, Tensor]:
+PLAIN: list[Any] = [KD(temperature=2), Mimic(student="2")]
+REMEMBERING: list[Any] = [
+    {"type": "crd", "student": {"module": "5", "part": "input"}, "samples": 32, "negatives": 8,
+     "size": 4},
+    {"type": "mgd", "student": "2", "schedule": "cosine"},
+    {"type": "dkd", "schedule": {"stop_epoch": 2}},
+]  # fmt: skip
+
+
+def trained(
+    checkpoint: Path, *, losses: list[Any] = PLAIN, stop_after: int | None = None
+) -> dict[str, Tensor]:
     student, teacher = network(4), network(8)
-    losses = [KD(temperature=2), Mimic(student="2")]
     example = torch.zeros(1, 3, 6, 6)
     steps = 0
     with Distiller(student, teacher, losses, example_inputs=example) as distiller:
@@ -62,6 +90,7 @@ def trained(checkpoint: Path, *, stop_after: int | None = None) -> dict[str, Ten
             parameters = distiller.parameters
             state_dict = distiller.state_dict
             load_state_dict = distiller.load_state_dict
+            needs = distiller.needs
 
             def __call__(self, context: object) -> Tensor:
                 nonlocal steps
@@ -80,15 +109,16 @@ def trained(checkpoint: Path, *, stop_after: int | None = None) -> dict[str, Ten
             checkpoint=checkpoint,
             progress=False,
         )
-        assert len(list(distiller.parameters())) == 2
         return {**student.state_dict(), **distiller.state_dict()}
 
 
-def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole")
+@pytest.mark.parametrize("losses", [PLAIN, REMEMBERING], ids=["plain", "remembering"])
+def test_a_resumed_run_ends_like_an_undisturbed_one(losses: list[Any], tmp_path: Path) -> None:
+    """With memories, random masks and weights that follow a schedule, too."""
+    whole = trained(tmp_path / "whole", losses=losses)
     with pytest.raises(KilledError):
-        trained(tmp_path / "killed", stop_after=7)
-    resumed = trained(tmp_path / "killed")
+        trained(tmp_path / "killed", losses=losses, stop_after=7)
+    resumed = trained(tmp_path / "killed", losses=losses)
     assert whole.keys() == resumed.keys()
     different = [key for key in whole if not torch.equal(whole[key], resumed[key])]
     assert different == []
@@ -129,3 +159,32 @@ def test_the_state_of_another_distiller_is_refused() -> None:
             two.load_state_dict(one.state_dict())
         with pytest.raises(CheckpointError):
             two.load_state_dict({})
+
+
+@pytest.mark.parametrize("loader", [Batches, Numbered])
+def test_the_loop_hands_on_the_numbers_of_the_samples(loader: type[Batches]) -> None:
+    seen: list[Any] = []
+
+    class Term:
+        def needs(self, argument: str) -> bool:
+            return argument == "ids"
+
+        def __call__(self, context: Any) -> Tensor:
+            seen.append(context.ids)
+            return torch.zeros(())
+
+    settings = TrainSettings(epochs=1, precision="fp32")
+    student = network(4)
+    fit(student, loader(), loss_fn=F.cross_entropy, settings=settings, losses=[Term()],
+        progress=False)  # fmt: skip
+    assert torch.equal(torch.cat(seen), torch.arange(32))
+
+
+def test_ids_that_the_loader_does_not_know_are_missed_with_a_reason() -> None:
+    student, example = network(4), torch.zeros(1, 3, 6, 6)
+    with (
+        Distiller(student, network(8), REMEMBERING, example_inputs=example) as distiller,
+        pytest.raises(InputError, match=r"losses\.0: the loss 'crd' needs ids .*loader"),
+    ):
+        fit(student, Anonymous(), loss_fn=F.cross_entropy, losses=[distiller], progress=False,
+            settings=TrainSettings(epochs=1, precision="fp32"))  # fmt: skip

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from slimkit.distill import DISTILL_LOSSES
+from slimkit.distill import CONNECTORS, DISTILL_LOSSES, GENERATION
 from slimkit.prune import ALLOCATIONS, CRITERIA
 from slimkit.quantize import METHODS, OBSERVERS
-from slimkit.recipe import STAGES, parse_recipe
+from slimkit.recipe import STAGES, load_recipe, parse_recipe, run_recipe
 from slimkit.recipe.schema import (
     BackendSettings,
     MeasureSettings,
@@ -29,6 +29,7 @@ PAGES = [
     "docs/pruning.md",
     "docs/quantization.md",
     "docs/distillation.md",
+    "docs/knowledge.md",
     "docs/search.md",
 ]
 
@@ -62,6 +63,27 @@ def test_the_recipe_on_the_page_is_valid() -> None:
     assert list(recipe.variants) == ["baseline", "final"]
 
 
+def test_the_recipes_about_distillation_are_valid(tmp_path: Path) -> None:
+    """Each is a whole one, or becomes one with a first stage; the last one runs."""
+    (*parts, ablation) = _blocks("docs/distillation.md", "yaml")
+    for text in parts:
+        values = yaml.safe_load(text)
+        values.setdefault("variants", {"final": list(values["stages"])})
+        values["stages"].setdefault("train", {"type": "train"})
+        whole = {"name": "page", "data": {}, "model": {"name": "slimkit:resnet20"}, **values}
+        recipe = parse_recipe(whole)
+        assert any(getattr(stage, "distill", ()) for stage in recipe.stages.values())
+    file = tmp_path / "losses.yaml"
+    file.write_text(ablation, encoding="utf-8")
+    edits = re.findall(r"--set (\S+)", "".join(_blocks("docs/distillation.md", "console")))
+    assert len(edits) == 2
+    assert list(load_recipe(file).variants) == ["plain", "kd", "dkd", "features"]
+    recipe = load_recipe(file, [*edits, "variants={features: [features]}", "measure.seconds=0.02"])
+    report = run_recipe(recipe, tmp_path / "run", smoke=True, progress=False)
+    last = report["variants"][-1]["stages"][0]["settings"]
+    assert [loss["type"] for loss in last["distill"]] == ["kd", "pkd"]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -82,6 +104,8 @@ def test_registered_names_are_documented() -> None:
         ("docs/quantization.md", OBSERVERS),
         ("docs/quantization.md", METHODS),
         ("docs/distillation.md", DISTILL_LOSSES),
+        ("docs/distillation.md", CONNECTORS),
+        ("docs/distillation.md", GENERATION),
     ):
         text = (ROOT / page).read_text(encoding="utf-8")
         missing = [name for name in registry.names() if name not in text and name != "random"]

@@ -37,6 +37,13 @@ def test_a_plain_loop(example: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "model" / "weights.safetensors").exists()
 
 
+@pytest.mark.parametrize("example", ["teachers_anywhere"], indirect=True)
+def test_teachers_in_processes_and_files(example: ModuleType, tmp_path: Path) -> None:
+    accuracy = example.main(["--epochs", "2", "--out", str(tmp_path)])
+    assert (tmp_path / "knowledge" / "index.json").exists()
+    assert min(accuracy.values()) > 30
+
+
 @pytest.mark.parametrize("example", ["huggingface_trainer"], indirect=True)
 def test_a_hugging_face_trainer(example: ModuleType, tmp_path: Path) -> None:
     assert smaller(example.main(["--steps", "8", "--out", str(tmp_path)]), tmp_path)

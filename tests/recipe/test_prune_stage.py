@@ -32,7 +32,7 @@ def context(values: dict[str, Any], tmp_path: Path) -> StageContext:
     recipe = parse_recipe(values, ["data.eval_batch_size=32"])
     bench = Workbench(recipe, Cache(tmp_path / "cache"))
     step = bench.steps["train", "prune"]
-    return replace(bench.context(step, None, tmp_path / "work"), max_steps=None, progress=False)
+    return replace(bench.context(step, {}, tmp_path / "work"), max_steps=None, progress=False)
 
 
 @pytest.fixture
@@ -219,9 +219,9 @@ def test_unpruned_teaches_what_the_first_pruning_began_with(values: dict[str, An
     from slimkit.recipe.chains import resolve_steps
 
     steps = resolve_steps(recipe)
-    assert steps["train", "prune", "recover"].teacher_chain == ("train",)
-    assert steps["train", "prune", "recover", "more", "recover"].teacher_chain == ("train",)
-    assert steps["prune", "recover"].teacher_chain == ()
+    assert steps["train", "prune", "recover"].teachers["unpruned"] == ("train",)
+    assert steps["train", "prune", "recover", "more", "recover"].teachers["unpruned"] == ("train",)
+    assert steps["prune", "recover"].teachers["unpruned"] == ()
     values["variants"]["none"] = ["train", "recover"]
     with pytest.raises(RecipeError, match=r"recover\.teacher: no stage of train → recover prunes"):
         parse_recipe(values)

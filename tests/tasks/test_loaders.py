@@ -52,6 +52,18 @@ def test_every_image_comes_once() -> None:
     assert epoch(loader(), 5)[1].sort().values.tolist() == list(range(20))
 
 
+def test_ids_are_places_in_the_labels_and_change_nothing_else() -> None:
+    source = loader(indices=torch.tensor([9, 3, 5, 17, 11, 2, 8]), batch_size=3)
+    source.set_epoch(1)
+    plain = list(source)
+    for (pixels, labels), (same, alike, ids) in zip(plain, source.with_ids(), strict=True):
+        assert torch.equal(pixels, same)
+        assert torch.equal(labels, alike)
+        assert torch.equal(source.labels[ids], labels)
+    everything = torch.cat([ids for *_, ids in source.with_ids()])
+    assert everything.sort().values.tolist() == list(range(7))
+
+
 def test_length_and_last_batch() -> None:
     assert [len(labels) for _, labels in loader()] == [6, 6, 6, 2]
     assert [len(labels) for _, labels in loader(drop_last=True)] == [6, 6, 6]

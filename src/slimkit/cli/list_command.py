@@ -20,8 +20,8 @@ def list_command(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="models, stages, criteria, allocations, losses, observers, methods, targets, "
-            "data, backends; or torchvision, timm for all models of theirs.",
+            help="models, stages, criteria, allocations, losses, connectors, data_free, observers, "
+            "methods, targets, data, backends; or torchvision, timm for all models of theirs.",
             show_default="everything",
         ),
     ] = None,
@@ -100,6 +100,8 @@ _KINDS: dict[str, Callable[[], Rows]] = {
     "criteria": _registered("slimkit.prune.criteria:CRITERIA"),
     "allocations": _registered("slimkit.prune.allocation:ALLOCATIONS"),
     "losses": _registered("slimkit.distill:DISTILL_LOSSES"),
+    "connectors": _registered("slimkit.distill:CONNECTORS"),
+    "data_free": _registered("slimkit.distill:GENERATION"),
     "observers": _registered("slimkit.quantize.observers:OBSERVERS"),
     "methods": _registered("slimkit.quantize:METHODS"),
     "targets": _registered("slimkit.quantize.targets:TARGETS"),

@@ -14,6 +14,7 @@ VERBS = (
     "explain",
     "benchmark",
     "quantize",
+    "teach",
     "compare",
     "report",
     "list",
@@ -23,6 +24,10 @@ VERBS = (
 
 
 def register(app: typer.Typer, verb: str) -> None:
-    """Add ``slimkit VERB`` from ``slimkit/cli/VERB_command.py``."""
+    """Add ``slimkit VERB`` from ``slimkit/cli/VERB_command.py``, a command or a group of them."""
     module = importlib.import_module(f"slimkit.cli.{verb}_command")
-    app.command(verb)(getattr(module, f"{verb}_command"))
+    group = getattr(module, f"{verb}_app", None)
+    if group is not None:
+        app.add_typer(group, name=verb)
+    else:
+        app.command(verb)(getattr(module, f"{verb}_command"))

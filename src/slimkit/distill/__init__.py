@@ -16,7 +16,74 @@ Features need example inputs, so that connectors exist before the optimizer is b
 
 from __future__ import annotations
 
+from slimkit.distill.connectors import CONNECTORS, ConnectorSettings
+from slimkit.distill.data_free import DAFL, DFAD, GENERATION, ZSKT, GeneratedBatches
+from slimkit.distill.delivering import Delivery
 from slimkit.distill.distilling import Distiller
-from slimkit.distill.settings import DIST, DISTILL_LOSSES, KD, DistillLoss, Mimic, parse_losses
+from slimkit.distill.mutual import MutualLearning
+from slimkit.distill.records import Record, RecordPath
+from slimkit.distill.schedules import WeightSchedule
+from slimkit.distill.settings import (
+    BYOT,
+    CRD,
+    CWD,
+    DIST,
+    DISTILL_LOSSES,
+    DKD,
+    FBKD,
+    FSP,
+    KD,
+    L1,
+    MGD,
+    OFD,
+    PKD,
+    WSLD,
+    ActivationBoundary,
+    AttentionTransfer,
+    DistillLoss,
+    FactorTransfer,
+    Mimic,
+    RKDAngle,
+    RKDDistance,
+    SoftCrossEntropy,
+    parse_losses,
+)
 
-__all__ = ["DIST", "DISTILL_LOSSES", "KD", "DistillLoss", "Distiller", "Mimic", "parse_losses"]
+__all__ = [
+    "BYOT",
+    "CONNECTORS",
+    "CRD",
+    "CWD",
+    "DAFL",
+    "DFAD",
+    "DIST",
+    "DISTILL_LOSSES",
+    "DKD",
+    "FBKD",
+    "FSP",
+    "GENERATION",
+    "KD",
+    "L1",
+    "MGD",
+    "OFD",
+    "PKD",
+    "WSLD",
+    "ZSKT",
+    "ActivationBoundary",
+    "AttentionTransfer",
+    "ConnectorSettings",
+    "Delivery",
+    "DistillLoss",
+    "Distiller",
+    "FactorTransfer",
+    "GeneratedBatches",
+    "Mimic",
+    "MutualLearning",
+    "RKDAngle",
+    "RKDDistance",
+    "Record",
+    "RecordPath",
+    "SoftCrossEntropy",
+    "WeightSchedule",
+    "parse_losses",
+]

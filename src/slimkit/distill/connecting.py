@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,20 @@ from torch import Tensor, nn
 
 from slimkit.errors import ModelError
 
-__all__ = ["Connector", "build_connector"]
+__all__ = ["Connector", "build_connector", "projection", "seeded"]
 
 _INIT_SEED = 0  # a connector starts the same in every run, and takes nothing from the global RNG
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """Layers built inside start the same in every run; the global random state is put back."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(_INIT_SEED)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 class Connector(nn.Module):
@@ -65,15 +78,21 @@ def build_connector(
         )
     project: nn.Module | None = None
     if always or student[channels] != teacher[channels]:
-        project = _projection(rank, student[channels], teacher[channels])
+        project = projection(rank, student[channels], teacher[channels])
     size = None
     if rank == 4 and student[2:] != teacher[2:]:
         size = (teacher[2], teacher[3])
     return Connector(project, size) if project is not None or size is not None else None
 
 
-def _projection(rank: int, inputs: int, outputs: int) -> nn.Module:
-    """A linear map over channels with variance-preserving weights and zero bias."""
+def projection(rank: int, inputs: int, outputs: int) -> nn.Module:
+    """A linear map over channels with variance-preserving weights and zero bias.
+
+    Args:
+        rank: of what goes in; 4 for maps (N, C, H, W), else channels come last.
+        inputs: channels of it.
+        outputs: channels of what comes out.
+    """
     # built on the meta device, so that the default initialisation draws no random numbers
     project: nn.Module = (
         nn.Conv2d(inputs, outputs, 1, device="meta")

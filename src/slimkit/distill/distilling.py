@@ -1,18 +1,32 @@
-"""The distiller: records a student, asks a teacher, and adds up the losses between them."""
+"""The distiller: records a student, asks its teachers, and adds up the losses between them."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from slimkit.distill.recording import Recorder, check_layers, main_tensor, probing, run
-from slimkit.distill.settings import DistillLoss, parse_losses
+from slimkit.distill.comparing import Comparison, Given
+from slimkit.distill.delivering import Deliveries, Delivery, parse_deliveries
+from slimkit.distill.intercepting import ForwardScope
+from slimkit.distill.interface import DistillLoss, parse_losses
+from slimkit.distill.recording import Recorder, main_tensor, probing, run
+from slimkit.distill.records import OUTPUT, Record, Tap
+from slimkit.distill.remembering import AnswerCache
 from slimkit.distill.teacher import FrozenTeacher, TeacherPrecision
-from slimkit.errors import CheckpointError, InputError, ModelError
-from slimkit.inputs import ExampleInputs, as_inputs
+from slimkit.distill.weighting import (
+    SINGLE,
+    Teachers,
+    TeacherWeights,
+    confidence_weights,
+    fixed_weights,
+    named_teachers,
+)
+from slimkit.errors import CheckpointError, InputError, nearest
+from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import load_weights
 
 if TYPE_CHECKING:
@@ -21,29 +35,39 @@ if TYPE_CHECKING:
 __all__ = ["Distiller"]
 
 _PRECISIONS: tuple[str, ...] = get_args(TeacherPrecision)
-OUTPUT = ""  # the record of the whole network: its path as a module
+
+Records = Mapping[str, Tensor]
 
 
 class Distiller:
     """Distillation losses for any training loop.
 
-    The student is only listened to through forward hooks, removed by :meth:`close`; the
-    teacher is copied, frozen and put into eval mode, whatever mode the caller's is in. The
-    loss of the task itself is the loop's business::
+    The student is only listened to through forward hooks, removed by :meth:`close`; teachers
+    are copied, frozen and put into eval mode, whatever mode the caller's is in. The loss of the
+    task itself is the loop's business::
 
         outputs = student(images)
         loss = F.cross_entropy(outputs, labels) + distiller.loss(images, outputs)
 
     Args:
         student: the model in training.
-        teacher: a network that takes the same inputs.
+        teacher: a network that takes the same inputs; several by name or as a list; or None,
+            then every record is the student's own and its deeper layers teach the others.
         losses: settings such as ``KD(temperature=4.0)``, or what a recipe says
             (``{"type": "kd"}``).
         example_inputs: one batch, however small; needed by losses with connectors, whose
             parameters must exist before the optimizer is built. With it, class counts and
             feature shapes are checked at once instead of on the first batch.
-        precision: how the teacher runs: ``"auto"`` takes bf16 where the device multiplies it
-            natively and the arg-max agrees with float32 on ≥ 99 % of the first batch.
+        precision: how a teacher runs: ``"auto"`` takes bf16 where the device multiplies it
+            natively and the arg-max agrees with float32 on ≥ 99 % of the first batch; or one
+            for each teacher.
+        teacher_weights: of several teachers, a number for each (they need not sum to 1), or
+            ``"confidence"``: on each sample, who is surer of the right label counts more
+            (Zhang et al. 2022, arXiv 2201.00007). None is equal weights of sum 1.
+        deliveries: functions whose results one network gets from the other; a name alone is
+            delivered from the teacher to the student. ``precision="auto"`` is then float32.
+        cache_mb: memory for each teacher's answers, found again by the content of each image;
+            for images that come again as they are. 0 keeps none.
 
     Attributes:
         connectors: the trainable modules between student's and teacher's features.
@@ -51,92 +75,168 @@ class Distiller:
             the student's device; they sum to what :meth:`loss` returned.
 
     Raises:
-        InputError: no losses, or example inputs are missing.
-        UnknownNameError: a layer or a type of loss does not exist.
+        InputError: no losses; example inputs are missing; a loss asks for what there is not.
+        UnknownNameError: a layer, a function or a type of loss does not exist.
         ModelError: student and teacher differ in their classes or features.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: Teachers,
         losses: Sequence[DistillLoss | Mapping[str, Any]],
         *,
         example_inputs: ExampleInputs | None = None,
-        precision: TeacherPrecision = "auto",
+        precision: TeacherPrecision | Mapping[str, TeacherPrecision] = "auto",
+        teacher_weights: TeacherWeights = None,
+        deliveries: Sequence[Delivery | str | Mapping[str, Any]] = (),
+        cache_mb: float = 0,
     ) -> None:
         self.losses = parse_losses(losses, where="losses")
         if not self.losses:
             raise InputError("there is nothing to distil", where="losses", hint="pass [KD()]")
         self._names = _unique_names(self.losses)
-        check_layers(student, filter(None, (loss.student for loss in self.losses)), who="student")
-        self._teacher = FrozenTeacher(
-            teacher, [loss.teacher_layer or OUTPUT for loss in self.losses], precision
-        )
-        self._recorder = Recorder(student, [loss.student or OUTPUT for loss in self.losses])
-        self.connectors = nn.ModuleDict()
+        teachers = named_teachers(teacher)
+        self._by_confidence = teacher_weights == "confidence" and len(teachers) > 1
+        self._given_weights = teacher_weights is not None and teacher_weights != "confidence"
+        self._weights = fixed_weights(teacher_weights, list(teachers))
+        self._groups = [_group(loss, i, list(teachers)) for i, loss in enumerate(self.losses)]
+        self._comparisons = {
+            name: Comparison(
+                [
+                    (index, loss)
+                    for index, loss in enumerate(self.losses)
+                    if name in self._groups[index]
+                ],
+                student,
+                teachers.get(name),
+            )
+            for name in teachers or (SINGLE,)
+        }
         self.last: dict[str, Tensor] = {}
-        self._checked = False
-        try:
+        self._ahead: Records | None = None
+        with contextlib.ExitStack() as opened:  # what is open is closed again if the rest fails
+            self._deliver(student, deliveries, list(teachers), opened)
+            if cache_mb < 0 or (cache_mb and self._delivered):
+                raise InputError(
+                    "a cached answer draws nothing that could be delivered"
+                    if self._delivered
+                    else f"expected a number ≥ 0, got {cache_mb!r}",
+                    where="cache_mb",
+                )
+            self._teachers: dict[str, FrozenTeacher] = {}
+            for name, network in teachers.items():
+                self._teachers[name] = FrozenTeacher(
+                    network,
+                    self._taps(name),
+                    self._precision_of(name, precision),
+                    scope=self._deliveries.teaching,
+                    cache=AnswerCache(cache_mb) if cache_mb else None,
+                )
+                opened.callback(self._teachers[name].close)
+            taps = {tap for c in self._comparisons.values() for tap in c.taps("student")}
+            self._student_taps = sorted(taps, key=lambda tap: tap.key)
+            self._recorder = Recorder(student, [OUTPUT, *self._student_taps])
+            opened.callback(self._recorder.close)
             self._connect(student, example_inputs)
-        except BaseException:
-            self.close()
-            raise
+            self._opened = opened.pop_all()
+        # a name alone could be that of a method of modules
+        modules = {f"student<{name}": c.modules for name, c in self._comparisons.items()}
+        several = len(teachers) > 1
+        self.connectors = nn.ModuleDict(modules) if several else next(iter(modules.values()))
 
     @property
     def precision(self) -> str:
-        """How the teacher runs; ``"auto"`` until the first batch has decided."""
-        return self._teacher.precision
+        """How the teachers run; ``"auto"`` until the first batch has decided."""
+        return ", ".join(dict.fromkeys(self.precisions.values()))
 
-    def loss(self, inputs: ExampleInputs, outputs: Any = None) -> Tensor:
+    @property
+    def precisions(self) -> dict[str, str]:
+        """How each teacher runs."""
+        return {name: teacher.precision for name, teacher in self._teachers.items()}
+
+    def needs(self, argument: str) -> bool:
+        """Whether :meth:`loss` must be given ``labels`` or ``ids``."""
+        asked = any(comparison.needs(argument) for comparison in self._comparisons.values())
+        return asked or (argument == "labels" and self._by_confidence)
+
+    def loss(
+        self,
+        inputs: ExampleInputs,
+        outputs: Any = None,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        epoch: int | None = None,
+        progress: float | None = None,
+    ) -> Tensor:
         """The weighted sum of the losses; call it after the student's forward on ``inputs``.
 
         Args:
             inputs: what the student was called with; the teacher is run on it.
             outputs: what the student returned; None takes what was recorded.
+            labels: class numbers (N,), for losses that compare them.
+            ids: numbers of the samples (N,), for losses that remember them.
+            epoch: from 0; for weights that follow a schedule, as ``progress``.
+            progress: part of the run that is over, 0 … 1.
 
         Returns:
             A float32 scalar with gradient into the student and the connectors.
 
         Raises:
-            InputError: the student has not run since the last call.
+            InputError: the student has not run since the last call; something is missing that
+                a loss needs.
             ModelError: the outputs of student and teacher do not fit each other.
         """
         ours = dict(self._recorder.records)
         self._recorder.clear()
         if outputs is not None:
             ours[OUTPUT] = main_tensor(outputs, where="student")
+        factors = [loss.factor_at(epoch, progress, i) for i, loss in enumerate(self.losses)]
+        active = {index for index, factor in enumerate(factors) if factor}
         self._check_recorded(ours)
-        theirs = self._teacher(as_inputs(inputs))
-        if not self._checked:
-            self._check_shapes(ours, theirs)
+        theirs = self._ask(as_inputs(inputs), active)
+        for name, records in theirs.items():
+            if not self._comparisons[name].checked:
+                self._comparisons[name].check(ours, records)
+        given = Given(labels, ids, inputs)
         device = next(iter(ours.values())).device
-        self.last = {}
         with torch.autocast(device.type, enabled=False):
             terms = []
-            for index, settings in enumerate(self.losses):
-                student = self._connected(index, ours[settings.student or OUTPUT].float())
-                teacher = theirs[settings.teacher_layer or OUTPUT]
-                terms.append(settings.weight * settings.compute(student, teacher))
-                self.last[self._names[index]] = terms[-1].detach()
+            for index, (settings, factor) in enumerate(zip(self.losses, factors, strict=True)):
+                value = torch.zeros((), device=device)
+                if index in active:
+                    value = settings.weight * factor * self._value(index, ours, theirs, given)
+                terms.append(value)
+            self.last = {n: t.detach() for n, t in zip(self._names, terms, strict=True)}
             return torch.stack(terms).sum()
 
     def __call__(self, context: StepContext) -> Tensor:
         """:meth:`loss` of a step of :func:`slimkit.train.fit`, for its ``losses=``."""
-        return self.loss(context.inputs, context.outputs)
+        return self.loss(
+            context.inputs,
+            context.outputs,
+            labels=getattr(context, "targets", None),
+            ids=getattr(context, "ids", None),
+            epoch=getattr(context, "epoch", None),
+            progress=getattr(context, "progress", None),
+        )
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The connectors' parameters, to be given to the optimizer."""
+        """Trainable parameters of the connectors, for the optimizer."""
         return self.connectors.parameters()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold so that a resumed run ends like an uninterrupted one.
 
         Returns:
-            The connectors' weights, and how the teacher runs (decided on the first batch).
+            The connectors' weights, and how the teachers run (decided on the first batch).
         """
-        choice = torch.tensor(_PRECISIONS.index(self.precision))
-        return {**self.connectors.state_dict(prefix="connectors."), "teacher_precision": choice}
+        state = dict(self.connectors.state_dict(prefix="connectors."))
+        choices = [_PRECISIONS.index(precision) for precision in self.precisions.values()]
+        if choices:
+            state["teacher_precision"] = torch.tensor(choices if len(choices) > 1 else choices[0])
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state_dict`.
@@ -146,16 +246,18 @@ class Distiller:
         """
         prefix = "connectors."
         weights = {key.removeprefix(prefix): value for key, value in state.items() if prefix in key}
-        choice = state.get("teacher_precision")
-        if choice is None or not 0 <= int(choice) < len(_PRECISIONS):
+        choices = state.get("teacher_precision", torch.tensor([])).flatten().long().tolist()
+        valid = all(0 <= choice < len(_PRECISIONS) for choice in choices)
+        if not valid or len(choices) != len(self._teachers):
             raise CheckpointError("this is not the state of a distiller", where="distiller")
         load_weights(self.connectors, weights, where="distiller")
-        self._teacher.use(_PRECISIONS[int(choice)])
+        for teacher, choice in zip(self._teachers.values(), choices, strict=True):
+            teacher.use(_PRECISIONS[choice])
 
     def close(self) -> None:
         """Remove all hooks; the student is as it was before."""
-        self._recorder.close()
-        self._teacher.close()
+        self._opened.close()
+        self._ahead = None
 
     def __enter__(self) -> Self:
         return self
@@ -163,17 +265,89 @@ class Distiller:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _taps(self, name: str) -> set[Tap]:
+        """What is recorded of one teacher."""
+        taps = self._comparisons[name].taps("teacher")
+        return taps | {Tap("module", OUTPUT)} if self._by_confidence else taps
+
+    def _precision_of(
+        self, name: str, precision: TeacherPrecision | Mapping[str, TeacherPrecision]
+    ) -> TeacherPrecision:
+        chosen = precision if isinstance(precision, str) else precision.get(name, "auto")
+        return "fp32" if chosen == "auto" and self._delivered else chosen
+
+    def _deliver(
+        self,
+        student: nn.Module,
+        deliveries: Sequence[Delivery | str | Mapping[str, Any]],
+        names: Sequence[str],
+        opened: contextlib.ExitStack,
+    ) -> None:
+        parsed = parse_deliveries(deliveries)
+        if parsed and len(names) != 1:
+            raise InputError(
+                f"results are delivered between a student and one teacher, not {len(names)}",
+                where="deliveries",
+            )
+        self._delivered = bool(parsed)
+        if any(delivery.source == "teacher" for delivery in parsed):
+            # before the student's own hooks, which then replay what the teacher got
+            opened.callback(ForwardScope(student, self._run_ahead, lambda: None).close)
+        self._deliveries = Deliveries(parsed, student)
+        opened.callback(self._deliveries.close)
+
+    def _run_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the teacher before the student, which waits for its results."""
+        if torch.is_grad_enabled():
+            self._ahead = self._teachers[next(iter(self._teachers))](Inputs(args, kwargs))
+
+    def _ask(self, inputs: Inputs, active: set[int]) -> dict[str, Records]:
+        """Teacher → records; only of those whose losses count now."""
+        ahead, self._ahead = self._ahead, None
+        answers: dict[str, Records] = {} if self._teachers else {SINGLE: {}}
+        for name, teacher in self._teachers.items():
+            if not any(name in self._groups[index] for index in active):
+                continue
+            asked = bool(self._taps(name))  # not where all records are the student's own
+            answers[name] = ahead if ahead is not None else teacher(inputs) if asked else {}
+        if answers:
+            self._deliveries.check_delivered()
+        return answers
+
+    def _value(
+        self, index: int, ours: Records, theirs: Mapping[str, Records], given: Given
+    ) -> Tensor:
+        """One loss over its teachers, without its own weight."""
+        names = self._groups[index]
+        weights: list[Tensor] | None = None
+        if self._by_confidence and len(names) > 1:
+            if given.labels is None:
+                raise InputError(
+                    "the confidence of teachers is judged by labels",
+                    where="labels",
+                    hint="pass labels= to distiller.loss",
+                )
+            logits = [theirs[name][OUTPUT] for name in names]
+            weights = list(confidence_weights(logits, given.labels))
+        values = []
+        for number, name in enumerate(names):
+            own = weights[number] if weights is not None else None
+            asked = Given(given.labels, given.ids, given.inputs, own)
+            value = self._comparisons[name](ours, theirs[name], asked, {index})[index]
+            values.append(value if own is not None else self._weight(name, index) * value)
+        return torch.stack(values).sum()
+
+    def _weight(self, name: str, index: int) -> float:
+        """A teacher's weight in a loss; equal ones are shared out among those it learns from."""
+        if not self._weights:
+            return 1.0
+        return self._weights[name] if self._given_weights else 1 / len(self._groups[index])
+
     def _connect(self, student: nn.Module, example_inputs: ExampleInputs | None) -> None:
         """Build the connectors and check all shapes, when there are example inputs."""
         if example_inputs is None:
-            asking = [loss for loss in self.losses if loss.needs_shapes]
-            if asking:
-                raise InputError(
-                    f"the loss {asking[0].type!r} on {asking[0].student!r} needs them to build "
-                    "its connector",
-                    where="example_inputs",
-                    hint="pass a small batch, or connector='none' where the shapes agree",
-                )
+            for loss in self.losses:
+                loss.check_shapes_known()
             return
         parameter = next(student.parameters(), None)
         inputs = as_inputs(example_inputs)
@@ -183,65 +357,41 @@ class Distiller:
             run(student, inputs, who="student")
         ours = dict(self._recorder.records)
         self._recorder.clear()
-        theirs = self._teacher.probe(inputs)
         self._check_recorded(ours)
-        for index, settings in enumerate(self.losses):
-            connector = settings.connect(
-                tuple(ours[settings.student or OUTPUT].shape),
-                tuple(theirs[settings.teacher_layer or OUTPUT].shape),
-            )
-            if connector is not None:
-                device = ours[settings.student or OUTPUT].device
-                self.connectors[str(index)] = connector.to(device)
-        with torch.no_grad():
-            self._check_shapes(ours, theirs)
+        for name, comparison in self._comparisons.items():
+            teacher = self._teachers.get(name)
+            theirs = teacher.probe(inputs) if teacher is not None else {}
+            comparison.connect(ours, theirs, student, teacher.copy if teacher else None)
 
-    def _connected(self, index: int, student: Tensor) -> Tensor:
-        if str(index) not in self.connectors:
-            return student
-        connector = self.connectors[str(index)]
-        for parameter in connector.parameters():
-            if parameter.device != student.device:  # the model moved after construction
-                connector.to(student.device)
-            break
-        return torch.as_tensor(connector(student))
-
-    def _check_recorded(self, ours: Mapping[str, Tensor]) -> None:
-        for settings in self.losses:
-            if (settings.student or OUTPUT) not in ours:
-                what = f"layer {settings.student!r}" if settings.student else "the network"
+    def _check_recorded(self, ours: Records) -> None:
+        for tap in self._student_taps:
+            if tap.key not in ours:
                 raise InputError(
-                    f"{what} has not run since the last call",
+                    f"{tap.absent} since the last call",
                     where="student",
                     hint="call the student on the batch, then distiller.loss once",
                 )
 
-    def _check_shapes(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-        for index, settings in enumerate(self.losses):
-            ours_shape = self._connected(index, ours[settings.student or OUTPUT].float()).shape
-            theirs_shape = theirs[settings.teacher_layer or OUTPUT].shape
-            if ours_shape == theirs_shape:
-                continue
-            if settings.student is None and len(ours_shape) == len(theirs_shape) == 2:
-                raise ModelError(
-                    f"the student has {ours_shape[1]} classes, the teacher {theirs_shape[1]}",
-                    where="teacher",
-                    hint="both must be trained for the same classes in the same order",
-                )
-            raise ModelError(
-                f"the student's record has shape {tuple(ours_shape)}, "
-                f"the teacher's {tuple(theirs_shape)}",
-                where=f"{settings.type} on {settings.student or 'the output'}",
-                hint="use a connector, or layers whose outputs agree",
+
+def _group(loss: DistillLoss, index: int, names: Sequence[str]) -> list[str]:
+    """The teachers that a loss learns from."""
+    for number, name in enumerate(loss.teachers):
+        if name not in names:
+            raise InputError(
+                f"there is no teacher {name!r}",
+                where=f"losses.{index}.teachers.{number}",
+                hint=nearest(name, names),
             )
-        self._checked = True
+    return list(loss.teachers) or list(names) or [SINGLE]
 
 
 def _unique_names(losses: Iterable[DistillLoss]) -> list[str]:
     """``kd``, ``mimic:layer3``, and ``kd#2`` for a second one."""
     names: list[str] = []
     for loss in losses:
-        base = f"{loss.type}:{loss.student}" if loss.student else loss.type
+        record = loss.student
+        text = str(record) if isinstance(record, Record) else record
+        base = f"{loss.type}:{text}" if text else loss.type
         number = sum(name.split("#")[0] == base for name in names)
         names.append(f"{base}#{number + 1}" if number else base)
     return names

@@ -1,19 +1,22 @@
-"""Recording what modules put out during a forward, without editing the model."""
+"""Recording tensors of a forward, without editing the model."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from slimkit.errors import ModelError, UnknownNameError, nearest
+from slimkit.distill.intercepting import ForwardScope, Handler, Interceptor
+from slimkit.distill.records import Tap, tap_of
+from slimkit.errors import ModelError
 from slimkit.inputs import Inputs
 
-__all__ = ["Recorder", "check_layers", "main_tensor", "probing", "run"]
+__all__ = ["Recorder", "main_tensor", "probing", "run"]
 
 
 def main_tensor(output: Any, *, where: str) -> Tensor:
@@ -40,55 +43,91 @@ def main_tensor(output: Any, *, where: str) -> Tensor:
     raise ModelError(f"no tensor in the output, a {type(output).__name__}", where=where)
 
 
-def check_layers(model: nn.Module, layers: Iterable[str], *, who: str) -> None:
-    """Make sure that every path names a module of ``model``.
-
-    Args:
-        model: the student or the teacher.
-        layers: module paths.
-        who: ``"student"`` or ``"teacher"``, for the error.
-
-    Raises:
-        UnknownNameError: with the nearest module paths.
-    """
-    known = [name for name, _ in model.named_modules() if name]
-    for layer in layers:
-        if layer not in known:
-            raise UnknownNameError(
-                f"the {who} {type(model).__name__} has no layer {layer!r}",
-                where=who,
-                hint=nearest(layer, known),
-            )
-
-
 class Recorder:
-    """Keeps the outputs of some modules of one model from its latest forward.
+    """Keeps some tensors of one model from its latest forward.
 
     A record is a copy, so that an in-place operator that follows the module (an in-place
-    ReLU after a batch norm) does not change it. A module that runs several times in one
-    forward leaves its last output. Deep copies of the model (an EMA average) are not recorded.
+    ReLU after a batch norm) does not change it; only parameters are the live ones. A module or
+    function that runs several times in one forward leaves its last output unless the tap says
+    which. Deep copies of the model (an EMA average) are not recorded. Functions are wrapped
+    while the model's forward runs, and are themselves again when it ends.
 
     Args:
         model: the model; gets forward hooks until :meth:`close`.
-        layers: module paths; ``""`` for the model's own output.
+        layers: module paths (``""`` for the model's own output) or taps.
+
+    Attributes:
+        records: :attr:`Tap.key` → tensor, of the latest forward.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[str | Tap]) -> None:
+        taps = sorted({tap_of(layer) for layer in layers}, key=lambda tap: tap.key)
         self.records: dict[str, Tensor] = {}
-        modules = dict(model.named_modules())
+        self._calls: Counter[str] = Counter()
+        modules = dict(model.named_modules(remove_duplicate=False))
         self._handles: list[RemovableHandle] = [
-            self._attach(modules[layer], layer) for layer in sorted(set(layers))
+            self._attach(modules[tap.name], tap) for tap in taps if tap.kind == "module"
         ]
+        self._interceptor = Interceptor(self._handlers(taps))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._live = {tap.key: parameters[tap.name] for tap in taps if tap.kind == "parameter"}
+        self._scope: ForwardScope | None = None
+        if self._live or self._interceptor.handlers or any(tap.call != -1 for tap in taps):
+            self._scope = ForwardScope(model, self._enter, self._leave)
 
-    def _attach(self, module: nn.Module, layer: str) -> RemovableHandle:
-        records = self.records
+    def _attach(self, module: nn.Module, tap: Tap) -> RemovableHandle:
+        keep = self._keeper(tap)
+        # closures, not methods: deep copies of the model share them instead of copying us
+        if tap.part == "input":
 
-        # a closure, not a method: deep copies of the model share it instead of copying us
-        def record(caller: nn.Module, _args: Any, output: Any) -> None:
+            def before(caller: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if caller is module:
+                    keep({**dict(enumerate(args)), **kwargs})
+
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+
+        def after(caller: nn.Module, _args: Any, output: Any) -> None:
             if caller is module:
-                records[layer] = main_tensor(output, where=layer or type(module).__name__).clone()
+                keep(output)
 
-        return module.register_forward_hook(record)
+        return module.register_forward_hook(after)
+
+    def _handlers(self, taps: Sequence[Tap]) -> dict[str, Handler]:
+        keepers: dict[str, list[Callable[[Any], None]]] = {}
+        for tap in taps:
+            if tap.kind == "function":
+                keepers.setdefault(tap.name, []).append(self._keeper(tap))
+
+        def handler(keepers: list[Callable[[Any], None]]) -> Handler:
+            def answer(call: Callable[[], Any]) -> Any:
+                value = call()
+                for keep in keepers:
+                    keep(value)
+                return value
+
+            return answer
+
+        return {name: handler(found) for name, found in keepers.items()}
+
+    def _keeper(self, tap: Tap) -> Callable[[Any], None]:
+        records, calls = self.records, self._calls
+
+        def keep(value: Any) -> None:
+            if tap.call != -1:
+                calls[tap.key] += 1
+                if calls[tap.key] != tap.call + 1:
+                    return
+            records[tap.key] = _picked(value, tap).clone()
+
+        return keep
+
+    def _enter(self, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        self._calls.clear()
+        self._interceptor.start()
+
+    def _leave(self) -> None:
+        self._interceptor.stop()
+        self.records.update(self._live)
 
     def clear(self) -> None:
         """Forget all records (they hold memory and the autograd graph)."""
@@ -99,7 +138,25 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._scope is not None:
+            self._scope.close()
+        self._interceptor.stop()
         self.clear()
+
+
+def _picked(value: Any, tap: Tap) -> Tensor:
+    """The tensor that a tap means."""
+    where = tap.key or "the network"
+    if tap.index is None:
+        return main_tensor(value, where=where)
+    try:
+        found = value[tap.index]
+    except (KeyError, IndexError, TypeError):
+        found = None
+    if not isinstance(found, Tensor):
+        kind = type(value).__name__ if tap.part == "output" else "call"
+        raise ModelError(f"there is no tensor {tap.index!r} in it, a {kind}", where=where)
+    return found
 
 
 @contextlib.contextmanager

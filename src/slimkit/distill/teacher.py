@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from slimkit.distill.recording import Recorder, check_layers, main_tensor, probing, run
+from slimkit.distill.recording import Recorder, main_tensor, probing, run
+from slimkit.distill.records import OUTPUT, Tap, find_taps, tap_of
+from slimkit.distill.remembering import AnswerCache
 from slimkit.errors import CaptureError, InputError, ModelError, PlanError, nearest
 from slimkit.graph.capturing import capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
@@ -67,9 +69,11 @@ class FrozenTeacher:
 
     Args:
         teacher: any module, in any mode.
-        layers: module paths to record; ``""`` for the output.
+        layers: module paths to record, ``""`` for the output; or taps.
         precision: ``"auto"`` takes bf16 where the device multiplies it natively and the arg-max
             agrees with float32 on ≥ 99 % of the first batch; another value is taken as it is.
+        scope: entered around every forward whose records are kept.
+        cache: keeps answers to images that come again.
 
     Attributes:
         precision: as given, and what was chosen after the first batch.
@@ -81,10 +85,19 @@ class FrozenTeacher:
     """
 
     def __init__(
-        self, teacher: nn.Module, layers: Iterable[str], precision: TeacherPrecision = "auto"
+        self,
+        teacher: nn.Module,
+        layers: Iterable[str | Tap],
+        precision: TeacherPrecision = "auto",
+        *,
+        scope: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        cache: AnswerCache | None = None,
     ) -> None:
-        self._layers = sorted(set(layers))
-        check_layers(teacher, [layer for layer in self._layers if layer], who="teacher")
+        self._taps = sorted({tap_of(layer) for layer in layers}, key=lambda tap: tap.key)
+        for tap in self._taps:
+            if tap.kind == "module" and tap.name != OUTPUT:
+                find_taps(tap.name, teacher, who="teacher")
+        self._scope, self._cache = scope, cache
         if precision not in get_args(TeacherPrecision):
             hint = nearest(str(precision), get_args(TeacherPrecision))
             raise InputError(f"unknown precision {precision!r}", where="precision", hint=hint)
@@ -105,7 +118,7 @@ class FrozenTeacher:
     def probe(self, inputs: Inputs) -> dict[str, Tensor]:
         """Records in float32 without choosing a precision; for shapes."""
         inputs = self._cast(inputs)
-        recorder = Recorder(self._copy, self._layers)
+        recorder = Recorder(self._copy, self._taps)
         device = inputs.tensors()[0].device
         try:
             with probing(self._copy):
@@ -116,21 +129,30 @@ class FrozenTeacher:
 
     def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
         """Run on ``inputs``; layer → float32 record without gradient, ``""`` for the output."""
+        return self._run(inputs) if self._cache is None else self._cache(inputs, self._run)
+
+    def _run(self, inputs: Inputs) -> dict[str, Tensor]:
         inputs = self._cast(inputs)
         if self._runner is None:
             self._runner = self._prepare(inputs)
-            self._recorder = Recorder(self._runner.model, self._layers)
+            self._recorder = Recorder(self._runner.model, self._taps)
             self.precision = self._runner.precision
         recorder = self._recorder
-        self._runner(inputs)
+        with self._scope():
+            self._runner(inputs)
         if recorder is None:
             return {}
         records = {layer: record.float() for layer, record in recorder.records.items()}
         recorder.clear()
-        missing = [layer for layer in self._layers if layer not in records]
+        missing = [tap for tap in self._taps if tap.key not in records]
         if missing:
-            raise ModelError(f"layer {missing[0]!r} did not run in its forward", where="teacher")
+            raise ModelError(f"{missing[0].absent} in its forward", where="teacher")
         return records
+
+    @property
+    def copy(self) -> nn.Module:
+        """The frozen network as it is before folding."""
+        return self._copy
 
     def close(self) -> None:
         """Remove the hooks from the copy."""
@@ -143,9 +165,14 @@ class FrozenTeacher:
 
     def _prepare(self, inputs: Inputs) -> _Runner:
         device = inputs.tensors()[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return self._prepared_for(inputs, device)
+
+    def _prepared_for(self, inputs: Inputs, device: torch.device) -> _Runner:
+        # in a random state of its own: a resumed run tries the teacher out again, mid-way
         with probing(self._copy):
             run(self._copy.to(device), inputs, who="teacher")
-        model = _folded(self._copy, inputs, keep=self._layers)
+        model = _folded(self._copy, inputs, self._taps)
         images = any(tensor.dim() == 4 for tensor in inputs.tensors())
         channels_last = images and any(isinstance(m, nn.Conv2d) for m in model.modules())
         return _choose(model, inputs, self.precision, channels_last)
@@ -159,16 +186,25 @@ def _frozen_copy(teacher: nn.Module) -> nn.Module:
     return clone.eval().requires_grad_(False)
 
 
-def _folded(model: nn.Module, inputs: Inputs, *, keep: Iterable[str]) -> nn.Module:
+def _folded(model: nn.Module, inputs: Inputs, taps: Iterable[Tap]) -> nn.Module:
     """``model`` with batch norms folded, except where a record would change its meaning."""
-    kept = set(keep)
+    taps = list(taps)
+    if any(tap.kind == "function" for tap in taps):
+        return model  # which calls are made, and with what, is what is recorded
     try:
         pairs = batch_norm_pairs(model, capture(model, inputs))
-        # after folding, the convolution's own output is the batch norm's
-        pairs = [pair for pair in pairs if pair[0] not in kept]
+        pairs = [pair for pair in pairs if not any(_is_changed(tap, *pair) for tap in taps)]
         return FusePlan(tuple(pairs)).apply_to(model).eval() if pairs else model
     except (CaptureError, PlanError):
         return model  # what cannot be followed runs as it is
+
+
+def _is_changed(tap: Tap, layer: str, norm: str) -> bool:
+    """Whether folding a batch norm into a layer changes what is recorded at ``tap``."""
+    if tap.kind == "parameter":
+        return tap.name.rpartition(".")[0] in {layer, norm}
+    # after folding, the convolution's own output is the batch norm's
+    return tap.name == (norm if tap.part == "input" else layer)
 
 
 def _runner(model: nn.Module, precision: str, channels_last: bool) -> _Runner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dist"]
+__all__ = ["dist", "pkd"]
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
@@ -45,3 +45,25 @@ def dist(
     inter = 1 - _pearson(soft_student, soft_teacher).mean()
     intra = 1 - _pearson(soft_student.t(), soft_teacher.t()).mean()
     return (beta * inter + gamma * intra) * temperature**2
+
+
+def pkd(student: Tensor, teacher: Tensor) -> Tensor:
+    """Pearson correlation of feature maps, Cao et al. 2022 (arXiv 2207.02039).
+
+    Each channel is standardised over all samples and positions of the batch; half the mean
+    square of the difference is then
+
+        ``1 − mean_c ρ(S[:, c], T[:, c])``
+
+    so that neither the magnitude of a map nor that of single channels counts.
+
+    Args:
+        student: features (N, C, …).
+        teacher: features of the same shape.
+
+    Returns:
+        A scalar in [0, 2], float32.
+    """
+    ours = student.float().transpose(0, 1).flatten(1)
+    theirs = teacher.detach().float().transpose(0, 1).flatten(1)
+    return 1 - _pearson(ours, theirs).mean()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from slimkit.errors import RecipeError
 from slimkit.recipe.schema import Recipe
@@ -21,14 +22,13 @@ class Step:
     Attributes:
         chain: the stages up to and including this one.
         settings: of the stage.
-        teacher_model: name under ``teachers:``, if that teaches it.
-        teacher_chain: the chain whose result teaches it, if a stage does.
+        teachers: name of a teacher → the chain whose result it is, or None for a network
+            under ``teachers:``.
     """
 
     chain: Chain
     settings: Stage
-    teacher_model: str | None = None
-    teacher_chain: Chain | None = None
+    teachers: Mapping[str, Chain | None] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -50,22 +50,20 @@ def resolve_steps(recipe: Recipe) -> dict[Chain, Step]:
             return
         visit(chain[:-1])
         settings = recipe.stages[chain[-1]]
-        name = settings.teacher_name()
-        if name is None:
-            steps[chain] = Step(chain, settings)
-        elif name in recipe.teachers:
-            steps[chain] = Step(chain, settings, teacher_model=name)
-        else:
-            teacher = teacher_chain(recipe, name, chain)
-            visit(teacher)
-            steps[chain] = Step(chain, settings, teacher_chain=teacher)
+        teachers: dict[str, Chain | None] = {}
+        for name, place in settings.teacher_names().items():
+            teachers[name] = None
+            if name not in recipe.teachers:
+                teachers[name] = found = teacher_chain(recipe, name, chain, place)
+                visit(found)
+        steps[chain] = Step(chain, settings, teachers)
 
     for variant in recipe.variants.values():
         visit(variant)
     return steps
 
 
-def teacher_chain(recipe: Recipe, teacher: str, chain: Chain) -> Chain:
+def teacher_chain(recipe: Recipe, teacher: str, chain: Chain, place: str = "teacher") -> Chain:
     """The chain whose result teaches the last stage of ``chain``.
 
     Args:
@@ -73,12 +71,13 @@ def teacher_chain(recipe: Recipe, teacher: str, chain: Chain) -> Chain:
         teacher: name of a stage, which runs on the recipe's model when no variant has it; or
             ``unpruned`` for what the first pruning stage of ``chain`` began with.
         chain: of the student.
+        place: where in the stage the teacher is named, for the error.
 
     Raises:
         RecipeError: several variants run the stage on different things, or nothing in
             ``chain`` prunes.
     """
-    where = f"stages.{chain[-1]}.teacher"
+    where = f"stages.{chain[-1]}.{place}"
     if teacher == UNPRUNED and teacher not in recipe.stages:
         for position, stage in enumerate(chain[:-1]):
             if recipe.stages[stage].type == "prune":
@@ -124,9 +123,9 @@ def check_teachers(recipe: Recipe) -> None:
             )
         path = (*waiting, chain)
         visit(chain[:-1], path)
-        name = recipe.stages[chain[-1]].teacher_name()
-        if name is not None and name not in recipe.teachers:
-            visit(teacher_chain(recipe, name, chain), path)
+        for name, place in recipe.stages[chain[-1]].teacher_names().items():
+            if name not in recipe.teachers:
+                visit(teacher_chain(recipe, name, chain, place), path)
         done.add(chain)
 
     for variant in recipe.variants.values():

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from slimkit.errors import RecipeError, SlimkitError, nearest
-from slimkit.recipe.fields import TypedBy
 from slimkit.recipe.schema import Recipe
 
 __all__ = ["explain_problems"]
@@ -155,9 +154,10 @@ def _settings_class(annotation: Any, data: Any) -> type[BaseModel] | None:
     if origin is Annotated:
         inner, *marks = get_args(annotation)
         for mark in marks:
-            if isinstance(mark, TypedBy):
+            if hasattr(mark, "settings_class"):
                 name = data.get("type") if isinstance(data, Mapping) else None
-                return mark.settings_class(str(name))
+                found: type[BaseModel] | None = mark.settings_class(str(name))
+                return found
         return _settings_class(inner, data)
     if origin in (Union, types.UnionType):
         classes = (_settings_class(choice, data) for choice in get_args(annotation))

@@ -107,11 +107,13 @@ class Keys:
             return self.model(self.recipe.model)
         if chain not in self._known:
             step = self.steps[chain]
-            teacher = None
-            if step.teacher_model is not None:
-                teacher = self.model(self.recipe.teachers[step.teacher_model])
-            elif step.teacher_chain is not None:
-                teacher = self.chain(step.teacher_chain)
+            teachers = {
+                name: self.chain(of) if of is not None else self.model(self.recipe.teachers[name])
+                for name, of in step.teachers.items()
+            }
+            teacher: Any = teachers or None
+            if len(teachers) == 1:  # what it is called makes no difference
+                teacher = next(iter(teachers.values()))
             value = {
                 "format": KEY_FORMAT,
                 "type": step.settings.type,

@@ -27,5 +27,6 @@ def at(where: str, *, replacing: bool = False) -> Iterator[None]:
         elif isinstance(error, DataError | ModelError) and own == where.split(".", maxsplit=1)[0]:
             place = where
         else:
-            place = f"{where}.{own}" if own.isidentifier() else f"{where}: {own}"
+            deeper = own.partition(": ")[0].isidentifier()  # a key, perhaps with a file behind it
+            place = f"{where}.{own}" if deeper else f"{where}: {own}"
         raise type(error)(error.message, where=place, hint=error.hint) from error

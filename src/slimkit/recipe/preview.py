@@ -138,12 +138,7 @@ def _estimate(bench: Workbench, step: Step, model: nn.Module, clock: _StepClock)
         return 5.0 if step.settings.type in {"prune", "ptq"} else None
     images = epochs * bench.splits.train.samples
     per_image = clock.training(model)
-    if step.teacher_chain is not None or step.teacher_model is not None:
-        network = (
-            bench.preview(step.teacher_chain)
-            if step.teacher_chain is not None
-            else bench.preview_teacher(str(step.teacher_model))
-        )
+    for network in bench.preview_teachers(step).values():
         per_image += clock.inference(network)
     factor = 2.0 if step.settings.type == "qat" else 1.0  # simulated rounding costs as much again
     return images * per_image * factor

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from slimkit.errors import DataError, InputError, PlanError
+from slimkit.recipe.distillation import DistillOptions
 from slimkit.recipe.fields import OneOf, wrong
 from slimkit.recipe.methods import Method, build_method
 from slimkit.recipe.stages import Stage, StageContext, StageResult
-from slimkit.recipe.training_stage import DistillOptions, train_model
+from slimkit.recipe.training_stage import train_model
 from slimkit.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class PruneStage(Stage):
                 return
             work = context.work / f"step{step + 1}" if context.work else None
             name = f"{context.name} {step + 1}/{self.steps}"
-            inner = replace(context, name=name, work=work, teacher=None, log_dir=None)
+            inner = replace(context, name=name, work=work, teacher=None, teachers={}, log_dir=None)
             done = train_model(network, self.between, DistillOptions(), inner)
             history.extend({**row, "epoch": len(history)} for row in done.epochs)
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slimkit.errors import DataError, InputError
+from slimkit.recipe.distillation import DistillOptions, check_distillation
 from slimkit.recipe.fields import OneOf, wrong
 from slimkit.recipe.methods import Method, build_method
 from slimkit.recipe.stages import Stage, StageContext, StageResult
-from slimkit.recipe.training_stage import DistillOptions, distilling, train_model, training_facts
+from slimkit.recipe.training_stage import train_model, training_facts
 from slimkit.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -247,14 +248,12 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
         """See the base class. Checks the patterns, the target and the teacher."""
         _check(model, self)
-        if context.teacher is not None:
-            with distilling(model, self, context):
-                pass
+        check_distillation(model, self, context)
         return model
 
-    def teacher_name(self) -> str | None:
+    def facts(self) -> dict[str, Any]:
         """See the base class."""
-        return self.teacher
+        return {**super().facts(), **DistillOptions.facts(self)}
 
     def training_epochs(self) -> float:
         """See the base class."""

@@ -150,13 +150,14 @@ class Recipe(Settings):
             if name in self.stages:
                 raise wrong("a stage has the same name", "rename one", path=f"teachers.{name}")
         for name, stage_settings in self.stages.items():
-            teacher = stage_settings.teacher_name()
-            if teacher not in {None, UNPRUNED, *self.teachers, *self.stages}:
-                raise wrong(
-                    f"there is no teacher and no stage called {teacher!r}",
-                    nearest(str(teacher), [*self.teachers, *self.stages, UNPRUNED]),
-                    path=f"stages.{name}.teacher",
-                )
+            known = [*self.teachers, *self.stages, UNPRUNED]
+            for teacher, place in stage_settings.teacher_names().items():
+                if teacher not in known:
+                    raise wrong(
+                        f"there is no teacher and no stage called {teacher!r}",
+                        nearest(teacher, known),
+                        path=f"stages.{name}.{place}",
+                    )
         return self
 
 

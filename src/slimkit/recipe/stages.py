@@ -35,10 +35,13 @@ if TYPE_CHECKING:
     from slimkit.tasks.classification import ClassificationTask
     from slimkit.tasks.data import Splits
 
-__all__ = ["STAGES", "UNPRUNED", "Stage", "StageContext", "StageResult", "ignore_event"]
+__all__ = ["SELF", "STAGES", "UNPRUNED", "Stage", "StageContext", "StageResult", "ignore_event"]
 
 UNPRUNED = "unpruned"
 """The teacher that a chain has by itself: what its first ``prune`` stage begins with."""
+
+SELF = "self"
+"""The student as its own teacher: its deeper layers teach the others."""
 
 
 def ignore_event(event: Mapping[str, Any]) -> None:
@@ -68,7 +71,9 @@ class StageContext:
         task: loss and metric.
         seed: seeds everything random in the stage; torch, NumPy and Python are seeded with it.
         example_inputs: one normalised image, (1, C, H, W).
-        teacher: the network named by the stage's ``teacher``, in evaluation mode.
+        teacher: the network named by the stage's ``teacher``, in evaluation mode; the first
+            of several.
+        teachers: all of them, by name.
         work: a folder that survives a killed run; the next run gets the same one.
         log_dir: where TensorBoard scalars go, or None.
         max_steps: stop training after so many steps (``--smoke``), or None.
@@ -82,6 +87,7 @@ class StageContext:
     seed: int
     example_inputs: Tensor
     teacher: nn.Module | None = None
+    teachers: Mapping[str, nn.Module] = field(default_factory=dict)
     work: Path | None = None
     log_dir: Path | None = None
     max_steps: int | None = None
@@ -117,6 +123,11 @@ class Stage(BaseModel):
     def teacher_name(self) -> str | None:
         """The teacher or stage that this stage learns from, if any."""
         return None
+
+    def teacher_names(self) -> dict[str, str]:
+        """All of them: name → its path below the stage, for errors."""
+        name = self.teacher_name()
+        return {} if name is None else {name: "teacher"}
 
     def facts(self) -> Mapping[str, Any]:
         """JSON-able facts beside the settings that a result depends on, for its cache key."""

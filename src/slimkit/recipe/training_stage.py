@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from slimkit.artifact import read_json, write_json
-from slimkit.distill.settings import DistillLoss
-from slimkit.errors import InputError
-from slimkit.recipe.fields import TypedBy, wrong
+from slimkit.recipe.distillation import (
+    DistillOptions,
+    check_distillation,
+    distilling,
+    generated_batches,
+)
+from slimkit.recipe.fields import TypedBy
 from slimkit.recipe.places import at
-from slimkit.recipe.stages import UNPRUNED, Stage, StageContext, StageResult
+from slimkit.recipe.stages import Stage, StageContext, StageResult
 from slimkit.registry import Registry
 from slimkit.train.callbacks import Callback, EpochContext, StepContext
 from slimkit.train.settings import TrainSettings
@@ -23,22 +25,23 @@ from slimkit.train.settings import TrainSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from slimkit.distill import Distiller
     from slimkit.train.training import History
 
 __all__ = [
     "SPARSITY",
     "BatchNormL1Term",
-    "DistillOptions",
     "GroupLassoTerm",
     "SparsityTerm",
     "TrainStage",
-    "distilling",
     "train_model",
     "training_facts",
 ]
 
 Term = Callable[[StepContext], "Tensor"]
+MergeOption = (
+    Literal["mean", "sum", "confidence"]
+    | Annotated[tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...], Field(min_length=1)]
+)
 
 SPARSITY: Registry[type[SparsityTerm]] = Registry("sparsity term")
 """Name in a recipe → settings of a term of the loss that makes channels fall before pruning."""
@@ -103,42 +106,6 @@ class BatchNormL1Term(SparsityTerm):
         return BatchNormL1(model, example_inputs, self.weight, ignore=self.ignore)
 
 
-class DistillOptions(BaseModel):
-    """What a stage that trains may say about a teacher.
-
-    Attributes:
-        teacher: a name under ``teachers:``, or of a stage, whose result then teaches; or
-            ``unpruned``: the network that the first ``prune`` stage of the chain began with.
-        distill: losses between student and teacher, added to the task's own loss (on the
-            labels), which ``loss_weight`` scales. For ``unpruned`` the default is
-            ``[{type: kd}]``.
-        teacher_precision: how the teacher runs; ``"auto"`` takes bf16 where it is fast and agrees.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    teacher: str | None = None
-    distill: tuple[Annotated[DistillLoss, TypedBy("slimkit.distill:DISTILL_LOSSES")], ...] = ()
-    teacher_precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unpruned_teaches_by_its_outputs(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("teacher") == UNPRUNED and "distill" not in data:
-            return {**data, "distill": [{"type": "kd"}]}
-        return data
-
-    @model_validator(mode="after")
-    def _teacher_and_losses_go_together(self) -> Self:
-        if self.teacher and not self.distill:
-            raise wrong(
-                "there is a teacher but no loss", "add distill: [{type: kd}]", path="distill"
-            )
-        if self.distill and not self.teacher:
-            raise wrong("there are losses but no teacher", "add teacher: NAME", path="teacher")
-        return self
-
-
 class TrainStage(DistillOptions, TrainSettings, Stage):
     """Train the model; with ``teacher`` and ``distill``, learn from another network too.
 
@@ -170,14 +137,8 @@ class TrainStage(DistillOptions, TrainSettings, Stage):
         if self.sparsity is not None:
             with at("sparsity"):
                 self.sparsity.term(model, context.example_inputs)
-        if context.teacher is not None:
-            with distilling(model, self, context):
-                pass
+        check_distillation(model, self, context)
         return model
-
-    def teacher_name(self) -> str | None:
-        """See the base class."""
-        return self.teacher
 
     def training_epochs(self) -> float:
         """See the base class."""
@@ -210,22 +171,28 @@ def train_model(
     plain = TrainSettings(**{name: getattr(settings, name) for name in TrainSettings.model_fields})
     task, splits = context.task, context.splits
     validation = splits.validation
+    loader: Any = splits.train
+    callbacks: list[Callback] = [_Reporter(context)]
+    if options.data_free is not None:
+        loader = generated_batches(student or model, options.data_free, context)
+        callbacks.append(loader)
 
     def evaluate(candidate: nn.Module) -> dict[str, float]:
         return task.evaluate(candidate, validation) if validation is not None else {}
 
     with contextlib.ExitStack() as stack:
         losses: list[Term] = [*terms]
-        if context.teacher is not None:
-            losses.append(stack.enter_context(distilling(student or model, options, context)))
+        if options.distill:
+            distiller = distilling(student or model, options, context, plain)
+            losses.append(stack.enter_context(distiller))
         return fit(
             model,
-            splits.train,
+            loader,
             loss_fn=task.loss_fn(plain.label_smoothing),
             settings=plain,
             evaluate=evaluate if validation is not None else None,
             losses=losses,
-            callbacks=[_Reporter(context)],
+            callbacks=callbacks,
             checkpoint=context.work / "training.safetensors" if context.work else None,
             seed=context.seed,
             max_steps=context.max_steps,
@@ -245,31 +212,6 @@ def training_facts(history: History) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def distilling(
-    model: nn.Module, options: DistillOptions, context: StageContext
-) -> Iterator[_Remembering]:
-    """The stage's distiller as an extra loss for :func:`slimkit.train.fit`."""
-    from slimkit.distill import Distiller
-
-    if context.teacher is None:
-        raise InputError("the stage has no teacher", where="teacher")
-    note = context.work / "teacher.json" if context.work else None
-    precision = options.teacher_precision
-    if precision == "auto" and note is not None and note.exists():
-        precision = read_json(note)["precision"]
-    with at("distill"):
-        distiller = Distiller(
-            model,
-            context.teacher,
-            options.distill,
-            example_inputs=context.example_inputs.repeat(2, 1, 1, 1),
-            precision=precision,
-        )
-    with distiller:
-        yield _Remembering(distiller, note)
-
-
 class _Reporter(Callback):
     """Tells the log about every epoch."""
 
@@ -278,31 +220,3 @@ class _Reporter(Callback):
 
     def on_epoch_end(self, context: EpochContext) -> None:
         self.context.emit({"event": "epoch", "epoch": context.epoch, **context.record})
-
-
-class _Remembering:
-    """A distiller that notes how it decided to run the teacher.
-
-    The decision is measured, so a run that is killed and resumed could come to another one
-    and so to other weights than an uninterrupted run.
-    """
-
-    def __init__(self, distiller: Distiller, note: Path | None) -> None:
-        self.distiller = distiller
-        self.note = note
-
-    def __call__(self, step: StepContext) -> Tensor:
-        loss = self.distiller(step)
-        if self.note is not None:
-            write_json(self.note, {"precision": self.distiller.precision})
-            self.note = None
-        return loss
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.distiller.parameters()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.distiller.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.distiller.load_state_dict(state)

@@ -168,7 +168,9 @@ class Workbench:
         """Whether the last stage of ``chain`` would be taken from the cache."""
         return self.cache.find(self.keys.chain(chain)) is not None
 
-    def context(self, step: Step, teacher: nn.Module | None, work: Path | None) -> StageContext:
+    def context(
+        self, step: Step, teachers: Mapping[str, nn.Module], work: Path | None
+    ) -> StageContext:
         """What the stage of ``step`` gets to see."""
         name = step.name
         return StageContext(
@@ -177,7 +179,8 @@ class Workbench:
             task=self.task,
             seed=self.recipe.seed,
             example_inputs=self.example_inputs,
-            teacher=teacher,
+            teacher=next(iter(teachers.values()), None),
+            teachers=teachers,
             work=work,
             log_dir=self.log_dir / "-".join(step.chain) if self.log_dir else None,
             max_steps=SMOKE_STEPS if self.smoke else None,
@@ -185,9 +188,14 @@ class Workbench:
             emit=lambda event: self.emit({"stage": name, **event}),
         )
 
-    def preview_teacher(self, name: str) -> nn.Module:
-        """A network under ``teachers:`` without its weights."""
-        return self._bare(self.recipe.teachers[name], f"teachers.{name}", checkpoint=False)
+    def preview_teachers(self, step: Step) -> dict[str, nn.Module]:
+        """The teachers of a step without their weights."""
+        return {
+            name: self.preview(chain)
+            if chain is not None
+            else self._bare(self.recipe.teachers[name], f"teachers.{name}", checkpoint=False)
+            for name, chain in step.teachers.items()
+        }
 
     def _bare(self, settings: ModelSettings, where: str, *, checkpoint: bool = True) -> nn.Module:
         arguments = dict(settings.args)
@@ -242,7 +250,7 @@ class Workbench:
 
     def _run(self, step: Step) -> StageRecord:
         key = self.keys.chain(step.chain)
-        teacher = self._teacher(step)
+        teachers = self._teachers(step)
         if step.parent:
             self.record(step.parent)
         waiting = {"event": "waiting", "stage": step.name, "key": key}
@@ -252,7 +260,7 @@ class Workbench:
                 return found
             self.emit({"event": "start", "stage": step.name, "chain": list(step.chain), "key": key})
             started = time.perf_counter()
-            result = self._work(step, teacher, key)
+            result = self._work(step, teachers, key)
             extra = dict(result.extra)
             seconds = time.perf_counter() - started
             self.cache.store(
@@ -270,10 +278,10 @@ class Workbench:
         self.emit({"event": "end", "stage": step.name, "seconds": seconds, "key": key})
         return StageRecord(key, seconds, False, extra)
 
-    def _work(self, step: Step, teacher: nn.Module | None, key: str) -> StageResult:
+    def _work(self, step: Step, teachers: Mapping[str, nn.Module], key: str) -> StageResult:
         where = f"stages.{step.name}"
         model = self.result(step.parent)
-        context = self.context(step, teacher, self.cache.work(key))
+        context = self.context(step, teachers, self.cache.work(key))
         seed_everything(self.recipe.seed)
         self.splits.train.set_seed(self.recipe.seed)
         try:
@@ -284,20 +292,20 @@ class Workbench:
                 raise
             # the checkpoint of an interrupted run that another version of the library left
             self.emit({"event": "restart", "stage": step.name, "key": key})
-            return self._work(step, teacher, key)
+            return self._work(step, teachers, key)
         if not isinstance(result, StageResult):
             raise SlimkitError(
                 f"run() returned {type(result).__name__}, not a StageResult", where=where
             )
         return result
 
-    def _teacher(self, step: Step) -> nn.Module | None:
-        if step.teacher_model is not None:
-            settings = self.recipe.teachers[step.teacher_model]
-            return self.build(settings, f"teachers.{step.teacher_model}").eval()
-        if step.teacher_chain is not None:
-            return self.result(step.teacher_chain).eval()
-        return None
+    def _teachers(self, step: Step) -> dict[str, nn.Module]:
+        return {
+            name: self.result(chain).eval()
+            if chain is not None
+            else self.build(self.recipe.teachers[name], f"teachers.{name}").eval()
+            for name, chain in step.teachers.items()
+        }
 
     def preview(self, chain: Chain) -> nn.Module:
         """The structure that comes out of ``chain``, on untrained weights.
@@ -308,14 +316,10 @@ class Workbench:
         if not chain:
             return self._bare(self.recipe.model, "model", checkpoint=False)
         step = self.steps[chain]
-        teacher = None
-        if step.teacher_model is not None:
-            teacher = self.preview_teacher(step.teacher_model)
-        elif step.teacher_chain is not None:
-            teacher = self.preview(step.teacher_chain)
+        teachers = self.preview_teachers(step)
         model = self.preview(step.parent)
         with at(f"stages.{step.name}"):
-            return step.settings.preview(model, self.context(step, teacher, None))
+            return step.settings.preview(model, self.context(step, teachers, None))
 
 
 def takes_classes(name: str) -> bool:

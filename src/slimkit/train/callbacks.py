@@ -23,6 +23,8 @@ class StepContext:
         step: number of optimizer steps before this one in the whole run.
         epoch: from 0.
         progress: part of the run that is over, 0 … 1.
+        ids: numbers of the samples (N,), the same in every epoch; None where the loader does
+            not tell them.
     """
 
     model: nn.Module
@@ -32,6 +34,7 @@ class StepContext:
     step: int
     epoch: int
     progress: float
+    ids: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,14 +68,18 @@ class Device:
 
     def moved(self, batch: Any) -> tuple[Any, Tensor]:
         """``(inputs, targets)`` on the device, images in the model's layout."""
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        if not isinstance(batch, (tuple, list)) or len(batch) not in {2, 3}:
             raise InputError(
                 f"expected batches of (inputs, targets), got {type(batch).__name__}",
                 where="loader",
             )
-        inputs, targets = batch
+        inputs, targets = batch[:2]
         moved: Any = tree_map(self._move, inputs)
         return moved, targets.to(self.device, non_blocking=True)
+
+    def ids(self, batch: Any) -> Tensor | None:
+        """The numbers of the samples, where a loader tells them as a third entry."""
+        return batch[2].to(self.device, non_blocking=True) if len(batch) == 3 else None
 
     def _move(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -97,12 +97,15 @@ def fit(
     Args:
         model: any module; inputs that are tuples or mappings are passed as arguments.
         loader: has a length and yields ``(inputs, targets)``; where it has ``set_seed`` and
-            ``set_epoch`` they are called, so that its order can be repeated.
+            ``set_epoch`` they are called, so that its order can be repeated. A third entry is
+            the numbers of the samples; they may also come from a method ``with_ids()`` that
+            yields such batches, which is called when a term needs them.
         loss_fn: ``loss_fn(outputs, targets)`` → scalar.
         settings: how to train.
         evaluate: metrics of a model, in the order of importance.
         losses: further terms, each from a :class:`StepContext`; what ``.parameters()`` of a
-            term returns is trained too, and its ``state_dict()`` is checkpointed.
+            term returns is trained too, and its ``state_dict()`` is checkpointed. A term with
+            ``needs("ids")`` true gets the numbers of the samples.
         callbacks: called after steps and epochs.
         checkpoint: file for the state of the run; if it exists, the run goes on from there.
         seed: of the data's order, augmentation and dropout.
@@ -264,7 +267,7 @@ class _Run:
         total_loss = torch.zeros((), device=device.device)
         images, rate, start = 0, settings.lr, time.perf_counter()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, batch in enumerate(itertools.islice(self.loader, steps)):
+        for index, batch in enumerate(itertools.islice(self._batches(), steps)):
             inputs, targets = device.moved(batch)
             inputs = resized(inputs, settings.image_size)
             rate = learning_rate(settings, self.step, self.total, self.steps_per_epoch)
@@ -273,8 +276,9 @@ class _Run:
             with device.autocast(bf16):
                 outputs = as_float(call(self.forward, inputs))
                 context = StepContext(
-                    self.model, inputs, targets, outputs, self.step, epoch, self.step / self.total
-                )
+                    self.model, inputs, targets, outputs, self.step, epoch,
+                    self.step / self.total, device.ids(batch),
+                )  # fmt: skip
                 loss = self._loss(context)
             detached = loss.detach()
             logged = index % settings.log_every == 0 or index == steps - 1
@@ -297,6 +301,13 @@ class _Run:
                 show.batch(self.step, float(detached), speed)
                 scalars.add({"train/loss": float(detached), "train/lr": rate}, self.step)
         return float(total_loss) / steps, rate, images
+
+    def _batches(self) -> Iterable[Any]:
+        """One epoch, with the numbers of the samples if a term asks for them."""
+        asked = any(hasattr(term, "needs") and term.needs("ids") for term in self.losses)
+        with_ids = getattr(self.loader, "with_ids", None) if asked else None
+        batches: Iterable[Any] = self.loader if with_ids is None else with_ids()
+        return batches
 
     def _loss(self, context: StepContext) -> Tensor:
         weight = self.settings.loss_weight

@@ -31,6 +31,8 @@ class Splits:
         test: to report, role ``"test"``.
         classes: names in the order of the labels.
         fingerprint: SHA-256 (hex) of the content and of the settings that shape it.
+        samples_fingerprint: the same without what decides only how images are batched: equal
+            where a training sample's number means the same image, changed in the same way.
         shape: (C, H, W) of one image.
         preprocessing: what turns an image into an input: ``mean``, ``std`` (of images in
             [0, 1]), ``scale`` (255), ``layout``, ``size``, ``channels``, ``classes``.
@@ -46,6 +48,7 @@ class Splits:
     shape: tuple[int, int, int]
     preprocessing: Mapping[str, Any]
     skipped: Mapping[str, int] = field(default_factory=dict)
+    samples_fingerprint: str = ""
 
 
 def load_data(settings: DataSettings) -> Splits:
@@ -132,6 +135,7 @@ def _splits(
             "validation": raw.validation.store.skipped if raw.validation else 0,
             "test": raw.test.store.skipped,
         },
+        samples_fingerprint=_fingerprint(raw.digest, settings, "batch_size"),
     )
 
 
@@ -178,9 +182,9 @@ def _statistics(
     )
 
 
-def _fingerprint(digest: str, settings: DataSettings) -> str:
+def _fingerprint(digest: str, settings: DataSettings, *without: str) -> str:
     shaping = settings.model_dump(
-        mode="json", exclude={"eval_batch_size", "cache"}, exclude_defaults=True
+        mode="json", exclude={"eval_batch_size", "cache", *without}, exclude_defaults=True
     )  # without defaults: a setting that is added later changes no fingerprint
     shaping["source"] = settings.source.partition(":")[0]  # the same data may lie elsewhere
     return content_hash({"content": digest, "settings": shaping})
