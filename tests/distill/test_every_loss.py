@@ -46,6 +46,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "factor_transfer": {"student": "layer2"},
     "fbkd": {"student": "layer2", "mask_weight": 1, "attention_weight": 1, "relation_weight": 1},
     "fsp": {"student": "layer1", "student_late": "layer2"},
+    "function": {
+        "student": "layer2",
+        "function": "torch.nn.functional:smooth_l1_loss",
+        "options": {"beta": 0.5},
+    },
     "mgd": {"student": "layer2", "mask": 0.3},
     "mimic": {"student": "layer2"},
     "ofd": BATCH_NORM,

@@ -49,6 +49,26 @@ class Head(nn.Module):
         return self.rescaled(logits, scale), logits
 
 
+class Scaling(nn.Module):
+    """A head with a method and a class method."""
+
+    factor = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    @classmethod
+    def made(cls) -> Tensor:
+        return torch.full((3,), cls.factor)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.made()
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scaled(x), scale
+
+
 def recorded(model: nn.Module, record: Any, x: Tensor) -> list[Tensor]:
     taps = find_taps(record, model, who="student")
     recorder = Recorder(model, taps)
@@ -157,6 +177,29 @@ def test_two_recorders_of_one_function_do_not_see_each_other_off(x: Tensor) -> N
     assert torch.equal(first.records[key], result)
     assert second.records[key].shape == (5, 6)
     assert F.gelu is gelu
+
+
+def test_a_function_that_cannot_be_wrapped_is_named_and_the_others_put_back(
+    model: Body, x: Tensor
+) -> None:
+    gelu = F.gelu
+    records = [Record(function="torch.nn.functional:gelu"), Record(function="builtins:str.upper")]
+    taps = [tap for record in records for tap in find_taps(record, model, who="student")]
+    recorder = Recorder(model, taps)
+    with pytest.raises(ModelError, match=r"builtins:str\.upper: it cannot be replaced"):
+        model(x)
+    assert F.gelu is gelu
+    recorder.close()
+    assert model(x).shape == (5, 3)
+
+
+def test_class_methods_and_methods_can_be_recorded(model: Body, x: Tensor) -> None:
+    model.head = Scaling()
+    (scaled,) = recorded(model, Record(function=f"{__name__}:Scaling.scaled"), x)
+    (made,) = recorded(model, Record(function=f"{__name__}:Scaling.made"), x)
+    logits = model(x)
+    assert torch.equal(scaled, logits)
+    assert torch.equal(made, torch.full((3,), 2.0))
 
 
 def test_an_inherited_method_is_not_left_on_the_subclass(x: Tensor) -> None:

@@ -131,7 +131,8 @@ MISTAKES = [
     ("teacher=[wide, self]", "student.teacher: self cannot be one of several", "of: student"),
     ("teacher=3", "stages.student.teacher", "a text"),
     ("teacher_mode=mutal", "stages.student.teacher_mode", "'mutual'"),
-    ("teacher_weighting=confidence", "student.teacher_weighting", "several teachers, not 1"),
+    ("teacher_weighting=confidence", "student.teacher_weighting", "needs teachers: several, not 1"),
+    ("teacher=[wide, train, wide]", "stages.student.teacher.2: 'wide' is there twice", ""),
     ("deliver=[relu]", "stages.student.deliver.0.function: 'relu' is no import path", "package"),
     ("deliver=['torch:flaten']", "stages.student.deliver", "'flatten'"),
     ("data_free={type: dalf}", "stages.student.data_free.type: unknown", "'dafl'"),
@@ -199,3 +200,27 @@ def test_a_cache_for_augmented_images_is_refused(values: dict[str, Any], tmp_pat
     recipe = parse_recipe(base, ["data.augment={flip: true}"])
     with pytest.raises(SlimkitError, match=r"student\.teacher_cache: no image comes again"):
         preview_run(recipe, smoke=True, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"teacher": {"wide": 1, "train": 1}, "teacher_weighting": "confidence"},
+         "student.teacher_weighting: confidence takes the place of weights"),
+        ({"teacher": {"wide": 1, "train": 1}, "teacher_mode": "mutual"},
+         "student.teacher_mode: networks that learn from each other"),
+        ({"teacher": "wide", "teacher_mode": "mutual", "data_free": {"type": "dafl"}},
+         "student.teacher_mode: networks that learn from each other"),
+        ({"teacher": ["wide", "train"], "data_free": {"type": "dafl"}},
+         "student.data_free: data_free needs teachers: one, not 2"),
+        ({"teacher": "self", "teacher_mode": "mutual"},
+         "student.teacher_mode: teacher_mode needs teachers: one or more, not 0"),
+    ],
+)  # fmt: skip
+def test_forms_that_exclude_each_other_are_refused(
+    stage: dict[str, Any], message: str, values: dict[str, Any]
+) -> None:
+    base = with_stage(values, **stage, distill=[{"type": "kd"}])
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(base)
+    assert message in str(caught.value)

@@ -14,7 +14,16 @@ from slimkit.distill.interface import DISTILL_LOSSES, DistillLoss, Shape
 from slimkit.distill.parts import MarginReLU
 from slimkit.distill.records import RecordPath
 
-__all__ = ["CWD", "L1", "OFD", "PKD", "ActivationBoundary", "FeatureLoss", "Mimic"]
+__all__ = [
+    "CWD",
+    "L1",
+    "OFD",
+    "PKD",
+    "ActivationBoundary",
+    "FeatureLoss",
+    "Mimic",
+    "OptionalLayerLoss",
+]
 
 
 class FeatureLoss(DistillLoss):
@@ -58,15 +67,13 @@ class Mimic(FeatureLoss):
         return losses.mimic(student, teacher, self.normalize, sample_weights)
 
 
-@DISTILL_LOSSES.register("l1")
-class L1(DistillLoss):
-    """Absolute distance of features, or of class scores; see :func:`slimkit.losses.l1`.
+class OptionalLayerLoss(DistillLoss):
+    """Base of losses on a layer or on the outputs.
 
     Attributes:
         connector: as in ``mimic``; the outputs of the networks are compared as they are.
     """
 
-    type: Literal["l1"] = "l1"
     connector: Annotated[Choice, ConnectorField()] = "auto"
 
     @property
@@ -79,6 +86,13 @@ class L1(DistillLoss):
         if self.student is None:
             return None
         return connect(self.connector, student, teacher, where=str(self.student))
+
+
+@DISTILL_LOSSES.register("l1")
+class L1(OptionalLayerLoss):
+    """Absolute distance of features, or of class scores; see :func:`slimkit.losses.l1`."""
+
+    type: Literal["l1"] = "l1"
 
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """See the base class."""

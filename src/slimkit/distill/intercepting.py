@@ -6,12 +6,13 @@ import functools
 import importlib
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from slimkit.errors import ModelError
 from slimkit.registry import import_object
 
 __all__ = ["ForwardScope", "Handler", "Interceptor"]
@@ -51,14 +52,24 @@ class Interceptor:
         self.active = False
 
     def start(self) -> None:
-        """Begin to intercept."""
+        """Begin to intercept.
+
+        Raises:
+            ModelError: a function cannot be replaced; none is.
+        """
         if self.active:
             return
         with _lock:
-            for reference, handler in self.handlers.items():
-                if reference not in _patches:
-                    _patches[reference] = _patched(reference)
-                _patches[reference].handlers.append(handler)
+            replaced: list[str] = []
+            try:
+                for reference, handler in self.handlers.items():
+                    if reference not in _patches:
+                        _patches[reference] = _patched(reference)
+                    _patches[reference].handlers.append(handler)
+                    replaced.append(reference)
+            except BaseException:
+                self._release(replaced)
+                raise
             self.active = True
 
     def stop(self) -> None:
@@ -66,12 +77,15 @@ class Interceptor:
         if not self.active:
             return
         with _lock:
-            for reference, handler in self.handlers.items():
-                patch = _patches[reference]
-                patch.handlers.remove(handler)
-                if not patch.handlers:
-                    _restore(_patches.pop(reference))
+            self._release(self.handlers)
             self.active = False
+
+    def _release(self, references: Iterable[str]) -> None:
+        for reference in references:
+            patch = _patches[reference]
+            patch.handlers.remove(self.handlers[reference])
+            if not patch.handlers:
+                _restore(_patches.pop(reference))
 
 
 def _patched(reference: str) -> _Patch:
@@ -89,7 +103,10 @@ def _patched(reference: str) -> _Patch:
         return call()
 
     wrapped: Any = type(raw)(wrapper) if isinstance(raw, staticmethod | classmethod) else wrapper
-    setattr(owner, attribute, wrapped)
+    try:
+        setattr(owner, attribute, wrapped)
+    except (TypeError, AttributeError) as error:  # a type written in C
+        raise ModelError(f"it cannot be replaced: {error}", where=reference) from error
     return patch
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slimkit.distill.feature_losses import CWD, L1, OFD, PKD, ActivationBoundary, Mimic
+from slimkit.distill.function_loss import FunctionLoss
 from slimkit.distill.interface import DISTILL_LOSSES, DistillLoss, parse_losses
 from slimkit.distill.logit_losses import DIST, DKD, KD, WSLD, SoftCrossEntropy
 from slimkit.distill.relation_losses import FSP, AttentionTransfer, RKDAngle, RKDDistance
@@ -27,6 +28,7 @@ __all__ = [
     "AttentionTransfer",
     "DistillLoss",
     "FactorTransfer",
+    "FunctionLoss",
     "Mimic",
     "RKDAngle",
     "RKDDistance",

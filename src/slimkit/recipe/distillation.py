@@ -122,27 +122,33 @@ class DistillOptions(BaseModel):
         teachers = 0 if SELF in names else len(names)
         wanted = {
             "teacher_weighting": (self.teacher_weighting == "confidence", teachers > 1, "several"),
-            "teacher_mode": (self.teacher_mode == "mutual", teachers > 0, "at least one"),
-            "teacher_cache": (self.teacher_cache > 0, teachers > 0, "at least one of its"),
+            "teacher_mode": (self.teacher_mode == "mutual", teachers > 0, "one or more"),
+            "teacher_cache": (self.teacher_cache > 0, teachers > 0, "one or more"),
             "deliver": (bool(self.deliver), teachers == 1, "one"),
             "data_free": (self.data_free is not None, teachers == 1, "one"),
         }
         for key, (chosen, fits, count) in wanted.items():
             if chosen and not fits:
-                raise wrong(f"{key} needs {count} teachers, not {teachers}", path=key)
-        if self.teacher_mode == "mutual":
-            given = (
-                self.deliver,
-                self.data_free,
-                self.teacher_cache,
-                isinstance(self.teacher, dict),
+                raise wrong(f"{key} needs teachers: {count}, not {teachers}", path=key)
+        weighted = isinstance(self.teacher, dict)
+        if weighted and self.teacher_weighting == "confidence":
+            hint = f"teacher: [{', '.join(names)}]"
+            raise wrong("confidence takes the place of weights", hint, path="teacher_weighting")
+        fixed = weighted or self.teacher_weighting == "confidence" or self.teacher_cache > 0
+        if self.teacher_mode == "mutual" and (fixed or self.deliver or self.data_free):
+            raise wrong(
+                "networks that learn from each other count equally, and from data",
+                "drop weights, deliver, teacher_cache and data_free",
+                path="teacher_mode",
             )
-            if any(given) or self.teacher_weighting != "fixed":
-                raise wrong(
-                    "networks that learn from each other count equally, and from data",
-                    "drop weights, deliver, teacher_cache and data_free",
-                    path="teacher_mode",
-                )
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_those_of_teachers(self) -> Self:
+        names = self.names_of_teachers()
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise wrong(f"{name!r} is there twice", path=f"teacher.{number}")
         for index, loss in enumerate(self.distill):
             for number, name in enumerate(loss.teachers):
                 if name not in names:
