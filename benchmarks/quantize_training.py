@@ -150,16 +150,19 @@ def main() -> None:
     print(steps)
     if options.steps:
         return
+    flags = ""
+    if len(options.networks) < len(ACCURACY):
+        flags = " --networks " + " ".join(f"'{name}'" for name in options.networks)
     page = write_page(
         "quantize_training",
         "Quantization-aware training",
-        "python -m benchmarks.quantize_training",
+        f"python -m benchmarks.quantize_training{flags}",
         [
             f"## Accuracy on CIFAR-10\n\n{accuracy_table(reports(options.networks, options.out))}",
-            "In brackets: points against the float network. ResNet-20 and MobileNetV1 were trained "
-            "for ten short epochs, so a part of what QAT gains is training that they still "
-            "lacked; ResNet-56 comes from its checkpoint. The float network itself is QAT's "
-            "teacher. The images are JPEG re-encodings of CIFAR-10.",
+            "In brackets: points against the float network, which itself is QAT's teacher. ResNet-20 "
+            "and MobileNetV1 are trained for ten short epochs, so a part of what QAT gains is "
+            "training that they still lack; ResNet-56 comes from its checkpoint. The images are "
+            "JPEG re-encodings of CIFAR-10.",
             f"## A training step\n\n{steps}",
         ],
     )
