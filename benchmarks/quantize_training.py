@@ -160,9 +160,9 @@ def main() -> None:
         [
             f"## Accuracy on CIFAR-10\n\n{accuracy_table(reports(options.networks, options.out))}",
             "In brackets: points against the float network, which itself is QAT's teacher. "
-            "ResNet-20 and MobileNetV1 are trained for ten short epochs, so a part of what QAT gains is "
-            "training that they still lack; ResNet-56 comes from its checkpoint. The images are "
-            "JPEG re-encodings of CIFAR-10.",
+            "ResNet-20 and MobileNetV1 are trained for ten short epochs, so a part of what QAT "
+            "gains is training that they still lack; ResNet-56 comes from its checkpoint. The "
+            "images are JPEG re-encodings of CIFAR-10.",
             f"## A training step\n\n{steps}",
         ],
     )
