@@ -300,7 +300,7 @@ def test_another_teacher_at_the_same_address_is_noticed() -> None:
     first = serve(ToyTeacher())
     port = first.port
     with Knowledge([first.address], patience=QUICK, prefetch=1) as knowledge:
-        stream = knowledge.stream(list(batches(64, 4)), 0)
+        stream = knowledge.stream(list(batches(20_000, 50)), 0)
         next(stream)
         first.close()
         with (
@@ -313,7 +313,7 @@ def test_another_teacher_at_the_same_address_is_noticed() -> None:
 def test_a_teacher_that_is_gone_for_good_is_named() -> None:
     running = serve(ToyTeacher())
     with Knowledge([running.address], patience=Patience(0.5, 1.0), prefetch=1) as knowledge:
-        stream = knowledge.stream(list(batches(64, 4)), 0)
+        stream = knowledge.stream(list(batches(20_000, 50)), 0)
         next(stream)
         running.close()
         with pytest.raises(TeacherError, match=f"{running.address}: no answer for"):
