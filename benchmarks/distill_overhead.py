@@ -124,8 +124,8 @@ def _warm(student: nn.Module) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=60, help="steps per epoch")
-    parser.add_argument("--repeats", type=int, default=7, help="epochs per way")
+    parser.add_argument("--batches", type=int, default=30, help="steps per epoch")
+    parser.add_argument("--repeats", type=int, default=5, help="epochs per way")
     parser.add_argument("--quick", action="store_true", help="a quick look; writes no page")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
