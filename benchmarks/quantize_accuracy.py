@@ -184,7 +184,7 @@ def main() -> None:
             table(found),
             (__doc__ or "").split("::")[0].partition("\n\n")[2] + ".",
             "One image is 0.5 %. *Repaired* is ``methods=['gptq', 'bias_correction']``, which look "
-            "at 256 of the images; *by default* they look at 64. Slimkit quantizes for the "
+            "at 256 of the images; *by default* they look at 128. Slimkit quantizes for the "
             "processor it runs on: without VNNI, sums of two products saturate, and weights leave "
             "room for that; the peers' remedies "
             "(``reduce_range``, ``overflow_fix``) are rows of their own.",

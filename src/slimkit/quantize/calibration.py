@@ -79,7 +79,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             what is not named has the target's.
         methods: what else to do, in this order: names in
             :data:`~slimkit.quantize.methods.METHODS`, or methods with settings of their own. By
-            default ``gptq`` and ``bias_correction`` on 64 images if weights are rounded coarsely,
+            default ``gptq`` and ``bias_correction`` on 128 images if weights are rounded coarsely,
             per tensor or in fewer than 8 bits, and there is calibration data; else nothing.
         evaluate: network → metric on validation data, higher is better; for ``max_drop``.
         max_drop: as few layers stay in float as it takes for the metric to fall by no more than

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Method", "Work", "resolve_methods", "run_methods", "usual_methods"]
 
-_FEW = 64
-"""Images that the usual methods look at: a minute for a small network on two cores."""
+_FEW = 128
+"""Images that the usual methods look at: a few minutes for a small network on two cores."""
 
 METHODS: Registry[type[Method]] = Registry("quantization method")
 """Name → class of a method that needs no argument."""

@@ -36,6 +36,7 @@ class GraphEditor:
         self._ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in stated}
         self._names = set(self._tensors) | {value.name for value in stated}
         self._names |= {name for node in self.nodes for name in (*node.input, *node.output)}
+        self._numbers: dict[str, int] = {}  # the last that fresh() gave, by prefix
         self._producers: dict[str, NodeProto] = {}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in self.nodes:
@@ -83,9 +84,10 @@ class GraphEditor:
 
     def fresh(self, prefix: str) -> str:
         """A name that is not taken: the prefix and a number."""
-        number = 1
+        number = self._numbers.get(prefix, 0) + 1
         while f"{prefix}{number}" in self._names:
             number += 1
+        self._numbers[prefix] = number
         self._names.add(f"{prefix}{number}")
         return f"{prefix}{number}"
 
