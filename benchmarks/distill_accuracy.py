@@ -11,8 +11,8 @@ an interrupted training goes on where it was::
 from __future__ import annotations
 
 import argparse
-import json
 import os
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 import slimkit as sk
+from benchmarks.arms import finished_arms
 from benchmarks.tables import ROOT, markdown, mean_spread, write_page
 from slimkit.distill import KD, Distiller, Mimic
 from slimkit.models import load_checkpoint
@@ -196,22 +197,13 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The record of every arm and seed; those that have none are run."""
-    records, splits = [], None
-    for seed in options.seeds:
-        for arm in ARMS:
-            file = options.out / f"seed{seed}" / f"{arm}.json"
-            if file.exists():
-                record = json.loads(file.read_text())
-                if record["settings"] != settings_of(options):
-                    raise SystemExit(f"{file} has other settings; choose another --out")
-            else:
-                splits = splits or data(options)
-                record = run_arm(arm, seed, splits, options)
-                file.write_text(json.dumps(record, indent=1))
-                file.with_suffix(".safetensors").unlink(missing_ok=True)
-                print(f"{arm}, seed {seed}: {record['accuracy']:.2f} %", flush=True)
-            records.append(record)
-    return records
+    splits = cache(partial(data, options))
+
+    def run(arm: str, seed: int) -> dict[str, Any]:
+        return run_arm(arm, seed, splits(), options)
+
+    settings = settings_of(options)
+    return finished_arms(options.out, options.seeds, ARMS, run, lambda _: settings)
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -14,9 +14,9 @@ another ``--out``), never on the test images.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import yaml
 from torch import nn
 
 import slimkit as sk
+from benchmarks.arms import finished_arms
 from benchmarks.tables import ROOT, markdown, mean_spread, write_page
 from slimkit.distill import Distiller
 from slimkit.distill.settings import KD
@@ -171,26 +172,18 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The record of every arm and seed; those that have none are run."""
-    records, splits = [], None
-    for seed in options.seeds:
-        for arm in options.arms:
-            file = options.out / f"seed{seed}" / f"{arm}.json"
-            if file.exists():
-                record = json.loads(file.read_text())
-                mine = settings_of(options)
-                if arm != "ours":
-                    mine["ours"] = record["settings"]["ours"]
-                if record["settings"] != mine:
-                    raise SystemExit(f"{file} has other settings; choose another --out")
-            else:
-                splits = splits or data(options)
-                record = run_arm(arm, seed, splits, options)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(record, indent=1))
-                file.with_suffix(".safetensors").unlink(missing_ok=True)
-                print(f"{arm}, seed {seed}: {record['accuracy']:.2f} %", flush=True)
-            records.append(record)
-    return records
+    splits = cache(partial(data, options))
+
+    def run(arm: str, seed: int) -> dict[str, Any]:
+        return run_arm(arm, seed, splits(), options)
+
+    def expected(record: dict[str, Any]) -> dict[str, Any]:
+        mine = settings_of(options)
+        if record["arm"] != "ours":  # what ours was pruned by does not concern the others
+            mine["ours"] = record["settings"]["ours"]
+        return mine
+
+    return finished_arms(options.out, options.seeds, options.arms, run, expected)
 
 
 def table(records: list[dict[str, Any]]) -> str:

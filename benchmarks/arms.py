@@ -1,0 +1,48 @@
+"""Arms of a benchmark that trains: each finished one is a file, so a run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["finished_arms"]
+
+Record = dict[str, Any]
+
+
+def finished_arms(
+    out: Path,
+    seeds: Iterable[int],
+    arms: Iterable[str],
+    run: Callable[[str, int], Record],
+    expected: Callable[[Record], Record],
+) -> list[Record]:
+    """The record of every arm and seed in ``out/seedN/ARM.json``; those that have none are run.
+
+    Args:
+        out: folder of the records.
+        seeds: each runs every arm.
+        arms: names, in the order of running.
+        run: of an arm and a seed; its training checkpoint, ``ARM.safetensors`` beside the record,
+            is removed once the record is written.
+        expected: the settings that a record of an earlier run must have to be used again.
+    """
+    arms = list(arms)
+    records = []
+    for seed in seeds:
+        for arm in arms:
+            file = out / f"seed{seed}" / f"{arm}.json"
+            if file.exists():
+                record = json.loads(file.read_text())
+                if record["settings"] != expected(record):
+                    raise SystemExit(f"{file} has other settings; choose another --out")
+            else:
+                record = run(arm, seed)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(record, indent=1))
+                file.with_suffix(".safetensors").unlink(missing_ok=True)
+                print(f"{arm}, seed {seed}: {record['accuracy']:.2f} %", flush=True)
+            records.append(record)
+    return records
