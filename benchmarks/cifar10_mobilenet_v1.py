@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.mobilenet import RECIPE
 from benchmarks.tables import ROOT, markdown, mean_spread, write_page
 from slimkit.models import build_model, load_checkpoint
 from slimkit.recipe import load_recipe, run_recipe
 from slimkit.tasks import ClassificationTask
 from slimkit.tasks.data import load_data
 
-RECIPE = ROOT / "recipes" / "cifar10" / "mobilenet_v1.yaml"
 PADDLESLIM = {  # ImageNet, MobileNetV1 70.91 % / 17.0 MB: (top-1 difference, size change in %)
     "distilled": ("+1.06", "–"),
     "distilled-int8": ("+1.10", "−71.76 %"),
