@@ -14,7 +14,7 @@ from slimkit.distill.delivering import Deliveries, Delivery, parse_deliveries
 from slimkit.distill.intercepting import ForwardScope
 from slimkit.distill.interface import DistillLoss, parse_losses, unique_names
 from slimkit.distill.recording import Recorder, main_tensor, probing, run
-from slimkit.distill.records import OUTPUT, Record, Tap
+from slimkit.distill.records import OUTPUT, Tap
 from slimkit.distill.remembering import AnswerCache
 from slimkit.distill.teacher import FrozenTeacher, TeacherPrecision
 from slimkit.distill.weighting import (

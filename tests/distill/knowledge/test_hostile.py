@@ -135,6 +135,8 @@ class LyingTeacher(ToyTeacher):
 
     def answer(self, ids: np.ndarray, number: int, *rest: Any) -> pa.RecordBatch:
         batch = super().answer(ids, number, *rest)
+        if self.lie == "nothing":
+            return batch.slice(0, 0)
         if self.lie == "fewer":
             return batch.slice(1)
         if self.lie == "others":
@@ -156,6 +158,7 @@ class LyingTeacher(ToyTeacher):
 @pytest.mark.parametrize(
     ("lie", "message"),
     [
+        ("nothing", "about no samples"),
         ("fewer", "about other samples"),
         ("others", "about other samples"),
         ("doubled", "about other samples"),

@@ -13,6 +13,7 @@ from knowledge_helpers import ToyTeacher, batches, digits_splits, network, toy_r
 from slimkit.distill.knowledge import (
     Knowledge,
     NetworkTeacher,
+    OnlineTeacher,
     Patience,
     Question,
     TeacherPool,
@@ -85,13 +86,16 @@ def test_a_pool_can_be_served_as_one_teacher() -> None:
         server.close()
 
 
-def test_teachers_of_a_pool_know_the_same() -> None:
+def test_teachers_of_a_pool_know_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(OnlineTeacher, "close", lambda teacher: closed.append(teacher.name))
     with (
         serve(ToyTeacher()) as one,
         serve(ToyTeacher(teacher="other")) as other,
         pytest.raises(DataError, match=f"{other.address}: it is another teacher"),
     ):
         pool_of([one, other])
+    assert closed == [one.address, other.address]
     with pytest.raises(InputError, match="needs a teacher"):
         TeacherPool(np.arange(3), [])
 

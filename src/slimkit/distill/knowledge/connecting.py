@@ -186,6 +186,8 @@ class Connection:
                 found = ids_of(chunk.data, expected, self.address)
                 if not np.array_equal(found, question.ids[rows : rows + len(found)]):
                     raise TeacherError("it answered about other samples", where=self.address)
+                if len(found) == 0:  # or it could keep us here without ever telling anything
+                    raise TeacherError("it answered about no samples", where=self.address)
                 rows += len(found)
                 received.append(chunk.data)
                 self._heard = time.monotonic()

@@ -223,12 +223,13 @@ class Knowledge:
         self._check_rules()
 
     def _check_rules(self) -> None:
-        """Every rule is of a key that there is, and can be followed with the teachers that have it."""
+        """Every rule is of a key that there is, and suits the teachers that have it."""
         having: dict[str, list[int]] = {}
         for place, source in enumerate(self.sources):
             for name in source.schema.names:
                 having.setdefault(name, []).append(place)
-        rules = self._merge if isinstance(self._merge, Mapping) else dict.fromkeys(having, self._merge)
+        rule_of = self._merge
+        rules = rule_of if isinstance(rule_of, Mapping) else dict.fromkeys(having, rule_of)
         for name, rule in rules.items():
             if name not in having:
                 raise InputError(

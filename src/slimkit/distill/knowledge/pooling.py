@@ -73,17 +73,20 @@ class TeacherPool:
         self._ids = np.unique(ids)
         parts = np.array_split(self._ids, len(addresses))
         self.parts = [part for part in parts if len(part)]
-        self._members = [
-            _Member(address, trust, patience or Patience())
-            for address, _ in zip(addresses, self.parts, strict=False)
-        ]
+        self._members: list[_Member] = []
+        try:
+            for address, _ in zip(addresses, self.parts, strict=False):
+                member = _Member(address, trust, patience or Patience())
+                self._members.append(member)
+                first = self._members[0].teacher
+                if member.teacher.schema != first.schema:
+                    raise DataError(
+                        f"it is another teacher than {first.name}", where=member.teacher.name
+                    )
+        except BaseException:
+            self.close()
+            raise
         self.schema = self._members[0].teacher.schema
-        for member in self._members[1:]:
-            if member.teacher.schema != self.schema:
-                raise DataError(
-                    f"it is another teacher than {self._members[0].teacher.name}",
-                    where=member.teacher.name,
-                )
         self.parallel = len(self._members)
         self.batch_size = sum(member.teacher.batch_size for member in self._members)
 
