@@ -248,7 +248,7 @@ class _Module(nn.Module):
         self.in_float = in_float
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.integers(0, 60), st.randoms())
 def test_no_layer_is_left_in_float_without_need(costs: list[int], limit: int, random: Any) -> None:
     layers = tuple(f"layer{number}" for number in range(len(costs)))

@@ -202,7 +202,7 @@ def test_a_lost_step_size_comes_back_positive() -> None:
     assert torch.equal(quantizer.scale, quantizer.step_size)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), shrink=st.floats(0.01, 2.0), per_channel=st.booleans())
 def test_no_pair_exceeds_sixteen_bits_wherever_the_step_size_goes(
     seed: int, shrink: float, per_channel: bool

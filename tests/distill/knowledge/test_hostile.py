@@ -75,14 +75,14 @@ def test_all_kinds_are_tried(hostile: Any) -> None:
     assert set(hostile.HOSTILE) == set(KINDS)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32))
 def test_no_such_message_is_accepted(hostile: Any, target: Any, kind: str, seed: int) -> None:
     assert not hostile.HOSTILE[kind](target, random.Random(seed))
     assert hostile.good_question(target, random.Random(seed))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_question_or_an_error(data: bytes) -> None:
     schema = ToyTeacher().schema
@@ -179,7 +179,7 @@ def test_a_student_believes_no_lie(lie: str, message: str, monkeypatch: pytest.M
             list(teacher.stream([Question(np.arange(8))], 0, ["logits"]))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(place=st.integers(0, 10**6), value=st.integers(1, 255), cut=st.booleans())
 def test_a_damaged_message_is_an_error_or_has_the_announced_shape(
     place: int, value: int, cut: bool
