@@ -112,11 +112,17 @@ def on_ray(epochs: int) -> Iterator[list[TeacherPool]]:
 
     Each is two actors, which answer about one half of the samples each and are restarted where
     they die. ``insecure`` is for a network of one's own; else give it a secret and TLS files.
+    Four small actors may share two cores, so none of them claims a core of its own.
     """
     import ray
 
     yield [
-        ray_pool(partial(answering, trained(seed, epochs), batch_size), 2, insecure=True)
+        ray_pool(
+            partial(answering, trained(seed, epochs), batch_size),
+            2,
+            insecure=True,
+            actor_options={"num_cpus": 0},
+        )
         for seed, batch_size in TEACHERS
     ]
     ray.shutdown()

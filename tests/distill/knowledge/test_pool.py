@@ -133,6 +133,22 @@ def test_a_ray_cluster_serves_parts_and_restarts_what_dies() -> None:
         ray.shutdown()
 
 
+def test_actors_that_find_no_place_are_an_error() -> None:
+    ray = pytest.importorskip("ray", reason="pip install 'slimkit[distributed]'")
+    try:
+        with pytest.raises(TeacherError, match="has not started within 2 s") as caught:
+            ray_pool(
+                small_teacher,
+                1,
+                insecure=True,
+                patience=Patience(1.0, 2.0),
+                actor_options={"num_cpus": 100_000},
+            )
+        assert "num_cpus" in caught.value.hint
+    finally:
+        ray.shutdown()
+
+
 def _command(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
