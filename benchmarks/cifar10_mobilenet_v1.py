@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.mobilenet import RECIPE
 from benchmarks.tables import ROOT, markdown, mean_spread, write_page
 from slimkit.models import build_model, load_checkpoint
 from slimkit.recipe import load_recipe, run_recipe
 from slimkit.tasks import ClassificationTask
 from slimkit.tasks.data import load_data
 
-RECIPE = ROOT / "recipes" / "cifar10" / "mobilenet_v1.yaml"
 PADDLESLIM = {  # ImageNet, MobileNetV1 70.91 % / 17.0 MB: (top-1 difference, size change in %)
     "distilled": ("+1.06", "–"),
     "distilled-int8": ("+1.10", "−71.76 %"),
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "cifar10-mobilenet-v1")
     parser.add_argument("--table-only", action="store_true", help="only rewrite the page")
+    parser.add_argument("--note", default="", help="how the stages were run, for below their costs")
     options = parser.parse_args()
     reports = (load if options.table_only else run)(options.seeds, options.out)
     seeds = " ".join(map(str, options.seeds))
@@ -121,6 +122,7 @@ def main() -> None:
             "right columns are PaddleSlim's figures for ImageNet, another task: they set the "
             "shape of the table, they are not a measurement of ours.",
             "## Cost\n\n" + cost(reports, options.seeds),
+            *([options.note] if options.note else []),
         ],
     )
     print(f"wrote {page}")

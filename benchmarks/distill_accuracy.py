@@ -1,9 +1,10 @@
 """MobileNetV1×0.5 on CIFAR-10 with and without a ResNet-56 as its teacher, three paired seeds.
 
-The first part of the training is the same for the three arms of a seed: without a teacher, with
-Slimkit's losses, with torchdistill's of the same names and weights. So are images, their order and
-the schedule of the second part. Every finished arm is a JSON file in ``runs/distill-accuracy``, and
-an interrupted training goes on where it was::
+Baseline and distilled network are those of ``recipes/cifar10/mobilenet_v1.yaml``, from the cache
+where that recipe was run; a third network learns by torchdistill's hooks and losses, of the same
+names and weights. The first part of the training is the same for the three, and so are images,
+their order and the schedule of the second part. Finished stages are cached, and an interrupted
+training goes on where it was::
 
     python -m benchmarks.distill_accuracy
 """
@@ -12,29 +13,26 @@ from __future__ import annotations
 
 import argparse
 import os
-from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 import slimkit as sk
-from benchmarks.arms import finished_arms
+from benchmarks.mobilenet import RECIPE, variation
 from benchmarks.tables import ROOT, markdown, mean_spread, write_page
-from slimkit.distill import KD, Distiller, Mimic
 from slimkit.models import load_checkpoint
-from slimkit.tasks import ClassificationTask
-from slimkit.tasks.data import Splits, load_data
-from slimkit.tasks.data.settings import AugmentSettings, DataSettings
-from slimkit.train import StepContext, TrainSettings, fit
+from slimkit.recipe import Recipe, load_recipe, run_recipe
+from slimkit.recipe.stages import STAGES, StageContext, StageResult
+from slimkit.recipe.training_stage import TrainStage, train_model, training_facts
+from slimkit.train import StepContext
 
 DATA = Path(os.environ.get("SLIMKIT_DATA", ROOT.parent / "shared" / "data"))
 CHECKPOINT = DATA.parent / "checkpoints" / "resnet56_cifar10.safetensors"
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 ARMS = {"plain": "no teacher", "ours": "Slimkit", "peer": "torchdistill"}
-# Chosen for recipes/cifar10/mobilenet_v1.yaml on training images that were held out.
+# As in the recipe, where they were chosen on training images that were held out.
 TEMPERATURE, FEATURES, LABELS = 4.0, 3.0, 0.1
 LAYER, TEACHER_LAYER = "blocks.10", "layer3"
 
@@ -102,27 +100,6 @@ class PeerDistiller(nn.Module):
         return torch.as_tensor(self._loss(io, {}, context.targets))
 
 
-def data(options: argparse.Namespace) -> Splits:
-    """CIFAR-10 as the teacher's checkpoint wants it."""
-    return load_data(
-        DataSettings(
-            source="parquet:cifar10",
-            batch_size=128,
-            eval_batch_size=500,
-            validation=options.validation,
-            augment=AugmentSettings(crop=4, flip=True),
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-            limit=options.limit,
-        )
-    )
-
-
-def student() -> nn.Module:
-    """MobileNetV1×0.5 for small images, untrained."""
-    return sk.build_model("slimkit:mobilenet_v1", num_classes=10, width=0.5, stem="cifar")
-
-
 def teacher() -> nn.Module:
     """The trained ResNet-56."""
     network = sk.build_model("slimkit:resnet56")
@@ -130,96 +107,61 @@ def teacher() -> nn.Module:
     return network.eval()
 
 
-def begun(seed: int, splits: Splits, options: argparse.Namespace) -> nn.Module:
-    """The student after the part that all arms of a seed share."""
-    torch.manual_seed(seed)
-    model = student()
-    file = options.out / f"seed{seed}" / "begun.safetensors"
-    if file.exists():
-        load_model(model, str(file))
-        return model
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fit(
-        model,
-        splits.train,
-        loss_fn=ClassificationTask().loss_fn(),
-        settings=TrainSettings(
-            epochs=options.begin, lr=0.1, schedule="constant", warmup_epochs=0.5, image_size=20
-        ),
-        checkpoint=file.with_name("begin.checkpoint.safetensors"),
-        seed=seed,
-        label=f"begin, seed {seed}",
-    )
-    save_model(model, str(file))
-    file.with_name("begin.checkpoint.safetensors").unlink(missing_ok=True)
-    return model
+@STAGES.register("train_by_torchdistill")
+class PeerStage(TrainStage):
+    """A train stage whose losses beside the task's are torchdistill's."""
+
+    type: Literal["train_by_torchdistill"] = "train_by_torchdistill"  # type: ignore[assignment]
+
+    def run(self, model: nn.Module, context: StageContext) -> StageResult:
+        """See the base class."""
+        term = PeerDistiller(model, teacher())
+        return StageResult(
+            model, training_facts(train_model(model, self, self, context, terms=[term]))
+        )
 
 
-def run_arm(arm: str, seed: int, splits: Splits, options: argparse.Namespace) -> dict[str, Any]:
-    """Train the second part, then test once."""
-    task, model = ClassificationTask(), begun(seed, splits, options)
-    losses: list[Any] = []
-    if arm == "ours":
-        chosen = [
-            KD(temperature=TEMPERATURE),
-            Mimic(student=LAYER, teacher=TEACHER_LAYER, weight=FEATURES),
-        ]
-        losses.append(Distiller(model, teacher(), chosen, example_inputs=EXAMPLE, precision="fp32"))
-    elif arm == "peer":
-        losses.append(PeerDistiller(model, teacher()))
-    history = fit(
-        model,
-        splits.train,
-        loss_fn=task.loss_fn(),
-        settings=TrainSettings(
-            epochs=options.epochs, lr=0.1, schedule="cosine", warmup_epochs=0.2,
-            loss_weight=LABELS if losses else 1.0,
-        ),
-        losses=losses,
-        checkpoint=options.out / f"seed{seed}" / f"{arm}.safetensors",
-        seed=seed,
-        label=f"{arm}, seed {seed}",
-    )  # fmt: skip
-    images = splits.validation if options.validation else splits.test
-    return {
-        "arm": arm,
-        "seed": seed,
-        "settings": settings_of(options),
-        "accuracy": task.evaluate(model, images)["accuracy"],
-        "training_seconds": history.seconds,
+def recipe_of(seed: int, arms: list[str], options: argparse.Namespace) -> Recipe:
+    """One variant per arm."""
+    second = load_recipe(RECIPE).model_dump(mode="json")["stages"]["train"]
+    peer = {**second, "type": "train_by_torchdistill", "loss_weight": LABELS}
+    if options.epochs is not None:
+        peer["epochs"] = options.epochs
+    chains = {
+        "plain": ("begin", "train"),
+        "ours": ("begin", "distil"),
+        "peer": ("begin", "peer"),
     }
+    return variation(
+        "distill-accuracy",
+        seed,
+        {arm: chains[arm] for arm in arms},
+        {"peer": peer},
+        limit=options.limit,
+        epochs=options.epochs,
+    )
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What a finished arm must agree in to be used again."""
-    return {name: getattr(options, name) for name in ("begin", "epochs", "limit", "validation")}
-
-
-def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The record of every arm and seed; those that have none are run."""
-    splits = cache(partial(data, options))
-
-    def run(arm: str, seed: int) -> dict[str, Any]:
-        return run_arm(arm, seed, splits(), options)
-
-    settings = settings_of(options)
-    return finished_arms(options.out, options.seeds, ARMS, run, lambda _: settings)
-
-
-def table(records: list[dict[str, Any]]) -> str:
+def table(reports: list[dict[str, Any]]) -> str:
     """A row per arm; gains are paired by seed."""
+    names = [variant["name"] for variant in reports[0]["variants"]]
     rows = []
-    plain = [record for record in records if record["arm"] == "plain"]
-    for arm, title in ARMS.items():
-        own = [record for record in records if record["arm"] == arm]
-        gain = [mine["accuracy"] - base["accuracy"] for mine, base in zip(own, plain, strict=True)]
+    for place, name in enumerate(names):
+        variants = [report["variants"][place] for report in reports]
+        top1 = [variant["torch_metrics"]["accuracy"] for variant in variants]
+        plain = [report["variants"][0]["torch_metrics"]["accuracy"] for report in reports]
+        gain = [mine - base for mine, base in zip(top1, plain, strict=True)]
+        minutes = [
+            sum(epoch["seconds"] for epoch in variant["stages"][-1]["history"]) / 60
+            for variant in variants
+        ]
         rows.append(
             [
-                title,
-                mean_spread([record["accuracy"] for record in own]),
-                "–" if arm == "plain" else mean_spread(gain, sign=True),
-                "–" if arm == "plain" else ", ".join(f"{value:+.2f}" for value in gain),
-                mean_spread([record["training_seconds"] / 60 for record in own], digits=1) + " min",
+                ARMS[name],
+                mean_spread(top1),
+                "–" if place == 0 else mean_spread(gain, sign=True),
+                "–" if place == 0 else ", ".join(f"{value:+.2f}" for value in gain),
+                mean_spread(minutes, digits=1) + " min",
             ]
         )
     return markdown(["teacher's losses", "top-1 %", "gain", "by seed", "second part"], rows)
@@ -229,32 +171,36 @@ def main() -> None:
     """Run what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--begin", type=float, default=8.0, help="epochs that all arms share")
-    parser.add_argument("--epochs", type=float, default=6.0, help="epochs of the second part")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "distill-accuracy")
-    parser.add_argument("--limit", type=int, help="images per split (quick look; writes no page)")
-    parser.add_argument("--validation", type=int, default=0, help="images held out, to choose by")
+    parser.add_argument("--epochs", type=float, help="of every training (quick look)")
+    parser.add_argument("--limit", type=int, help="images per split (quick look)")
     options = parser.parse_args()
-    shown = table(finished(options))
-    if options.validation or options.limit:
+    reports = [
+        run_recipe(recipe_of(seed, options.arms, options), options.out / f"seed{seed}")
+        for seed in options.seeds
+    ]
+    shown = table(reports)
+    if options.limit or options.epochs is not None:
         print(shown)
         return
+    first, second = (load_recipe(RECIPE).stages[name] for name in ("begin", "train"))
     page = write_page(
         "distill_accuracy",
         "MobileNetV1 on CIFAR-10, with and without a teacher",
         f"python -m benchmarks.distill_accuracy --seeds {' '.join(map(str, options.seeds))} "
-        f"--begin {options.begin:g} --epochs {options.epochs:g}",
+        f"--arms {' '.join(options.arms)}",
         [
             shown,
-            f"Mean over the seeds (lowest … highest). {options.begin:g} epochs on 20-pixel images "
-            "at a constant rate of 0.1 are shared by the three arms of a seed; then "
-            f"{options.epochs:g} epochs on whole images, cosine from 0.1, batch 128, crop and "
-            "flip, the same images in the same order. Teacher: the ResNet-56 of "
-            f"`shared/checkpoints`. Losses of both tools: KD at temperature {TEMPERATURE:g}, "
-            f"weight 1; squared difference of `{LAYER}`, through a 1×1 convolution, to the "
-            f"teacher's `{TEACHER_LAYER}`, weight {FEATURES:g}; labels at {LABELS:g}. torchdistill "
-            "gives hooks and losses, the training loop is ours. Accuracy on the 10,000 test "
-            "images, which are JPEG re-encodings, looked at once.",
+            "Mean over the seeds (lowest … highest). Networks and stages are those of "
+            f"`recipes/cifar10/mobilenet_v1.yaml`: {first.epochs:g} epochs on small images are "
+            f"shared by the arms of a seed, then come {second.epochs:g} on whole images, the same "
+            "images in the same order. Teacher: the ResNet-56 of `shared/checkpoints`. Losses of "
+            f"both tools: KD at temperature {TEMPERATURE:g}, weight 1; squared difference of "
+            f"`{LAYER}`, through a 1×1 convolution, to the teacher's `{TEACHER_LAYER}`, weight "
+            f"{FEATURES:g}; labels at {LABELS:g}. torchdistill gives hooks and losses, the "
+            "training loop is ours. Accuracy in PyTorch on the 10,000 test images, which are JPEG "
+            "re-encodings.",
         ],
     )
     print(page.read_text())

@@ -14,10 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.mobilenet import variation
 from benchmarks.tables import ROOT, markdown, mean_spread, write_page
-from slimkit.recipe import Recipe, load_recipe, parse_recipe, run_recipe
+from slimkit.recipe import Recipe, run_recipe
 
-RECIPE = ROOT / "recipes" / "cifar10" / "mobilenet_v1.yaml"
 ALLOCATIONS: dict[str, Any] = {
     "uniform": "uniform",
     "global": "global",
@@ -31,21 +31,11 @@ PADDLESLIM = {"uniform": "−1.59", "sensitivity": "−1.19"}  # MobileNetV1, Im
 
 def recipe_of(seed: int, names: list[str], options: argparse.Namespace) -> Recipe:
     """The baseline's stages, and one pruning with its recovery per allocation."""
-    values = load_recipe(RECIPE).model_dump(mode="json")
-    baseline = list(values["variants"]["baseline"])
-    stages = {name: values["stages"][name] for name in baseline}
-    if options.limit is not None:
-        values["data"] |= {"limit": options.limit, "validation": options.limit // 10}
-    if options.epochs is not None:
-        for stage in stages.values():
-            stage["epochs"] = options.epochs
     recovery = 4 if options.epochs is None else options.epochs
-    stages["recover"] = {
-        "type": "train",
-        "epochs": recovery,
-        "lr": 0.05,
-        "schedule": "one_cycle",
+    stages: dict[str, Any] = {
+        "recover": {"type": "train", "epochs": recovery, "lr": 0.05, "schedule": "one_cycle"}
     }
+    baseline = ["begin", "train"]
     variants = {"baseline": baseline}
     for name in names:
         allocation = ALLOCATIONS[name]
@@ -60,17 +50,8 @@ def recipe_of(seed: int, names: list[str], options: argparse.Namespace) -> Recip
         }
         variants[name] = [*baseline, f"prune-{name}"]
         variants[f"{name}-recovered"] = [*baseline, f"prune-{name}", "recover"]
-    return parse_recipe(
-        {
-            **values,
-            "name": "prune-allocation",
-            "seed": seed,
-            "teachers": {},
-            "stages": stages,
-            "variants": variants,
-            "measure": {"seconds": 0.2, "parity_batches": 1},
-            "require": {},
-        }
+    return variation(
+        "prune-allocation", seed, variants, stages, limit=options.limit, epochs=options.epochs
     )
 
 

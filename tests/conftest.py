@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+settings.register_profile("slimkit", deadline=None)  # the machine may be busy
+settings.load_profile("slimkit")
 
 DEVICES = [
     "cpu",

@@ -304,6 +304,9 @@ MISTAKES: dict[str, Any] = {
         Net(), Net(16), [Mimic(student="relu", connector="none")], example_inputs=x
     ),
     "precision": lambda x: Distiller(Net(), Net(), [KD()], precision=cast("Any", "bf8")),
+    "precision of nobody": lambda x: Distiller(
+        Net(), {"big": Net(), "wide": Net()}, [KD()], precision={"bgi": "fp32"}
+    ),
     "inputs that do not fit": lambda x: Distiller(Net(), Net(), [KD()], example_inputs=x[:, :2]),
     "loss before forward": lambda x: Distiller(Net(), Net(), [KD()]).loss(x),
 }
@@ -322,6 +325,7 @@ MISTAKES: dict[str, Any] = {
         ("no connector joins", ModelError, ["relu", "connector"]),
         ("shapes without connector", ModelError, ["mimic on relu"]),
         ("precision", InputError, ["precision", "'bf16'"]),
+        ("precision of nobody", InputError, ["precision.bgi", "'big'"]),
         ("inputs that do not fit", ModelError, ["student", "forward fails"]),
         ("loss before forward", InputError, ["has not run"]),
     ],

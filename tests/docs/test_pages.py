@@ -77,10 +77,11 @@ def test_the_recipes_about_distillation_are_valid(tmp_path: Path) -> None:
     file.write_text(ablation, encoding="utf-8")
     edits = re.findall(r"--set (\S+)", "".join(_blocks("docs/distillation.md", "console")))
     assert len(edits) == 2
-    assert list(load_recipe(file).variants) == ["plain", "kd", "dkd", "features"]
-    recipe = load_recipe(file, [*edits, "variants={features: [features]}", "measure.seconds=0.02"])
+    assert list(load_recipe(file).variants) == ["unpruned", "plain", "kd", "dkd", "features"]
+    only = "variants={features: [train, prune, features]}"
+    recipe = load_recipe(file, [*edits, only, "measure.seconds=0.02"])
     report = run_recipe(recipe, tmp_path / "run", smoke=True, progress=False)
-    last = report["variants"][-1]["stages"][0]["settings"]
+    last = report["variants"][-1]["stages"][-1]["settings"]
     assert [loss["type"] for loss in last["distill"]] == ["kd", "pkd"]
 
 

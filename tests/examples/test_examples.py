@@ -44,6 +44,13 @@ def test_teachers_in_processes_and_files(example: ModuleType, tmp_path: Path) ->
     assert min(accuracy.values()) > 30
 
 
+@pytest.mark.parametrize("example", ["teachers_anywhere"], indirect=True)
+def test_teachers_on_a_ray_cluster(example: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="pip install 'slimkit[distributed]'")
+    accuracy = example.main(["--epochs", "2", "--out", str(tmp_path), "--ray"])
+    assert min(accuracy.values()) > 30
+
+
 @pytest.mark.parametrize("example", ["huggingface_trainer"], indirect=True)
 def test_a_hugging_face_trainer(example: ModuleType, tmp_path: Path) -> None:
     assert smaller(example.main(["--steps", "8", "--out", str(tmp_path)]), tmp_path)

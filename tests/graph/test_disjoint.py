@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slimkit.graph.disjoint import DisjointSets
@@ -23,7 +23,6 @@ def _smallest_by_hand(count: int, pairs: list[tuple[int, int]]) -> list[int]:
     return label
 
 
-@settings(deadline=None)  # the first call imports SciPy
 @given(JOINS)
 def test_labels_are_those_of_joining_pair_by_pair(joins: list[tuple[list[int], list[int]]]) -> None:
     sets = DisjointSets()

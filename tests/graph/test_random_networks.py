@@ -147,7 +147,6 @@ step = st.tuples(st.sampled_from(STEPS), st.integers(0, 9), st.integers(0, 9))
 
 @settings(
     max_examples=60,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

@@ -74,7 +74,7 @@ def test_rounding_goes_to_the_nearest_and_up_on_a_tie():
     assert rounded(43.9, [40, 48, 56]) == 40
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(9, 80), min_size=1, max_size=6),
     removed=st.floats(0.05, 0.8),

@@ -298,7 +298,7 @@ def test_units_that_do_not_matter_give_in_proportion():
     assert curves.proposal(fake_space(curves))(0.45) == pytest.approx({"a": 55, "b": 22})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     falls=st.lists(
         st.lists(st.floats(-0.5, 1e3).map(lambda x: round(x, 2)), min_size=9, max_size=9),

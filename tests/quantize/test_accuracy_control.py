@@ -85,6 +85,23 @@ def test_without_labels_the_outputs_are_the_limit(
     assert q.plan.warnings[0].endswith("dB with every layer quantized")
 
 
+def test_multiply_adds_in_float_can_count_instead_of_layers(
+    small: nn.Module, images: Images, batches: list[Tensor]
+) -> None:
+    macs = {row.name: row.macs for row in sk.profile(small, images(1)).layers}
+    whole = ptq(small, images(1), calibration=batches)
+    distance = OutputDistance(small, [sk.Inputs((x,)) for x in batches])
+    least = decibels(distance.noise(whole)) + 3
+    left = {}
+    for fewest in ("layers", "macs"):
+        q = ptq(small, images(1), calibration=batches, min_sqnr=least, fewest=fewest)
+        assert decibels(distance.noise(q)) >= least
+        left[fewest] = [name for name in LAYERS if name not in integer_layers(q.plan)]
+    spent = {fewest: sum(macs[name] for name in names) for fewest, names in left.items()}
+    assert len(left["layers"]) <= len(left["macs"]) < len(LAYERS)
+    assert 0 < spent["macs"] < spent["layers"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "where"),
     [
@@ -93,6 +110,7 @@ def test_without_labels_the_outputs_are_the_limit(
         ({"min_sqnr": 300}, "min_sqnr"),
         ({"min_sqnr": 20, "max_drop": 1, "evaluate": lambda _: 1.0}, "min_sqnr"),
         ({"min_sqnr": 20, "mode": "dynamic", "calibration": None}, "calibration"),
+        ({"min_sqnr": 20, "fewest": "flops"}, "fewest"),
     ],
 )
 def test_limits_that_make_no_sense(
@@ -230,7 +248,7 @@ class _Module(nn.Module):
         self.in_float = in_float
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.integers(0, 60), st.randoms())
 def test_no_layer_is_left_in_float_without_need(costs: list[int], limit: int, random: Any) -> None:
     layers = tuple(f"layer{number}" for number in range(len(costs)))
@@ -244,14 +262,15 @@ def test_no_layer_is_left_in_float_without_need(costs: list[int], limit: int, ra
     if trials.meets(()):
         return
     ranked = sorted(layers, key=lambda name: -cost[name])
-    fewest = _fewest(trials, ranked)
+    fewest = _fewest(trials, ranked, dict.fromkeys(layers, 1))
     assert fewest is not None
     dropped = sum(costs) - sum(cost[name] for name in fewest)
     assert dropped <= limit
     by_size = sorted(costs, reverse=True)
     assert len(fewest) == next(k for k in range(10) if sum(by_size[k:]) <= limit)
     shuffled = random.sample(ranked, len(ranked))  # a ranking that is wrong wastes no layer either
-    some = _fewest(trials, shuffled)
+    prices = {name: random.randint(1, 9) for name in layers}
+    some = _fewest(trials, shuffled, prices)
     assert some is not None
     assert sum(costs) - sum(cost[name] for name in some) <= limit
     for name in some:

@@ -68,8 +68,11 @@ def test_observers_can_be_frozen_early(small: nn.Module, images: Images) -> None
     assert torch.equal(q.quantizers["relu_relu"].scale, before)
 
 
-def test_a_resumed_training_equals_an_uninterrupted_one(small: nn.Module, images: Images) -> None:
-    q = qat(small, images(1), observe_steps=4)
+@pytest.mark.parametrize("scales", ["observed", "lsq"])
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    small: nn.Module, images: Images, scales: str
+) -> None:
+    q = qat(small, images(1), observe_steps=4, scales=scales)
     q.model.get_submodule("dropout").p = 0.0
     fresh = copy.deepcopy(q)
     train(q, images, 2)

@@ -46,7 +46,7 @@ def least(items: Any, budget: int) -> float | None:
     return min((loss for cost, loss in sums if cost <= budget), default=None)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ITEMS, st.integers(0, 200))
 def test_the_choice_is_the_best_of_all(items: Any, budget: int) -> None:
     costs, losses = parts(items)
@@ -60,7 +60,7 @@ def test_the_choice_is_the_best_of_all(items: Any, budget: int) -> None:
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ITEMS, st.integers(0, 200))
 def test_a_short_front_costs_no_more_than_a_slightly_smaller_budget(
     items: Any, budget: int

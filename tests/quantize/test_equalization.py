@@ -77,7 +77,7 @@ def test_pairs_end_where_a_value_has_two_readers() -> None:
     assert next(link for link in links(graph) if str(link) == "last → fc1").repeats == 16
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 1000),
     granularity=st.sampled_from(["tensor", "channel"]),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,7 +47,6 @@ def test_the_gradients_of_lsq_by_hand() -> None:
     assert float(for_step) == pytest.approx(expected, rel=1e-5)
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     zero_point=st.integers(0, 15),

@@ -161,20 +161,6 @@ def test_saving_loading_and_a_state_dict_keep_the_scales(
     assert {p.requires_grad for p in offsets if p is not None} == {True, False}
 
 
-def test_a_resumed_training_equals_an_uninterrupted_one(small: nn.Module, images: Images) -> None:
-    q = qat(small, images(1), observe_steps=2, scales="lsq")
-    q.model.get_submodule("dropout").p = 0.0
-    fresh = copy.deepcopy(q)
-    train(q, images, 3)
-    fresh.load_state_dict(q.state_dict())
-    train(q, images, 3)
-    train(fresh, images, 3)
-    for (name, ours), theirs in zip(
-        q.state_dict().items(), fresh.state_dict().values(), strict=True
-    ):
-        assert torch.equal(ours, theirs), name
-
-
 def test_zeros_stay_zero_and_zero_points_whole(small: nn.Module, images: Images) -> None:
     with torch.no_grad():
         small.get_parameter("branch.weight")[::2] = 0.0
@@ -202,7 +188,7 @@ def test_a_lost_step_size_comes_back_positive() -> None:
     assert torch.equal(quantizer.scale, quantizer.step_size)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), shrink=st.floats(0.01, 2.0), per_channel=st.booleans())
 def test_no_pair_exceeds_sixteen_bits_wherever_the_step_size_goes(
     seed: int, shrink: float, per_channel: bool

@@ -80,7 +80,7 @@ def test_a_norm_with_other_readers_is_left_alone() -> None:
         ptq(Elsewhere(), x, calibration=[x], methods=["smoothquant"])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 1000),
     norm=st.sampled_from(["layer", "rms", "written"]),

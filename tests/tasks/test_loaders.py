@@ -153,7 +153,7 @@ def test_cutout_blackens_a_square() -> None:
     st.sampled_from([None, 0.3, 1.0]),
     st.integers(0, 4),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_shape_and_type_are_kept(
     count: int, height: int, width: int, channels: int,
     crop: int, flip: bool, scale: float | None, cutout: int,
@@ -174,7 +174,7 @@ def test_drawn_parts_stay_inside_the_image() -> None:
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=60), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_stratified_split_is_exact_and_proportional(values: list[int], data: st.DataObject) -> None:
     labels = torch.tensor(values)
     wanted = data.draw(st.integers(0, len(values) - 1))

@@ -73,6 +73,10 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
             show_default="everything is quantized",
         ),
     ] = None,
+    fewest: Annotated[
+        str,
+        typer.Option(help="What stays in float as little as possible for either: layers or macs."),
+    ] = "layers",
 ) -> None:
     """Turn a trained network into an ONNX file of integers, without training (PTQ)."""
     import torch
@@ -109,6 +113,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
         evaluate=None if max_drop is None else _on_validation_images(splits),
         max_drop=max_drop,
         min_sqnr=min_sqnr,
+        fewest=fewest,
         progress=True,
     )
     metadata = model_metadata(splits.preprocessing, splits.classes)

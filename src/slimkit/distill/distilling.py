@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from slimkit.distill.comparing import Comparison, Given
 from slimkit.distill.delivering import Deliveries, Delivery, parse_deliveries
 from slimkit.distill.intercepting import ForwardScope
-from slimkit.distill.interface import DistillLoss, parse_losses
+from slimkit.distill.interface import DistillLoss, parse_losses, unique_names
 from slimkit.distill.recording import Recorder, main_tensor, probing, run
-from slimkit.distill.records import OUTPUT, Record, Tap
+from slimkit.distill.records import OUTPUT, Tap
 from slimkit.distill.remembering import AnswerCache
 from slimkit.distill.teacher import FrozenTeacher, TeacherPrecision
 from slimkit.distill.weighting import (
@@ -95,8 +95,9 @@ class Distiller:
         self.losses = parse_losses(losses, where="losses")
         if not self.losses:
             raise InputError("there is nothing to distil", where="losses", hint="pass [KD()]")
-        self._names = _unique_names(self.losses)
+        self._names = unique_names(self.losses)
         teachers = named_teachers(teacher)
+        _check_named(() if isinstance(precision, str) else precision, teachers, "precision")
         self._by_confidence = teacher_weights == "confidence" and len(teachers) > 1
         self._given_weights = teacher_weights is not None and teacher_weights != "confidence"
         self._weights = fixed_weights(teacher_weights, list(teachers))
@@ -375,23 +376,15 @@ class Distiller:
 
 def _group(loss: DistillLoss, index: int, names: Sequence[str]) -> list[str]:
     """The teachers that a loss learns from."""
-    for number, name in enumerate(loss.teachers):
-        if name not in names:
-            raise InputError(
-                f"there is no teacher {name!r}",
-                where=f"losses.{index}.teachers.{number}",
-                hint=nearest(name, names),
-            )
+    _check_named(loss.teachers, names, f"losses.{index}.teachers")
     return list(loss.teachers) or list(names) or [SINGLE]
 
 
-def _unique_names(losses: Iterable[DistillLoss]) -> list[str]:
-    """``kd``, ``mimic:layer3``, and ``kd#2`` for a second one."""
-    names: list[str] = []
-    for loss in losses:
-        record = loss.student
-        text = str(record) if isinstance(record, Record) else record
-        base = f"{loss.type}:{text}" if text else loss.type
-        number = sum(name.split("#")[0] == base for name in names)
-        names.append(f"{base}#{number + 1}" if number else base)
-    return names
+def _check_named(names: Iterable[str], teachers: Collection[str], where: str) -> None:
+    for place, name in enumerate(names):
+        if name not in teachers:
+            raise InputError(
+                f"there is no teacher {name!r}",
+                where=f"{where}.{place}" if isinstance(names, Sequence) else f"{where}.{name}",
+                hint=nearest(name, teachers),
+            )

@@ -26,27 +26,38 @@ __all__ = [
 ]
 
 
-class FeatureLoss(DistillLoss):
-    """Base of losses on a layer, with a connector where the two networks' shapes differ.
+class OptionalLayerLoss(DistillLoss):
+    """Base of losses on a layer or on the outputs.
 
     Attributes:
-        student: path of the student's layer (required).
-        connector: ``"auto"`` adds a 1×1 convolution only where the widths differ and resizes
-            only where the maps differ; ``"none"`` adds nothing; a name, a mapping or a list
-            builds what it says, see :mod:`slimkit.distill.connectors`.
+        connector: between layers whose shapes differ; the outputs of the networks are compared
+            as they are. ``"auto"`` adds a 1×1 convolution only where the widths differ and
+            resizes only where the maps differ; ``"none"`` adds nothing; a name, a mapping or a
+            list builds what it says, see :mod:`slimkit.distill.connectors`.
     """
 
-    student: RecordPath
     connector: Annotated[Choice, ConnectorField()] = "auto"
 
     @property
     def needs_shapes(self) -> bool:
         """See the base class."""
-        return self.connector != "none"
+        return self.student is not None and self.connector != "none"
 
     def connect(self, student: Shape, teacher: Shape) -> nn.Module | None:
         """See the base class."""
+        if self.student is None:
+            return None
         return connect(self.connector, student, teacher, where=str(self.student))
+
+
+class FeatureLoss(OptionalLayerLoss):
+    """Base of losses on a layer.
+
+    Attributes:
+        student: path of the student's layer (required).
+    """
+
+    student: RecordPath
 
 
 @DISTILL_LOSSES.register("mimic")
@@ -65,27 +76,6 @@ class Mimic(FeatureLoss):
     ) -> Tensor:
         """See the base class."""
         return losses.mimic(student, teacher, self.normalize, sample_weights)
-
-
-class OptionalLayerLoss(DistillLoss):
-    """Base of losses on a layer or on the outputs.
-
-    Attributes:
-        connector: as in ``mimic``; the outputs of the networks are compared as they are.
-    """
-
-    connector: Annotated[Choice, ConnectorField()] = "auto"
-
-    @property
-    def needs_shapes(self) -> bool:
-        """See the base class."""
-        return self.student is not None and self.connector != "none"
-
-    def connect(self, student: Shape, teacher: Shape) -> nn.Module | None:
-        """See the base class."""
-        if self.student is None:
-            return None
-        return connect(self.connector, student, teacher, where=str(self.student))
 
 
 @DISTILL_LOSSES.register("l1")

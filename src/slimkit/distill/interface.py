@@ -16,7 +16,7 @@ after which ``distill: [{type: soft_l1, weight: 0.5}]`` works in every recipe. W
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,7 +29,7 @@ from slimkit.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["DISTILL_LOSSES", "DistillLoss", "Shape", "parse_losses"]
+__all__ = ["DISTILL_LOSSES", "DistillLoss", "Shape", "parse_losses", "unique_names"]
 
 Shape = tuple[int, ...]
 
@@ -167,6 +167,16 @@ class DistillLoss(BaseModel, ABC):
     @abstractmethod
     def compute(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, unweighted, a scalar; every loss names the arguments that it needs."""
+
+
+def unique_names(losses: Iterable[DistillLoss]) -> list[str]:
+    """What reports call each loss: ``kd``, ``mimic:layer3``, and ``kd#2`` for a second one."""
+    names: list[str] = []
+    for loss in losses:
+        base = loss.type if loss.student is None else f"{loss.type}:{loss.student}"
+        number = sum(name.split("#")[0] == base for name in names)
+        names.append(f"{base}#{number + 1}" if number else base)
+    return names
 
 
 def parse_losses(

@@ -70,26 +70,17 @@ class AttentionTransfer(FeatureLoss):
 
 
 @DISTILL_LOSSES.register("fsp")
-class FSP(DistillLoss):
+class FSP(FeatureLoss):
     """The flow from one layer to a later one (Yim et al. 2017); see :func:`slimkit.losses.fsp`.
 
     Attributes:
-        student: path of the student's earlier layer (required).
-        student_late: path of its later layer (required).
+        student_late: path of the student's later layer (required); ``student`` is the earlier one.
         teacher_late: path in the teacher; None for the same as ``student_late``.
-        connector: for both layers of the student; as in ``mimic``.
     """
 
     type: Literal["fsp"] = "fsp"
-    student: RecordPath
     student_late: RecordPath
     teacher_late: RecordPath | None = None
-    connector: Annotated[Choice, ConnectorField()] = "auto"
-
-    @property
-    def needs_shapes(self) -> bool:
-        """See the base class."""
-        return self.connector != "none"
 
     def parts(
         self, shapes: Mapping[str, Shape], layers: Mapping[str, nn.Module]

@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from torch import Tensor
 
 from slimkit.artifact import PathLike
-from slimkit.errors import InputError
+from slimkit.errors import InputError, nearest
+from slimkit.measure.profiling import profile
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated, refuse_test_data
 from slimkit.quantize.layer_sensitivity import measure_sensitivity, noise_scorer, units_of
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from slimkit.quantize.methods import Work
     from slimkit.quantize.wrapper import QuantizedModel
 
-__all__ = ["AccuracyLimit", "accuracy_limit"]
+__all__ = ["AccuracyLimit", "Fewest", "accuracy_limit"]
 
+Fewest = Literal["layers", "macs"]
+"""What of the network is left in float as little as possible."""
 
 RANKED = 2
 """Calibration batches that layers are ranked on; it is one forward per layer and batch."""
@@ -43,12 +46,15 @@ class AccuracyLimit:
         evaluate: the metric, higher is better; None compares outputs with those of the float
             network, on the calibration batches.
         file: where the sensitivity of the layers is kept; None keeps it nowhere.
+        fewest: what is left in float as little as possible: ``"layers"``, or ``"macs"``, the
+            multiply-adds that the network spends in them.
     """
 
     max_drop: float
     base: float
     evaluate: Evaluate | None = None
     file: PathLike | None = None
+    fewest: Fewest = "layers"
 
     @property
     def subject(self) -> str:
@@ -86,12 +92,13 @@ class AccuracyLimit:
     def keep(
         self, work: Work, *, float_outputs: Collection[str], originals: Mapping[str, Tensor]
     ) -> QuantizedModel:
-        """Put as few layers back to float as it takes.
+        """Put as few layers, or multiply-adds, back to float as it takes.
 
         Layers are ranked by the noise that each alone makes in the outputs, on the first
-        calibration batches. The smallest number of them, from the top, that meets the limit is
-        found by doubling and bisection; then those that turn out not to be needed become integer
-        again. Every candidate is evaluated for real.
+        calibration batches, per multiply-add where these count. The smallest number of them, from
+        the top, that meets the limit is found by doubling and bisection; then those that turn out
+        not to be needed become integer again, the dearest first. Every candidate is evaluated for
+        real.
 
         Args:
             work: what is quantized, in every layer.
@@ -112,7 +119,8 @@ class AccuracyLimit:
                 trials.show = show
                 if not switches.layers or trials.meets(()):
                     return work.quantized
-                found = _fewest(trials, self._ranked(work, switches))
+                costs = self._costs(work, switches)
+                found = _fewest(trials, self._ranked(work, switches, costs), costs)
         except EvaluationError as error:
             error.model = work.quantized
             raise
@@ -120,7 +128,14 @@ class AccuracyLimit:
         plan = self._told(switches, trials, in_float, reached=found is not None)
         return switches.leave(in_float, plan)
 
-    def _ranked(self, work: Work, switches: LayerSwitches) -> list[str]:
+    def _costs(self, work: Work, switches: LayerSwitches) -> dict[str, int]:
+        """What each layer costs in float, in the unit of :attr:`fewest`."""
+        if self.fewest == "layers":
+            return dict.fromkeys(switches.layers, 1)
+        macs = {row.name: row.macs for row in profile(work.reference, work.example).layers}
+        return {layer: max(1, macs.get(layer, 0)) for layer in switches.layers}
+
+    def _ranked(self, work: Work, switches: LayerSwitches, costs: Mapping[str, int]) -> list[str]:
         table = measure_sensitivity(
             switches,
             noise_scorer(work.reference, islice(work.inputs(), RANKED)),
@@ -129,7 +144,7 @@ class AccuracyLimit:
             file=self.file,
             progress=work.progress,
         )
-        return table.ranking()
+        return sorted(table.ranking(), key=lambda layer: -table.damage(layer) / costs[layer])
 
     def _told(
         self, switches: LayerSwitches, trials: _Trials, in_float: Sequence[str], *, reached: bool
@@ -160,6 +175,7 @@ def accuracy_limit(
     min_sqnr: Any,
     model: QuantizedModel,
     file: PathLike | None,
+    fewest: str = "layers",
 ) -> AccuracyLimit | None:
     """Check the arguments of :func:`~slimkit.quantize.ptq`, and evaluate the float network.
 
@@ -171,6 +187,10 @@ def accuracy_limit(
         DataError: ``evaluate`` holds test data.
         EvaluationError: it failed on the float network.
     """
+    if fewest not in get_args(Fewest):
+        hint = nearest(fewest, get_args(Fewest))
+        raise InputError(f"expected layers or macs, got {fewest!r}", where="fewest", hint=hint)
+    few = cast("Fewest", fewest)
     if min_sqnr is not None:
         if max_drop is not None or evaluate is not None:
             raise InputError(
@@ -181,7 +201,7 @@ def accuracy_limit(
         lowest = _number(min_sqnr, "min_sqnr")
         if lowest >= MOST_DB:
             raise InputError(f"expected less than {MOST_DB:g} dB", where="min_sqnr", hint="20")
-        return AccuracyLimit(0.0, lowest, file=file)
+        return AccuracyLimit(0.0, lowest, file=file, fewest=few)
     if max_drop is None:
         if evaluate is not None:
             raise InputError("evaluate needs it", where="max_drop", hint="max_drop=0.5")
@@ -190,7 +210,7 @@ def accuracy_limit(
     refuse_test_data(evaluate)
     assert evaluate is not None
     base = evaluated(evaluate, model.model, "the float network")
-    return AccuracyLimit(most, base, evaluate, file)
+    return AccuracyLimit(most, base, evaluate, file, few)
 
 
 def _number(value: Any, where: str) -> float:
@@ -233,7 +253,9 @@ class _Trials:
         return min(self.tried, key=lambda layers: (self.drops[frozenset(layers)], len(layers)))
 
 
-def _fewest(trials: _Trials, ranked: Sequence[str]) -> tuple[str, ...] | None:
+def _fewest(
+    trials: _Trials, ranked: Sequence[str], costs: Mapping[str, int]
+) -> tuple[str, ...] | None:
     """Layers to leave in float so that the limit holds; None if that is out of reach.
 
     The whole network is known not to meet it.
@@ -250,7 +272,8 @@ def _fewest(trials: _Trials, ranked: Sequence[str]) -> tuple[str, ...] | None:
         else:
             fails = middle
     needed = list(ranked[:count])
-    for layer in reversed(ranked[: count - 1]):  # the last one is known to be needed
+    last_first = reversed(ranked[: count - 1])  # the very last one is known to be needed
+    for layer in sorted(last_first, key=lambda layer: -costs[layer]):
         fewer = [other for other in needed if other != layer]
         if trials.meets(fewer):
             needed = fewer

@@ -52,6 +52,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
     min_sqnr: float | None = None,
+    fewest: str = "layers",
     sensitivity: PathLike | None = None,
     progress: bool = False,
 ) -> QuantizedModel:
@@ -86,6 +87,8 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             this, in its own unit (0.5 points of a metric in percent); the plan names them.
         min_sqnr: the same without labels: the outputs on the calibration batches must lie so many
             dB above their difference from the float network's, 0 to 200; 20 to 30 are usual.
+        fewest: what is left in float as little as possible for either limit: ``"layers"``, or
+            ``"macs"``, the multiply-adds in them, which is what they cost at run time.
         sensitivity: file for what either of them measures of every layer, so that an interrupted
             call need not measure it again.
         progress: show on standard error how far it is.
@@ -124,7 +127,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     )
     if methods is None and calibration is not None:
         chosen = usual_methods(quantized.plan)
-    limit = accuracy_limit(evaluate, max_drop, min_sqnr, quantized, sensitivity)
+    limit = accuracy_limit(evaluate, max_drop, min_sqnr, quantized, sensitivity, fewest)
     given = () if calibration is None else calibration
     data = Batches(given, example, batches, keep=bool(chosen) or limit is not None)
 

@@ -6,13 +6,13 @@ for the range, so that they read the data once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from slimkit.quantize.histograms import Histogram
-from slimkit.quantize.observers import OBSERVERS
+from slimkit.quantize.observers import OBSERVERS, Counting
 from slimkit.quantize.scales import affine_parameters
 from slimkit.quantize.targets import NumberFormat
 
@@ -24,7 +24,7 @@ _GRID = 5  # values of each end that MSE compares in one round
 
 @OBSERVERS.register("kl")
 @dataclass(eq=False)
-class KL:
+class KL(Counting):
     """The range whose quantized histogram diverges least from the histogram (entropy calibration).
 
     Migacz, "8-bit inference with TensorRT", GTC 2017; compared with others by Wu et al., 2020
@@ -37,20 +37,7 @@ class KL:
     A range holds at least half of the values, and has at least as many bins as the format has
     integers, because there is nothing to compare below. However far an outlier lies, an 8-bit
     range of 8192 bins does not get narrower than 1/32 to 1/8 of its magnitude.
-
-    Attributes:
-        bins: of the :class:`~slimkit.quantize.histograms.Histogram`.
     """
-
-    bins: int = 8192
-    _histogram: Histogram = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._histogram = Histogram(self.bins)
-
-    def update(self, x: Tensor) -> None:
-        """Count the values of ``x``."""
-        self._histogram.add(x)
 
     def range(self, form: NumberFormat) -> tuple[Tensor, Tensor]:
         """See :class:`~slimkit.quantize.observers.Observer`."""
@@ -134,7 +121,7 @@ def divergences(counts: Tensor, first: Tensor, stop: Tensor, levels: int) -> Ten
 
 @OBSERVERS.register("mse")
 @dataclass(eq=False)
-class MSE:
+class MSE(Counting):
     """The range with the smallest expected squared error, clipping and rounding together.
 
     Nagel et al., 2021 (https://arxiv.org/abs/2106.08295, section 3.1). The error is that of
@@ -144,20 +131,7 @@ class MSE:
     the best one with half the distances, until they are below a bin. That finds the best
     range, or one as good, because clipping error and rounding error (step² / 12) are convex
     functions of the two ends, up to ripples where a step is as wide as most of the values.
-
-    Attributes:
-        bins: of the :class:`~slimkit.quantize.histograms.Histogram`.
     """
-
-    bins: int = 8192
-    _histogram: Histogram = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._histogram = Histogram(self.bins)
-
-    def update(self, x: Tensor) -> None:
-        """Count the values of ``x``."""
-        self._histogram.add(x)
 
     def range(self, form: NumberFormat) -> tuple[Tensor, Tensor]:
         """See :class:`~slimkit.quantize.observers.Observer`."""

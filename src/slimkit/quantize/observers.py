@@ -24,6 +24,7 @@ from slimkit.registry import Registry
 
 __all__ = [
     "OBSERVERS",
+    "Counting",
     "MeanOfMaxima",
     "MinMax",
     "MovingAverage",
@@ -179,9 +180,28 @@ class MeanOfMaxima:
         return _seen(self._range)
 
 
+@dataclass(eq=False)
+class Counting:
+    """Base of observers that count values in a histogram of fixed size.
+
+    Attributes:
+        bins: of the :class:`~slimkit.quantize.histograms.Histogram`.
+    """
+
+    bins: int = field(default=8192, kw_only=True)
+    _histogram: Histogram = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._histogram = Histogram(self.bins)
+
+    def update(self, x: Tensor) -> None:
+        """Count the values of ``x``."""
+        self._histogram.add(x)
+
+
 @OBSERVERS.register("percentile")
 @dataclass(eq=False)
-class Percentile:
+class Percentile(Counting):
     """The range without the outermost values, from a histogram of fixed size.
 
     Wu et al., 2020 (https://arxiv.org/abs/2004.09602, section 5) find 99.99 to 99.9999 good
@@ -191,24 +211,17 @@ class Percentile:
     Attributes:
         percentile: share of the values, in per cent, that each end of the range covers, above
             50 and up to 100: 99.99 leaves the smallest 0.01 % and the largest 0.01 % outside.
-        bins: of the :class:`~slimkit.quantize.histograms.Histogram`.
 
     Raises:
         InputError: a setting is out of range.
     """
 
     percentile: float = 99.99
-    bins: int = 8192
-    _histogram: Histogram = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 50.0 < self.percentile <= 100.0:
             raise InputError(f"{self.percentile} is not in (50, 100]", where="percentile")
-        self._histogram = Histogram(self.bins)
-
-    def update(self, x: Tensor) -> None:
-        """Count the values of ``x``."""
-        self._histogram.add(x)
+        super().__post_init__()
 
     def range(self, form: NumberFormat) -> tuple[Tensor, Tensor]:
         """See :class:`Observer`; the same for every format."""

@@ -154,6 +154,8 @@ class PtqStage(QuantizeOptions, Stage):
             images to fall by no more than so many points; null quantizes everything.
         min_sqnr: the same without labels: the outputs on the calibration images must lie so many dB
             above their difference from the float network's.
+        fewest: what is left in float as little as possible for either: layers, or the
+            multiply-adds in them.
     """
 
     version: ClassVar[int] = 3
@@ -161,6 +163,7 @@ class PtqStage(QuantizeOptions, Stage):
     methods: tuple[Annotated[Any, METHOD], ...] | None = None
     max_drop: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     min_sqnr: float | None = Field(default=None, ge=0, lt=200)
+    fewest: Literal["layers", "macs"] = "layers"
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -195,6 +198,7 @@ class PtqStage(QuantizeOptions, Stage):
             if self.methods is None
             else [build_method(METHOD, choice, {}) for choice in self.methods],
             min_sqnr=self.min_sqnr,
+            fewest=self.fewest,
             sensitivity=file,
             progress=context.progress,
             **limit,

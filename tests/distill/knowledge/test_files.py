@@ -241,7 +241,7 @@ def test_several_devices_write_every_sample_once(tmp_path: Path) -> None:
     torch.testing.assert_close(found.float(), expected, atol=5e-3, rtol=5e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 9),
     shape=st.lists(st.integers(1, 4), min_size=0, max_size=4),

@@ -93,6 +93,15 @@ def test_a_rule_that_cannot_be_followed(rule: object, message: str) -> None:
         Knowledge(sources, merge=rule)
 
 
+def test_somebody_must_count_who_knows_a_key() -> None:
+    other = ListSource("other")
+    other.schema = ToyTeacher(key="layer3").schema
+    sources = [other, ListSource("one"), ListSource("two")]
+    with pytest.raises(InputError, match="all teachers that know logits have weight 0"):
+        Knowledge(sources, merge=[1.0, 0.0, 0.0])
+    Knowledge(sources, merge=[0.0, 0.0, 1.0])  # layer3 comes from one alone, whatever it weighs
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

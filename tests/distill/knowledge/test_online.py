@@ -201,6 +201,8 @@ def test_tls_knows_the_teacher_and_the_student(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=r"none\.pem"):
             opened(running.address, trust=Trust(roots=tmp_path / "none.pem"))
     with serve(ToyTeacher(), tls=TLSFiles(crt, key, client_ca=own)) as running:
+        with pytest.raises(InputError, match="key: the key that belongs to it is missing"):
+            opened(running.address, trust=Trust(roots=crt, certificate=own))
         shown = Trust(roots=crt, certificate=own, key=own_key)
         assert opened(running.address, trust=shown).schema == running.teacher.schema
         with pytest.raises(TeacherError, match="no answer"):

@@ -13,6 +13,7 @@ from knowledge_helpers import ToyTeacher, batches, digits_splits, network, toy_r
 from slimkit.distill.knowledge import (
     Knowledge,
     NetworkTeacher,
+    OnlineTeacher,
     Patience,
     Question,
     TeacherPool,
@@ -85,13 +86,16 @@ def test_a_pool_can_be_served_as_one_teacher() -> None:
         server.close()
 
 
-def test_teachers_of_a_pool_know_the_same() -> None:
+def test_teachers_of_a_pool_know_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(OnlineTeacher, "close", lambda teacher: closed.append(teacher.name))
     with (
         serve(ToyTeacher()) as one,
         serve(ToyTeacher(teacher="other")) as other,
         pytest.raises(DataError, match=f"{other.address}: it is another teacher"),
     ):
         pool_of([one, other])
+    assert closed == [one.address, other.address]
     with pytest.raises(InputError, match="needs a teacher"):
         TeacherPool(np.arange(3), [])
 
@@ -125,6 +129,22 @@ def test_a_ray_cluster_serves_parts_and_restarts_what_dies() -> None:
         assert killed == 2
         torch.testing.assert_close(torch.cat(answers), expected)
         pool.close()
+    finally:
+        ray.shutdown()
+
+
+def test_actors_that_find_no_place_are_an_error() -> None:
+    ray = pytest.importorskip("ray", reason="pip install 'slimkit[distributed]'")
+    try:
+        with pytest.raises(TeacherError, match="has not started within 2 s") as caught:
+            ray_pool(
+                small_teacher,
+                1,
+                insecure=True,
+                patience=Patience(1.0, 2.0),
+                actor_options={"num_cpus": 100_000},
+            )
+        assert "num_cpus" in caught.value.hint
     finally:
         ray.shutdown()
 

@@ -96,6 +96,7 @@ class Connection:
 
     Raises:
         TeacherError: no answer in time, a bad token, or not a teacher.
+        InputError: a certificate without its key, or the other way round.
     """
 
     def __init__(
@@ -185,6 +186,8 @@ class Connection:
                 found = ids_of(chunk.data, expected, self.address)
                 if not np.array_equal(found, question.ids[rows : rows + len(found)]):
                     raise TeacherError("it answered about other samples", where=self.address)
+                if len(found) == 0:  # or it could keep us here without ever telling anything
+                    raise TeacherError("it answered about no samples", where=self.address)
                 rows += len(found)
                 received.append(chunk.data)
                 self._heard = time.monotonic()
@@ -303,6 +306,9 @@ class Connection:
         options: dict[str, Any] = {}
         if trust.roots is not None:
             options["tls_root_certs"] = read_file(trust.roots)
+        if (trust.certificate is None) != (trust.key is None):
+            missing = "certificate" if trust.certificate is None else "key"
+            raise InputError(f"the {missing} that belongs to it is missing", where=missing)
         if trust.certificate is not None and trust.key is not None:
             options["cert_chain"] = read_file(trust.certificate)
             options["private_key"] = read_file(trust.key)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.distill.comparing import Comparison, Given
-from slimkit.distill.interface import DistillLoss, parse_losses
+from slimkit.distill.interface import DistillLoss, parse_losses, unique_names
 from slimkit.distill.knowledge.mixing import Knowledge
 from slimkit.distill.knowledge.schema import LOGITS
 from slimkit.distill.recording import Recorder, main_tensor, probing, run
@@ -85,6 +85,7 @@ class KnowledgeDistiller:
         self.losses = parse_losses(losses, where="losses")
         if not self.losses:
             raise InputError("there is nothing to distil", where="losses", hint="pass [KD()]")
+        self._names = unique_names(self.losses)
         self.knowledge = knowledge
         outline = Outline(name for name in knowledge.names if name != LOGITS)
         self._comparison = Comparison(list(enumerate(self.losses)), student, outline)
@@ -143,10 +144,7 @@ class KnowledgeDistiller:
                 factor * values[index] if index in values else torch.zeros((), device=device)
                 for index, factor in enumerate(factors)
             ]
-            self.last = {
-                f"{loss.type}:{index}": terms[index].detach()
-                for index, loss in enumerate(self.losses)
-            }
+            self.last = {n: t.detach() for n, t in zip(self._names, terms, strict=True)}
             return torch.stack(terms).sum()
 
     def take(self, epoch: int) -> dict[str, Tensor]:

@@ -78,6 +78,5 @@ def merge(records: Sequence[Tensor], rule: Merge, key: str, teachers: Sequence[i
         weights = stacked.softmax(2).amax(2, keepdim=True)  # (teachers, B, 1)
         return (stacked * weights).sum(0) / weights.sum(0)
     chosen = torch.tensor([float(rule[place]) for place in teachers])
-    total = chosen.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    weighted: Tensor = torch.tensordot(chosen / total, stacked, dims=1)
+    weighted: Tensor = torch.tensordot(chosen / chosen.sum(), stacked, dims=1)
     return weighted

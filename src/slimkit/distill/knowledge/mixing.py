@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -220,26 +220,31 @@ class Knowledge:
                         where=source.name,
                         hint="teachers of one student must know the same samples and classes",
                     )
-        if isinstance(self._merge, dict):
-            known = {name for source in self.sources for name in source.schema.names}
-            for name in self._merge:
-                if name not in known:
-                    raise InputError(
-                        f"no teacher knows {name!r}", where="merge", hint=nearest(name, known)
-                    )
-        self._check_confidence()
+        self._check_rules()
 
-    def _check_confidence(self) -> None:
-        for source in self.sources:
-            for key in source.schema.keys:
-                rule = self._merge.get(key.name) if isinstance(self._merge, dict) else self._merge
-                shared = sum(key.name in other.schema.names for other in self.sources) > 1
-                if rule == "confidence" and shared and len(key.shape) != 1:
-                    raise InputError(
-                        f"{key.name} of shape {key.shape} holds no class scores",
-                        where="merge",
-                        hint="merge: {logits: confidence} leaves the others to the mean",
-                    )
+    def _check_rules(self) -> None:
+        """Every rule is of a key that there is, and suits the teachers that have it."""
+        having: dict[str, list[int]] = {}
+        for place, source in enumerate(self.sources):
+            for name in source.schema.names:
+                having.setdefault(name, []).append(place)
+        rule_of = self._merge
+        rules = rule_of if isinstance(rule_of, Mapping) else dict.fromkeys(having, rule_of)
+        for name, rule in rules.items():
+            if name not in having:
+                raise InputError(
+                    f"no teacher knows {name!r}", where="merge", hint=nearest(name, having)
+                )
+            if len(having[name]) == 1:
+                continue
+            if rule == "confidence" and len(self.shape(name)) != 1:
+                raise InputError(
+                    f"{name} of shape {self.shape(name)} holds no class scores",
+                    where="merge",
+                    hint="merge: {logits: confidence} leaves the others to the mean",
+                )
+            if not isinstance(rule, str) and not sum(rule[place] for place in having[name]):
+                raise InputError(f"all teachers that know {name} have weight 0", where="merge")
 
 
 def open_source(

@@ -73,17 +73,20 @@ class TeacherPool:
         self._ids = np.unique(ids)
         parts = np.array_split(self._ids, len(addresses))
         self.parts = [part for part in parts if len(part)]
-        self._members = [
-            _Member(address, trust, patience or Patience())
-            for address, _ in zip(addresses, self.parts, strict=False)
-        ]
+        self._members: list[_Member] = []
+        try:
+            for address, _ in zip(addresses, self.parts, strict=False):
+                member = _Member(address, trust, patience or Patience())
+                self._members.append(member)
+                first = self._members[0].teacher
+                if member.teacher.schema != first.schema:
+                    raise DataError(
+                        f"it is another teacher than {first.name}", where=member.teacher.name
+                    )
+        except BaseException:
+            self.close()
+            raise
         self.schema = self._members[0].teacher.schema
-        for member in self._members[1:]:
-            if member.teacher.schema != self.schema:
-                raise DataError(
-                    f"it is another teacher than {self._members[0].teacher.name}",
-                    where=member.teacher.name,
-                )
         self.parallel = len(self._members)
         self.batch_size = sum(member.teacher.batch_size for member in self._members)
 
@@ -226,7 +229,7 @@ def ray_pool(
         tls: of their servers.
         insecure: let their servers do without both, in a network of their own.
         trust: of the student, with a token from the secret.
-        patience: how long to wait for a teacher that died to come back.
+        patience: how long to wait for a teacher to start, or to come back when it died.
         actor_options: for ``ray.remote``, such as ``{"num_gpus": 1}``.
 
     Returns:
@@ -235,7 +238,7 @@ def ray_pool(
     Raises:
         MissingDependencyError: Ray is not installed.
         InputError: not one teacher.
-        TeacherError: an actor cannot be started.
+        TeacherError: an actor cannot be started, or finds no free place in time.
     """
     try:
         import ray
@@ -249,10 +252,11 @@ def ray_pool(
         ray.init(log_to_driver=False, include_dashboard=False)
     options = {"secret": secret, "tls": tls, "insecure": insecure}
     remote = ray.remote(max_restarts=-1, max_task_retries=-1, **(actor_options or {}))(_Worker)
+    wait = (patience or Patience()).lost
     try:
         actors = [remote.remote(build, options) for _ in range(teachers)]
-        ids = np.asarray(ray.get(actors[0].ids.remote()), np.int64)
-        addresses = [_address_of(ray, actor) for actor in actors]
+        ids = np.asarray(_told(actors[0].ids, wait), np.int64)
+        addresses = [lambda actor=actor: _told(actor.address, wait) for actor in actors]
         return TeacherPool(ids, addresses, trust=trust, patience=patience, name="ray pool")
     except ray.exceptions.RayError as error:
         raise TeacherError(
@@ -261,6 +265,16 @@ def ray_pool(
         ) from error
 
 
-def _address_of(ray: Any, actor: Any) -> Callable[[], str]:
-    """Asks an actor where it serves; it may just be starting again."""
-    return lambda: str(ray.get(actor.address.remote()))
+def _told(method: Any, seconds: float) -> Any:
+    """What an actor says; it may still be starting, or starting again."""
+    import ray
+
+    try:
+        return ray.get(method.remote(), timeout=seconds)
+    except ray.exceptions.GetTimeoutError as error:
+        raise LostTeacherError(
+            f"a teacher has not started within {seconds:g} s",
+            where="ray_pool",
+            hint="where the cluster has no free CPU or GPU it waits for one: fewer teachers, or "
+            'actor_options={"num_cpus": 0}',
+        ) from error

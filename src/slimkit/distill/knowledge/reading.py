@@ -140,6 +140,8 @@ class KnowledgeFiles:
     def _pass(self, number: int) -> _Pass:
         if number not in self._passes:
             shards = [shard for shard in self.shards if shard.number == number]
+            if not shards:
+                raise DataError(f"it has no pass {number}", where=self.name)
             opened = [self._open(shard) for shard in shards]
             columns = tuple(columns for _, columns in opened)
             counts = [shard.rows for shard in shards]
