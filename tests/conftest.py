@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is imported: many small networks run faster side by side than wide.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,10 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# Ctrl-C is ignored in a shell's background job, and would be by all processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("slimkit", deadline=None)  # the machine may be busy
 settings.load_profile("slimkit")
