@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -45,8 +47,11 @@ def test_teachers_in_processes_and_files(example: ModuleType, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("example", ["teachers_anywhere"], indirect=True)
-def test_teachers_on_a_ray_cluster(example: ModuleType, tmp_path: Path) -> None:
+def test_teachers_on_a_ray_cluster(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray", reason="pip install 'slimkit[distributed]'")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # actors import the example
     accuracy = example.main(["--epochs", "2", "--out", str(tmp_path), "--ray"])
     assert min(accuracy.values()) > 30
 

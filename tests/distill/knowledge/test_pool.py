@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
@@ -111,8 +112,11 @@ def small_teacher() -> NetworkTeacher:
     return NetworkTeacher(network(1), samples, dtype="float32", precision="fp32", batch_size=4)
 
 
-def test_a_ray_cluster_serves_parts_and_restarts_what_dies() -> None:
+def test_a_ray_cluster_serves_parts_and_restarts_what_dies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ray = pytest.importorskip("ray", reason="pip install 'slimkit[distributed]'")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # actors import this file
     local = small_teacher()
     expected = network(1).eval()(local.samples.inputs(local.samples.ids, 0)).detach()
     try:
