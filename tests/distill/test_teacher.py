@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from distill_helpers import network
 from torch import Tensor, nn
 
 from slimkit.distill.distilling import Distiller
@@ -13,17 +14,6 @@ from slimkit.distill.settings import KD, Mimic
 from slimkit.distill.teacher import FrozenTeacher
 from slimkit.errors import ModelError
 from slimkit.inputs import as_inputs
-
-
-def network(width: int = 8) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(width, 4),
-    )
 
 
 def images(device: Any = "cpu") -> Tensor:
@@ -36,20 +26,20 @@ def inner(teacher: FrozenTeacher) -> nn.Module:
 
 
 def test_batch_norms_are_folded() -> None:
-    teacher = FrozenTeacher(network(), ["", "1"], precision="fp32")
+    teacher = FrozenTeacher(network(8), ["", "1"], precision="fp32")
     records = teacher(as_inputs(images()))
     assert isinstance(inner(teacher).get_submodule("1"), nn.Identity)
     assert set(records) == {"", "1"}
 
 
 def test_a_recorded_convolution_keeps_its_batch_norm() -> None:
-    teacher = FrozenTeacher(network(), ["0"], precision="fp32")
+    teacher = FrozenTeacher(network(8), ["0"], precision="fp32")
     teacher(as_inputs(images()))
     assert isinstance(inner(teacher).get_submodule("1"), nn.BatchNorm2d)
 
 
 def test_bf16_weights_are_bf16_and_records_float32() -> None:
-    teacher = FrozenTeacher(network(), [""], precision="bf16")
+    teacher = FrozenTeacher(network(8), [""], precision="bf16")
     records = teacher(as_inputs(images()))
     assert all(p.dtype == torch.bfloat16 for p in inner(teacher).parameters())
     assert records[""].dtype == torch.float32
@@ -61,7 +51,7 @@ def test_bf16_is_chosen_where_the_device_multiplies_it(
     native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("slimkit.distill.teacher.multiplies_bf16", lambda device: native)
-    model = network()
+    model = network(8)
     model[-1].bias.data[2] += 10  # a clear winner, whatever the precision
     teacher = FrozenTeacher(model, [""])
     teacher(as_inputs(images()))
@@ -106,7 +96,7 @@ def test_an_operator_without_bf16_leaves_float32(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_teacher_that_fails_says_so() -> None:
-    teacher = FrozenTeacher(network(), [""])
+    teacher = FrozenTeacher(network(8), [""])
     with pytest.raises(ModelError, match="teacher"):
         teacher(as_inputs(torch.randn(2, 5, 8, 8)))
 
