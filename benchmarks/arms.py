@@ -13,36 +13,34 @@ Record = dict[str, Any]
 
 
 def finished_arms(
-    out: Path,
+    folder: Path,
     seeds: Iterable[int],
     arms: Iterable[str],
     run: Callable[[str, int], Record],
     expected: Callable[[Record], Record],
 ) -> list[Record]:
-    """The record of every arm and seed in ``out/seedN/ARM.json``; those that have none are run.
+    """The record of every arm and seed in ``folder/seedN/ARM.json``; those that have none are run.
 
     Args:
-        out: folder of the records.
+        folder: of the records.
         seeds: each runs every arm.
         arms: names, in the order of running.
-        run: of an arm and a seed; its training checkpoint, ``ARM.safetensors`` beside the record,
-            is removed once the record is written.
+        run: of an arm and a seed.
         expected: the settings that a record of an earlier run must have to be used again.
     """
     arms = list(arms)
     records = []
     for seed in seeds:
         for arm in arms:
-            file = out / f"seed{seed}" / f"{arm}.json"
+            file = folder / f"seed{seed}" / f"{arm}.json"
             if file.exists():
                 record = json.loads(file.read_text())
                 if record["settings"] != expected(record):
-                    raise SystemExit(f"{file} has other settings; choose another --out")
+                    raise SystemExit(f"{file} has other settings; choose a folder of its own")
             else:
                 record = run(arm, seed)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(record, indent=1))
-                file.with_suffix(".safetensors").unlink(missing_ok=True)
                 print(f"{arm}, seed {seed}: {record['accuracy']:.2f} %", flush=True)
             records.append(record)
     return records
