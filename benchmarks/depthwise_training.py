@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import slimkit as sk
 from benchmarks.tables import markdown, write_page
-from slimkit.train.depthwise import dense_depthwise
+from slimkit.train.strided import at_stride_one
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def speeds(batch: int, repeats: int) -> dict[tuple[str, str], float]:
     for repeat in range(repeats + 2):
         for precision in ("fp32", "bf16"):
             for way in ("strided", "dense"):
-                dense = dense_depthwise(model, CPU) if way == "dense" else contextlib.nullcontext()
+                dense = at_stride_one(model, CPU) if way == "dense" else contextlib.nullcontext()
                 start = time.perf_counter()
                 with dense:
                     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

@@ -28,7 +28,6 @@ from slimkit.runtime.surroundings import multiplies_bf16
 from slimkit.train.batch_norm import frozen_batch_norm, reestimate_batch_norm
 from slimkit.train.callbacks import Callback, EpochContext, StepContext
 from slimkit.train.checkpointing import RunState, restore, save_run
-from slimkit.train.depthwise import dense_depthwise
 from slimkit.train.devices import Device
 from slimkit.train.ema import WeightAverage
 from slimkit.train.optimisation import build_optimizer, learning_rate
@@ -36,6 +35,7 @@ from slimkit.train.precision import choose_precision
 from slimkit.train.progress import Scalars, TrainingDisplay
 from slimkit.train.resizing import resized
 from slimkit.train.settings import TrainSettings
+from slimkit.train.strided import at_stride_one
 
 __all__ = ["History", "fit"]
 
@@ -128,7 +128,7 @@ def fit(
         with (
             torch.random.fork_rng(devices=device.random_devices),
             device.sharded(loader),
-            dense_depthwise(model, device.device),
+            at_stride_one(model, device.device),
         ):
             if hasattr(loader, "set_seed"):
                 loader.set_seed(seed)
