@@ -1,15 +1,16 @@
 """ResNet-56 on CIFAR-10 with 2.13 times fewer MACs: what is left after six epochs of recovery.
 
 Four arms, each trained on the same images in the same order by the same schedule: the dense
-network, ours, Torch-Pruning by group norm, and Torch-Pruning with the distillation that ours has,
-from one dump of the teacher's logits per seed.
-Every finished arm is a JSON file in ``docs/benchmarks/records/prune_quality``, and an interrupted
-training goes on where it was, by its checkpoint in ``runs/prune-quality``::
+network, ours, Torch-Pruning by group norm, and Torch-Pruning with the distillation that ours has.
+The teacher's logits are dumped once per seed for the two distilled arms. Every finished arm is a
+JSON file in ``docs/benchmarks/records/prune_quality``, and an interrupted training goes on where it
+was, by its checkpoint in ``runs/prune-quality``::
 
     python -m benchmarks.prune_quality --seeds 0 1
 
-What ``--ours`` should be is chosen on training images that are held out (``--validation 5000``,
-another ``--out``, which keeps the records too), never on the test images.
+What ``--ours`` should be is chosen on training images, never on the test images; recoveries can be
+compared on some that are held out (``--validation 5000``, another ``--out``, which keeps the
+records too).
 """
 
 from __future__ import annotations
