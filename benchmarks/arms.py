@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finished_arms"]
+from benchmarks.tables import machine
+
+__all__ = ["finished_arms", "where"]
 
 Record = dict[str, Any]
 
@@ -20,6 +22,8 @@ def finished_arms(
     expected: Callable[[Record], Record],
 ) -> list[Record]:
     """The record of every arm and seed in ``folder/seedN/ARM.json``; those that have none are run.
+
+    A record says which machine it is from.
 
     Args:
         folder: of the records.
@@ -38,9 +42,18 @@ def finished_arms(
                 if record["settings"] != expected(record):
                     raise SystemExit(f"{file} has other settings; choose a folder of its own")
             else:
-                record = run(arm, seed)
+                record = {**run(arm, seed), "machine": machine()}
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(record, indent=1))
                 print(f"{arm}, seed {seed}: {record['accuracy']:.2f} %", flush=True)
             records.append(record)
     return records
+
+
+def where(records: Iterable[Record]) -> str:
+    """A sentence on the machines that trained the arms; the page may be written on another."""
+    by_machine: dict[str, list[str]] = {}
+    for record in records:
+        by_machine.setdefault(record["machine"], []).append(f"{record['arm']} {record['seed']}")
+    shown = [f"{', '.join(arms)} on {name}" for name, arms in by_machine.items()]
+    return f"Trained, by arm and seed: {'; '.join(shown)}."

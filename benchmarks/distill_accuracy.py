@@ -3,7 +3,8 @@
 Baseline and distilled network are those of ``recipes/cifar10/mobilenet_v1.yaml``, from the cache
 where that recipe was run; a third network learns by torchdistill's hooks and losses, of the same
 names and weights. The first part of the training is the same for the three, and so are images,
-their order and the schedule of the second part. Finished stages are cached, and an interrupted
+their order and the schedule of the second part. Every finished arm is a JSON file in
+``docs/benchmarks/records/distill_accuracy``, finished stages are cached, and an interrupted
 training goes on where it was::
 
     python -m benchmarks.distill_accuracy
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import slimkit as sk
+from benchmarks.arms import finished_arms, where
 from benchmarks.mobilenet import RECIPE, variation
 from benchmarks.tables import ROOT, markdown, mean_spread, write_page
 from slimkit.models import load_checkpoint
@@ -29,6 +32,7 @@ from slimkit.recipe.training_stage import TrainStage, train_model, training_fact
 from slimkit.train import StepContext
 
 DATA = Path(os.environ.get("SLIMKIT_DATA", ROOT.parent / "shared" / "data"))
+RECORDS = ROOT / "docs" / "benchmarks" / "records" / "distill_accuracy"
 CHECKPOINT = DATA.parent / "checkpoints" / "resnet56_cifar10.safetensors"
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 ARMS = {"plain": "no teacher", "ours": "Slimkit", "peer": "torchdistill"}
@@ -121,7 +125,7 @@ class PeerStage(TrainStage):
         )
 
 
-def recipe_of(seed: int, arms: list[str], options: argparse.Namespace) -> Recipe:
+def recipe_of(seed: int, arms: Sequence[str], options: argparse.Namespace) -> Recipe:
     """One variant per arm."""
     second = load_recipe(RECIPE).model_dump(mode="json")["stages"]["train"]
     peer = {**second, "type": "train_by_torchdistill", "loss_weight": LABELS}
@@ -142,29 +146,58 @@ def recipe_of(seed: int, arms: list[str], options: argparse.Namespace) -> Recipe
     )
 
 
-def table(reports: list[dict[str, Any]]) -> str:
+def settings_of(arm: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a finished arm must agree in to be used again: the settings that are not defaults."""
+    recipe = recipe_of(0, [arm], options)
+    parts = {"data": recipe.data, "model": recipe.model, **recipe.stages}
+    return {
+        name: part.model_dump(mode="json", exclude_defaults=True) for name, part in parts.items()
+    }
+
+
+def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The record of every arm and seed; those that have none are run."""
+    looked = options.limit is not None or options.epochs is not None
+    folder = options.out / "records" if looked else RECORDS
+
+    def run(arm: str, seed: int) -> dict[str, Any]:
+        out = options.out / f"seed{seed}" / arm
+        (variant,) = run_recipe(recipe_of(seed, [arm], options), out)["variants"]
+        seconds = sum(epoch["seconds"] for epoch in variant["stages"][-1]["history"])
+        return {
+            "arm": arm,
+            "seed": seed,
+            "settings": settings_of(arm, options),
+            "accuracy": variant["torch_metrics"]["accuracy"],
+            "minutes": seconds / 60,
+        }
+
+    def expected(record: dict[str, Any]) -> dict[str, Any]:
+        return settings_of(record["arm"], options)
+
+    return finished_arms(folder, options.seeds, options.arms, run, expected)
+
+
+def table(records: list[dict[str, Any]]) -> str:
     """A row per arm; gains are paired by seed."""
-    names = [variant["name"] for variant in reports[0]["variants"]]
+    by_arm = {arm: [r for r in records if r["arm"] == arm] for arm in ARMS}
     rows = []
-    for place, name in enumerate(names):
-        variants = [report["variants"][place] for report in reports]
-        top1 = [variant["torch_metrics"]["accuracy"] for variant in variants]
-        plain = [report["variants"][0]["torch_metrics"]["accuracy"] for report in reports]
-        gain = [mine - base for mine, base in zip(top1, plain, strict=True)]
-        minutes = [
-            sum(epoch["seconds"] for epoch in variant["stages"][-1]["history"]) / 60
-            for variant in variants
-        ]
+    for arm, own in by_arm.items():
+        if not own:
+            continue
+        gain = [r["accuracy"] - p["accuracy"] for r, p in zip(own, by_arm["plain"], strict=True)]
+        plain = arm == "plain"
         rows.append(
             [
-                ARMS[name],
-                mean_spread(top1),
-                "–" if place == 0 else mean_spread(gain, sign=True),
-                "–" if place == 0 else ", ".join(f"{value:+.2f}" for value in gain),
-                mean_spread(minutes, digits=1) + " min",
+                ARMS[arm],
+                mean_spread([r["accuracy"] for r in own]),
+                "–" if plain else mean_spread(gain, sign=True),
+                "–" if plain else ", ".join(f"{value:+.2f}" for value in gain),
+                ", ".join(f"{r['minutes']:.0f}" for r in own),
             ]
         )
-    return markdown(["teacher's losses", "top-1 %", "gain", "by seed", "second part"], rows)
+    header = ["teacher's losses", "top-1 %", "gain", "by seed", "minutes of the second part"]
+    return markdown(header, rows)
 
 
 def main() -> None:
@@ -173,14 +206,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "distill-accuracy")
+    parser.add_argument("--train", action="store_true", help="run what is missing, write no page")
     parser.add_argument("--epochs", type=float, help="of every training (quick look)")
     parser.add_argument("--limit", type=int, help="images per split (quick look)")
     options = parser.parse_args()
-    reports = [
-        run_recipe(recipe_of(seed, options.arms, options), options.out / f"seed{seed}")
-        for seed in options.seeds
-    ]
-    shown = table(reports)
+    if "plain" not in options.arms and not options.train:
+        parser.error("every gain is against the arm plain")
+    records = finished(options)
+    if options.train:
+        return
+    shown = table(records)
     if options.limit or options.epochs is not None:
         print(shown)
         return
@@ -201,6 +236,7 @@ def main() -> None:
             f"{FEATURES:g}; labels at {LABELS:g}. torchdistill gives hooks and losses, the "
             "training loop is ours. Accuracy in PyTorch on the 10,000 test images, which are JPEG "
             "re-encodings.",
+            where(records),
         ],
     )
     print(page.read_text())
