@@ -31,16 +31,16 @@ from slimkit.recipe import Recipe, load_recipe, run_recipe
 RECIPES = ROOT / "recipes" / "cifar10"
 
 
-def mobilenet() -> Recipe:
+def mobilenet(seed: int) -> Recipe:
     """The baseline of ``mobilenet_v1.yaml`` with the integers of ``qat.yaml``."""
     values = load_recipe(RECIPES / "qat.yaml").model_dump(mode="json")
     integers = {name: values["stages"][name] for name in ("ptq", "qat")}
-    return variation("qat-mobilenet-v1", 0, values["variants"], integers)
+    return variation("qat-mobilenet-v1", seed, values["variants"], integers)
 
 
 ACCURACY = {
-    "ResNet-56 (checkpoint)": lambda: load_recipe(RECIPES / "qat_resnet56.yaml"),
-    "ResNet-20": lambda: load_recipe(RECIPES / "qat.yaml"),
+    "ResNet-56 (checkpoint)": lambda _: load_recipe(RECIPES / "qat_resnet56.yaml"),
+    "ResNet-20": lambda _: load_recipe(RECIPES / "qat.yaml"),
     "MobileNetV1×0.5": mobilenet,
 }
 STEPS = {  # name: (images, pixels)
@@ -54,12 +54,12 @@ WAYS = ("float", "observed", "lsq")
 # --- accuracy ----------------------------------------------------------------------------
 
 
-def reports(networks: list[str], out: Path) -> dict[str, dict[str, Any]]:
+def reports(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The report of each network, from the cache where it can."""
     found = {}
-    for name in networks:
-        folder = out / name.split()[0].replace("×", "-")
-        found[name] = run_recipe(ACCURACY[name](), folder)
+    for name in options.networks:
+        folder = options.out / name.split()[0].replace("×", "-")
+        found[name] = run_recipe(ACCURACY[name](options.seed), folder)
     return found
 
 
@@ -142,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quantize-training")
     parser.add_argument("--networks", nargs="+", choices=ACCURACY, default=list(ACCURACY))
+    parser.add_argument("--seed", type=int, default=0, help="of MobileNetV1's training")
     parser.add_argument("--repeats", type=int, default=7, help="of each step")
     parser.add_argument("--steps", action="store_true", help="measure the steps, nothing else")
     options = parser.parse_args()
@@ -155,15 +156,15 @@ def main() -> None:
     print(steps)
     if options.steps:
         return
-    flags = ""
+    flags = f" --seed {options.seed}" if options.seed else ""
     if len(options.networks) < len(ACCURACY):
-        flags = " --networks " + " ".join(f"'{name}'" for name in options.networks)
+        flags += " --networks " + " ".join(f"'{name}'" for name in options.networks)
     page = write_page(
         "quantize_training",
         "Quantization-aware training",
         f"python -m benchmarks.quantize_training{flags}",
         [
-            f"## Accuracy on CIFAR-10\n\n{accuracy_table(reports(options.networks, options.out))}",
+            f"## Accuracy on CIFAR-10\n\n{accuracy_table(reports(options))}",
             "In brackets: points against the float network, which itself is QAT's teacher. "
             "ResNet-20 is trained for ten short epochs, so a part of what QAT gains is training "
             "that it still lacks; MobileNetV1 is the baseline of `recipes/cifar10/mobilenet_v1."
