@@ -29,7 +29,7 @@ import yaml
 from torch import nn
 
 import slimkit as sk
-from benchmarks.arms import finished_arms
+from benchmarks.arms import finished_arms, where
 from benchmarks.tables import ROOT, markdown, mean_spread, write_page
 from slimkit.distill import KD
 from slimkit.distill.knowledge import Knowledge, KnowledgeDistiller, NetworkTeacher, dump
@@ -292,6 +292,7 @@ def main() -> None:
             "before and after recovery and for nothing else; before it, ours has measured its "
             "batch-norm statistics anew. The images are JPEG re-encodings, on which the "
             "checkpoint has 89.5 %.",
+            where(records),
         ],
     )
     print(f"wrote {page}")
