@@ -319,7 +319,8 @@ def main() -> None:
         "figure is of a process of its own, after a ResNet-18 has brought in all libraries; "
         f"limit {options.time_limit:g} s.",
     ]
-    flags = f" --repeats {options.repeats}" if options.repeats > 1 else ""
+    flags = f" --time-limit {options.time_limit:g}"
+    flags += f" --repeats {options.repeats}" if options.repeats > 1 else ""
     page = write_page(
         "prune_speed",
         "How long pruning takes",
