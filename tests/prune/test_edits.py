@@ -13,7 +13,7 @@ from torch import nn
 
 import slimkit as sk
 from slimkit.errors import ArtifactError, PlanError
-from slimkit.prune.edits import pack_indices, unpack_indices
+from slimkit.prune.edits import Edit, _sliced, pack_indices, unpack_indices
 
 X = torch.linspace(-1, 1, 2 * 3 * 12 * 12).reshape(2, 3, 12, 12)
 
@@ -175,3 +175,14 @@ def test_indices_are_packed_as_runs_only_where_that_is_shorter():
 def test_packed_indices_come_back(indices):
     ordered = sorted(indices)
     assert list(unpack_indices(pack_indices(ordered))) == ordered
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0), (0, 1, 2), (1, 1, 0)])
+def test_large_weights_are_sliced_as_small_ones(dims):
+    weight = torch.randn(700, 500, 3)
+    exact, edits = weight.numpy(), []
+    for place, dim in enumerate(dims):
+        keep = tuple(range(place, exact.shape[dim], 2))
+        edits.append(Edit("weight", dim, keep))
+        exact = exact.take(keep, dim)
+    assert torch.equal(_sliced(weight, edits), torch.from_numpy(exact))

@@ -4,7 +4,9 @@ One eager forward in evaluation mode, without gradients, under two modes: a
 :class:`~slimkit.graph.addressing.AddressMode` that sees the Python-level calls
 (``F.conv2d``, ``x + y``) and a dispatch mode that sees the operators below
 (``aten.convolution``). Whatever the Python control flow does, the two lists hold what
-happened, in order, connected by value numbers. No tensor data is kept.
+happened, in order, connected by value numbers. No tensor data is kept, so convolutions and
+matrix products, which take most of the time, hand out zeros (:mod:`slimkit.graph.shortcuts`);
+where something that happens depends on values, the forward begins again and computes them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkit.errors import CaptureError, SlimkitError
 from slimkit.graph.addressing import AddressMode
-from slimkit.graph.isolation import own_inputs, tracked_attributes, undisturbed
+from slimkit.graph.isolation import own_inputs, tracked_attributes, uncollected, undisturbed
+from slimkit.graph.shortcuts import ValuesNeededError, decides, reads_values, without_values
 from slimkit.graph.sizes import Powers, TrackedInt
 from slimkit.inputs import ExampleInputs
 
@@ -207,11 +210,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, item.name, None))
 
 
+@uncollected()
 def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     """Run ``model`` once and record its operators, calls and tensors.
 
     The forward runs in evaluation mode and without gradients, on the device of the first
-    parameter. Training flags, buffers and the random state are afterwards as before.
+    parameter. Training flags, buffers and the random state are afterwards as before. Hooks of
+    the model see zeros behind convolutions and linear layers.
 
     Args:
         model: any module.
@@ -221,15 +226,22 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
         CaptureError: the forward failed; names the innermost module that was running.
         InputError: ``example_inputs`` is of no accepted kind.
     """
+    try:
+        return _captured(model, example_inputs, values=False)
+    except (ValuesNeededError, CaptureError):  # zeros may be what it failed on
+        return _captured(model, example_inputs, values=True)
+
+
+def _captured(model: nn.Module, example_inputs: ExampleInputs, *, values: bool) -> Graph:
     inputs = own_inputs(model, example_inputs)
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, values)
     with undisturbed(model), torch.no_grad():
         recorder.graph.inputs = tuple(recorder.value(tensor) for tensor in inputs.tensors())
         calls = _CallRecorder(model, recorder)
         try:
             with tracked_attributes(model, recorder.graph), calls, _OpRecorder(recorder, calls):
                 result = inputs.call(model)
-        except SlimkitError:
+        except (SlimkitError, ValuesNeededError):
             raise
         except Exception as error:
             path = calls.module_path
@@ -243,10 +255,16 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
 
 
 class _Recorder:
-    """Numbers tensors by identity and fills a graph."""
+    """Numbers tensors by identity and fills a graph.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: whose parameters and buffers have names.
+        values: whether every operator is computed.
+    """
+
+    def __init__(self, model: nn.Module, values: bool) -> None:
         self.graph = Graph()
+        self.computes = values
         self._ids: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._storages: dict[tuple[Any, ...], int] = {}
         named = [
@@ -345,6 +363,8 @@ class _CallRecorder(AddressMode):
             return self._recorder.tracked(args[0], func(*args, **kwargs), args[1:], kwargs)
         if func in _NUMEL:
             return self._recorder.elements(args[0])
+        if not self._recorder.computes and reads_values(func):
+            raise ValuesNeededError
         recorded = self._recorder.refs(args), self._recorder.refs(dict(kwargs))
         inputs = self._recorder.values((args, kwargs))
         first_op = len(graph.ops)
@@ -395,7 +415,7 @@ class _OpRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         recorded_args = recorder.refs(args)
         recorded_kwargs = {key: recorder.refs(item) for key, item in kwargs.items()}
         inputs = recorder.values((args, kwargs))
-        result = func(*args, **kwargs)
+        result = self._computed(func, args, kwargs)
         changed = func._schema.is_mutable
         outputs = tuple(
             recorder.fresh(tensor) if changed else recorder.value(tensor)
@@ -416,3 +436,12 @@ class _OpRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         )
         return result
+
+    def _computed(
+        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._recorder.computes:
+            return func(*args, **kwargs)
+        if decides(func, args):
+            raise ValuesNeededError
+        return without_values(func, args, kwargs)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from slimkit.graph.isolation import uncollected
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -125,6 +127,7 @@ class Group:
         return "\n".join([head, *(f"  {slot}" for slot in self.slots)])
 
 
+@uncollected()
 def dependency_groups(
     graph: Graph, model: nn.Module, attention: AttentionPart | None = None
 ) -> list[Group]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 if TYPE_CHECKING:
     from slimkit.graph.capturing import Graph
 
-__all__ = ["own_inputs", "tracked_attributes", "undisturbed"]
+__all__ = ["own_inputs", "tracked_attributes", "uncollected", "undisturbed"]
 
 _TORCH_OWN = frozenset(vars(nn.Module()))
 
@@ -26,6 +27,22 @@ def own_inputs(model: nn.Module, example_inputs: ExampleInputs) -> Inputs:
     parameter = next(model.parameters(), None)
     device = None if parameter is None else parameter.device
     return as_inputs(example_inputs).map(lambda t: t.detach().to(device, copy=True))
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, Python does not look for cyclic garbage.
+
+    A graph is many small objects that all stay. Looking through them, and through all of torch,
+    again and again would take up to half of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
