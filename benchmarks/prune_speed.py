@@ -234,10 +234,12 @@ def comparison(run: Runner, names: list[str], repeats: int) -> str:
         ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
         fell = [f"−{100 * pair['fell']:.0f} %" for pair in pairs[0]]
         seconds = [f"{mine:.2f} s", f"{theirs:.2f} s", f"{ratio:.1f}×"]
-        rows.append((theirs, [name, *seconds, *fell]))
+        rows.append((theirs, mine, [name, *seconds, *fell]))
     rows.sort(key=lambda row: -row[0])
+    mine, theirs = sum(row[1] for row in rows), sum(row[0] for row in rows)
+    total = f"Together: {mine:.1f} s and {theirs:.1f} s, {theirs / max(mine, 1e-9):.1f}×."
     header = ["network", "ours", "Torch-Pruning", "ratio", "parameters, ours", "Torch-Pruning"]
-    table = markdown(header, [row for _, row in rows])
+    table = f"{markdown(header, [row for *_, row in rows])}\n\n{total}"
     return f"{table}\n\nNot compared: {'; '.join(failed)}." if failed else table
 
 
