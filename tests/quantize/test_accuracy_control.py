@@ -91,7 +91,7 @@ def test_multiply_adds_in_float_can_count_instead_of_layers(
     macs = {row.name: row.macs for row in sk.profile(small, images(1)).layers}
     whole = ptq(small, images(1), calibration=batches)
     distance = OutputDistance(small, [sk.Inputs((x,)) for x in batches])
-    least = decibels(distance.noise(whole)) + 3
+    least = decibels(distance.noise(whole)) + 4.2  # fc alone brings about 3
     left = {}
     for fewest in ("layers", "macs"):
         q = ptq(small, images(1), calibration=batches, min_sqnr=least, fewest=fewest)
