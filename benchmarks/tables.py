@@ -41,7 +41,8 @@ def machine() -> str:
     cpu, packages = facts["cpu"], facts["packages"]
     features = ", ".join(cpu["instructions"])
     shown = [f"{name} {packages[name]}" for name in ("torch", "onnxruntime")]
-    return "; ".join([f"{cpu['name']}, {cpu['cores']} cores ({features})", *shown])
+    cores = "1 core" if cpu["cores"] == 1 else f"{cpu['cores']} cores"
+    return "; ".join([f"{cpu['name']}, {cores} ({features})", *shown])
 
 
 def write_page(name: str, title: str, command: str, sections: Sequence[str]) -> Path:
