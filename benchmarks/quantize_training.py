@@ -166,8 +166,8 @@ def main() -> None:
         [
             f"## Accuracy on CIFAR-10\n\n{accuracy_table(reports(options))}",
             "In brackets: points against the float network, which itself is QAT's teacher. "
-            "ResNet-20 is trained for ten short epochs, so a part of what QAT gains is training "
-            "that it still lacks; MobileNetV1 is the baseline of `recipes/cifar10/mobilenet_v1."
+            "ResNet-20 is trained for ten short epochs; "
+            "MobileNetV1 is the baseline of `recipes/cifar10/mobilenet_v1."
             "yaml`, ResNet-56 comes from its checkpoint. The images are JPEG re-encodings of "
             "CIFAR-10.",
             f"## A training step\n\n{steps}",
