@@ -1,3 +1,5 @@
+"""Captures that do not compute what is costly, until a value decides."""
+
 import pytest
 import torch
 from torch import nn

@@ -33,8 +33,8 @@ def own_inputs(model: nn.Module, example_inputs: ExampleInputs) -> Inputs:
 def uncollected() -> Iterator[None]:
     """Inside, Python does not look for cyclic garbage.
 
-    A graph is many small objects that all stay. Looking through them, and through all of torch,
-    again and again would take up to half of the time.
+    A graph is many small objects that all stay: looking through them, and through all of torch,
+    again and again takes time and finds nothing.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -283,8 +283,7 @@ def _sliced(old: Tensor, edits: Iterable[Edit]) -> Tensor:
 def _selected(data: Tensor, edits: Sequence[Edit]) -> Tensor:
     """What the edits keep; of a large matrix on a CPU some rows at a time.
 
-    Selecting all rows first writes a copy to memory that the other edits read again, which takes
-    most of the time of pruning a VGG.
+    Selecting all rows first would write a large copy, for the other edits to read once.
     """
     chosen = [
         (edit.dim, torch.from_numpy(np.asarray(edit.keep, dtype=np.int64)).to(data.device))
