@@ -24,6 +24,9 @@ class Batches:
         limit: read so many batches; all by default.
         keep: hold the batches of an iterator that can be read only once.
 
+    Attributes:
+        first: the first batch, once it was read.
+
     Raises:
         DataError: not iterable, or test data. While reading: empty, fewer than ``limit``, or a
             bad batch.
@@ -54,6 +57,7 @@ class Batches:
                 f"expected batches, got {type(calibration).__name__}", where="calibration"
             )
         self._example, self._limit = example, limit
+        self.first: Inputs | None = None
         self._source: Iterable[Any] = calibration
         self._keep = keep and isinstance(calibration, Iterator)
 
@@ -66,6 +70,8 @@ class Batches:
             count += 1
             inputs = _as_call(batch, self._example, count)
             _check_batch(inputs, self._example, count)
+            if self.first is None:
+                self.first = inputs
             yield inputs
         if count == 0:
             raise DataError("there is no batch in it", where="calibration")

@@ -23,6 +23,7 @@ from slimkit.quantize.evaluating import Evaluate
 from slimkit.quantize.learned_quantizers import with_scales
 from slimkit.quantize.methods import Method, Work, resolve_methods, run_methods, usual_methods
 from slimkit.quantize.observers import Observer, describe_observer, new_observer
+from slimkit.quantize.output_check import output_check
 from slimkit.quantize.planning import lay_out
 from slimkit.quantize.requests import check_request
 from slimkit.quantize.scheme import QuantPlan
@@ -94,7 +95,9 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         progress: show on standard error how far it is.
 
     Returns:
-        A copy in evaluation mode; its ``plan.explain()`` says what is integer and what not.
+        A copy in evaluation mode; its ``plan.explain()`` says what is integer and what not. If
+        there is no limit and its outputs lie less than 15 dB above their difference from those of
+        the float network, a warning, in the plan too, names the layers that round most away.
 
     Raises:
         EvaluationError: ``evaluate`` failed or gave no finite number; what was quantized by then
@@ -140,7 +143,10 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     run_methods(chosen, "before", work)
     ranges()
     originals = limit.remembered(work) if limit is not None and chosen else {}
+    check = None if limit is not None else output_check(work)
     run_methods(chosen, "after", work)
+    if check is not None:
+        check.warn(quantized)
     if limit is not None:
         limit.keep(work, float_outputs=resolved.float_outputs, originals=originals)
     return quantized.eval()

@@ -43,8 +43,10 @@ def layer_noise(
     Returns:
         JSON-able. ``layers``: per layer in order of execution ``layer``, ``bits`` of its weights,
         ``sqnr_db`` of its output (behind the activation function, noise of the layers before it
-        included), and of its own rounding alone ``weight_sqnr_db`` and ``output_sqnr_db``; None
-        where nothing changed. ``histograms``: of the layers whose own rounding makes most noise
+        included), of its own rounding alone ``weight_sqnr_db`` and ``output_sqnr_db``, and of both
+        together ``channel_sqnr_db``, for which noise / signal is averaged over output channels:
+        it is low when some channels are lost beside larger ones; None where nothing changed.
+        ``histograms``: of the layers whose own rounding makes most noise
         ``weights`` and ``outputs``: ``low``, ``high``, and counts ``before`` and ``after`` in
         bins of equal width.
     """
@@ -56,17 +58,22 @@ def layer_noise(
     rounded = _weights(quantized, layers)
     quantized.train(training)
     bits = quantized.plan.bit_widths()
-    rows: list[dict[str, Any]] = [
-        {
-            "layer": layer,
-            "bits": bits[layer][0],
-            "sqnr_db": _sqnr(before[layer], after[layer]),
-            "weight_sqnr_db": _sqnr(weights[layer], rounded[layer]),
-            "output_sqnr_db": _sqnr(before[layer], _rounded(quantized, layers[layer], before)),
-        }
-        for layer in layers
-        if layer in before and layer in after
-    ]
+    rows: list[dict[str, Any]] = []
+    for layer, decision in layers.items():
+        if layer not in before or layer not in after:
+            continue
+        weight, output = (weights[layer], rounded[layer]), (before[layer], after[layer])
+        own = before[layer], _rounded(quantized, decision, before)
+        rows.append(
+            {
+                "layer": layer,
+                "bits": bits[layer][0],
+                "sqnr_db": _sqnr(*output),
+                "weight_sqnr_db": _sqnr(*weight),
+                "output_sqnr_db": _sqnr(*own),
+                "channel_sqnr_db": _channel_sqnr(weight, own),
+            }
+        )
     damaged = sorted(rows, key=lambda row: -_own_noise(row))
     pictures = [
         {
@@ -99,14 +106,15 @@ def _float_side(
 
 @torch.no_grad()
 def _weights(network: QuantizedModel, layers: Mapping[str, Decision]) -> dict[str, Tensor]:
-    """Layer → its weight as the layer multiplies with it."""
+    """Layer → its weight as the layer multiplies with it, (output channels, rest)."""
     parameters = named_weights(network.model)
-    names = {spec.name: spec.parameter for spec in network.plan.quantizers}
+    specs = {spec.name: spec for spec in network.plan.quantizers}
     found: dict[str, Tensor] = {}
     for layer, decision in layers.items():
-        parameter = names[str(decision.weight)]
-        assert parameter is not None
-        found[layer] = network.quantizers[str(decision.weight)](parameters[parameter]).detach()
+        spec = specs[str(decision.weight)]
+        assert spec.parameter is not None
+        weight = network.quantizers[spec.name](parameters[spec.parameter])
+        found[layer] = weight.detach().movedim(spec.axis, 0).flatten(1)
     return found
 
 
@@ -114,14 +122,31 @@ def _weights(network: QuantizedModel, layers: Mapping[str, Decision]) -> dict[st
 def _outputs(
     network: QuantizedModel, batch: Inputs, layers: Mapping[str, Decision]
 ) -> dict[str, Tensor]:
-    """Layer → its output: what its quantizer passes on, or what leaves in float."""
+    """Layer → its output: what its quantizer passes on, or what leaves in float.
+
+    (channels, rest), of all calls.
+    """
     found: dict[str, list[Tensor]] = {}
     with _hooks(network, layers, found):
         batch.call(network)
+    parameters = named_weights(network.model)
+    ranks = {
+        spec.name: parameters[spec.parameter].dim()
+        for spec in network.plan.quantizers
+        if spec.parameter is not None
+    }
     return {
-        layer: torch.cat([value.detach().reshape(-1) for value in values])
+        layer: torch.cat(
+            [_channels_first(value, ranks[str(layers[layer].weight)]) for value in values], 1
+        )
         for layer, values in found.items()
     }
+
+
+def _channels_first(output: Tensor, rank: int) -> Tensor:
+    """(…, C) of a linear layer and (N, C, …) or (C, …) of a convolution as (C, rest)."""
+    axis = -1 if rank == 2 else output.dim() + 1 - rank
+    return output.detach().movedim(axis, 0).flatten(1)
 
 
 @contextmanager
@@ -166,6 +191,18 @@ def _sqnr(before: Tensor, after: Tensor) -> float | None:
     signal = float(before.double().square().sum())
     noise = float((after.double() - before.double()).square().sum())
     return round(decibels(noise / signal), 2) if signal > 0 and noise > 0 else None
+
+
+def _channel_sqnr(*pairs: tuple[Tensor, Tensor]) -> float | None:
+    """In dB, of noise / signal as the mean over channels; a channel that is lost counts as 1."""
+    share = 0.0
+    for before, after in pairs:
+        signal = before.double().square().sum(1)
+        noise = (after.double() - before.double()).square().sum(1)
+        kept = signal > 0
+        if kept.any():
+            share += float((noise[kept] / signal[kept]).clamp(max=1.0).mean())
+    return round(decibels(share), 2) if share > 0 else None
 
 
 def _histogram(before: Tensor, after: Tensor) -> dict[str, Any]:

@@ -44,10 +44,22 @@ class OutputDistance:
             )
 
     def noise(self, model: nn.Module) -> float:
-        """Σ difference² / Σ output² over all batches; of several outputs the mean of theirs."""
+        """Σ difference² / Σ output² over all batches; of several outputs the mean of theirs.
+
+        Raises:
+            InputError: what comes out has other shapes than the float network's outputs.
+        """
         sums = [0.0] * len(self._signal)
         for batch, reference in zip(self._batches, self._reference, strict=True):
             outputs = self._outputs(model, batch)
+            exact, found = ([tuple(x.shape) for x in side] for side in (reference, outputs))
+            if exact != found:
+                raise InputError(
+                    f"outputs of shapes {found} cannot be compared with the float network's, "
+                    f"of shapes {exact}",
+                    where="model",
+                    hint="pass evaluate=",
+                )
             for place, (before, after) in enumerate(zip(reference, outputs, strict=True)):
                 sums[place] += float((after.double() - before.double()).square().sum())
         ratios = [noise / power for noise, power in zip(sums, self._signal, strict=True) if power]

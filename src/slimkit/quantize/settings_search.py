@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -144,9 +145,11 @@ def search_settings(
 
     def run(parameters: Parameters, _candidate: Candidate) -> dict[str, float]:
         arguments = {"weight_bits": weight_bits, **arguments_of(parameters)}
-        quantized = ptq(
-            model, example_inputs, calibration=data, target=resolved, skip=skip, **arguments
-        )
+        with warnings.catch_warnings():  # a bad trial is no news
+            warnings.simplefilter("ignore", UserWarning)
+            quantized = ptq(
+                model, example_inputs, calibration=data, target=resolved, skip=skip, **arguments
+            )
         return score(quantized)
 
     result = search(
