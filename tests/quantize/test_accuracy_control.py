@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -261,23 +261,58 @@ def test_no_layer_is_left_in_float_without_need(costs: list[int], limit: int, ra
     trials = _Trials(goal, evaluate, Network(layers))  # type: ignore[arg-type]
     if trials.meets(()):
         return
-    ranked = sorted(layers, key=lambda name: -cost[name])
-    fewest = _fewest(trials, ranked, dict.fromkeys(layers, 1))
+    fewest = _fewest(trials, cost, dict.fromkeys(layers, 1))
     assert fewest is not None
     dropped = sum(costs) - sum(cost[name] for name in fewest)
     assert dropped <= limit
     by_size = sorted(costs, reverse=True)
     assert len(fewest) == next(k for k in range(10) if sum(by_size[k:]) <= limit)
-    shuffled = random.sample(ranked, len(ranked))  # a ranking that is wrong wastes no layer either
+    wrong = {name: random.random() for name in layers}  # a wrong ranking wastes no layer either
     prices = {name: random.randint(1, 9) for name in layers}
-    some = _fewest(trials, shuffled, prices)
+    some = _fewest(trials, wrong, prices)
     assert some is not None
     assert sum(costs) - sum(cost[name] for name in some) <= limit
     for name in some:
         assert dropped_without(cost, some, name) > limit
 
 
-def dropped_without(cost: dict[str, int], kept: tuple[str, ...], name: str) -> int:
+@settings(max_examples=60)
+@given(st.lists(st.floats(1e-4, 1e-1), min_size=2, max_size=40), st.floats(5, 40))
+def test_noise_that_adds_up_wastes_no_layer(noises: list[float], limit: float) -> None:
+    noise = {f"layer{number}": value for number, value in enumerate(noises)}
+    prices = {name: 1 + number % 7 for number, name in enumerate(noise)}
+
+    def score(model: Any) -> float:
+        left = sum(noise[name] for name in noise if name not in model.in_float)
+        return min(200.0, decibels(left))
+
+    trials = _Trials(AccuracyLimit(0.0, limit), score, Network(tuple(noise)))  # type: ignore[arg-type]
+    if trials.meets(()):
+        return
+    found = _fewest(trials, noise, prices)
+    assert found is not None
+    allowed = 10 ** (-limit / 10) * (1 + 1e-9)
+    assert sum(noise.values()) - sum(noise[name] for name in found) <= allowed
+    assert len(found) == len(noise) or all(
+        dropped_without(noise, found, n) > allowed for n in found
+    )
+
+
+def test_layers_far_too_noisy_to_be_integer_are_not_tried() -> None:
+    noise = {f"layer{number}": 1e-2 if number < 30 else 1e-5 for number in range(100)}
+
+    def score(model: Any) -> float:
+        return decibels(1e-9 + sum(noise[name] for name in noise if name not in model.in_float))
+
+    trials = _Trials(AccuracyLimit(0.0, 30.0), score, Network(tuple(noise)))  # type: ignore[arg-type]
+    assert not trials.meets(())
+    found = _fewest(trials, noise, dict.fromkeys(noise, 1))
+    assert found is not None
+    assert sorted(noise[name] for name in found) == [1e-2] * 30
+    assert len(trials.tried) <= 12  # to 64 by doubling, to 30 by halving, and none of the 30
+
+
+def dropped_without(cost: Mapping[str, float], kept: tuple[str, ...], name: str) -> float:
     return sum(cost.values()) - sum(cost[other] for other in kept if other != name)
 
 

@@ -32,6 +32,8 @@ Fewest = Literal["layers", "macs"]
 
 RANKED = 2
 """Calibration batches that layers are ranked on; it is one forward per layer and batch."""
+_HOPELESS = 2.0
+"""A layer that alone makes so many times the noise that is still allowed is not tried."""
 MOST_DB = 200.0
 """What outputs without any difference count as."""
 
@@ -98,7 +100,8 @@ class AccuracyLimit:
         calibration batches, per multiply-add where these count. The smallest number of them, from
         the top, that meets the limit is found by doubling and bisection; then those that turn out
         not to be needed become integer again, the dearest first. Every candidate is evaluated for
-        real.
+        real. Where the limit is one of noise, which adds up, layers that alone make far more of it
+        than the limit leaves are not tried.
 
         Args:
             work: what is quantized, in every layer.
@@ -120,7 +123,7 @@ class AccuracyLimit:
                 if not switches.layers or trials.meets(()):
                     return work.quantized
                 costs = self._costs(work, switches)
-                found = _fewest(trials, self._ranked(work, switches, costs), costs)
+                found = _fewest(trials, self._damages(work, switches), costs)
         except EvaluationError as error:
             error.model = work.quantized
             raise
@@ -135,7 +138,8 @@ class AccuracyLimit:
         macs = {row.name: row.macs for row in profile(work.reference, work.example).layers}
         return {layer: max(1, macs.get(layer, 0)) for layer in switches.layers}
 
-    def _ranked(self, work: Work, switches: LayerSwitches, costs: Mapping[str, int]) -> list[str]:
+    def _damages(self, work: Work, switches: LayerSwitches) -> dict[str, float]:
+        """Layer → noise / signal of the outputs when it alone is integer."""
         table = measure_sensitivity(
             switches,
             noise_scorer(work.reference, islice(work.inputs(), RANKED)),
@@ -144,7 +148,7 @@ class AccuracyLimit:
             file=self.file,
             progress=work.progress,
         )
-        return sorted(table.ranking(), key=lambda layer: -table.damage(layer) / costs[layer])
+        return {layer: table.damage(layer) for layer in table.ranking()}
 
     def _told(
         self, switches: LayerSwitches, trials: _Trials, in_float: Sequence[str], *, reached: bool
@@ -247,6 +251,17 @@ class _Trials:
                 self.show.step(len(self.tried), f"{what}: {value:.5g}")
         return self.drops[key] <= self.limit.max_drop
 
+    def spare(self, in_float: Sequence[str]) -> float:
+        """Noise / signal that the limit still allows with these layers in float.
+
+        Infinite for a metric, which says nothing about noise.
+        """
+        if self.limit.evaluate is not None:
+            return math.inf
+        reached = self.limit.base - self.drops[frozenset(in_float)]
+        allowed, made = (10.0 ** (-level / 10.0) for level in (self.limit.base, reached))
+        return allowed - made
+
     @property
     def best(self) -> tuple[str, ...]:
         """The candidate that lost least; of several the one with the fewest layers in float."""
@@ -254,12 +269,13 @@ class _Trials:
 
 
 def _fewest(
-    trials: _Trials, ranked: Sequence[str], costs: Mapping[str, int]
+    trials: _Trials, damages: Mapping[str, float], costs: Mapping[str, int]
 ) -> tuple[str, ...] | None:
     """Layers to leave in float so that the limit holds; None if that is out of reach.
 
-    The whole network is known not to meet it.
+    The whole network is known not to meet it. ``damages`` are noise / signal of each layer alone.
     """
+    ranked = sorted(damages, key=lambda layer: -damages[layer] / costs[layer])
     fails, count = 0, 1
     while count < len(ranked) and not trials.meets(ranked[:count]):
         fails, count = count, min(2 * count, len(ranked))
@@ -274,6 +290,8 @@ def _fewest(
     needed = list(ranked[:count])
     last_first = reversed(ranked[: count - 1])  # the very last one is known to be needed
     for layer in sorted(last_first, key=lambda layer: -costs[layer]):
+        if damages[layer] > _HOPELESS * trials.spare(needed):
+            continue
         fewer = [other for other in needed if other != layer]
         if trials.meets(fewer):
             needed = fewer
