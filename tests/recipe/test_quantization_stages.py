@@ -1,9 +1,84 @@
+"""``type: ptq`` and ``type: qat``: their settings, limits of the metric, facts of the report."""
+
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 from pydantic import ValidationError
 
-from slimkit.recipe.quantization_stages import PtqStage, QatStage
+from slimkit.errors import DataError
+from slimkit.models import build_model
+from slimkit.quantize.partial_plans import integer_layers
+from slimkit.recipe.quantization_stages import PtqStage, QatStage, ValidationMetric
+from slimkit.recipe.stages import StageContext
+from slimkit.tasks import ClassificationTask
+from slimkit.tasks.data import load_data
+from slimkit.tasks.data.settings import DataSettings
+
+
+def context(work: Path | None = None, **data: Any) -> StageContext:
+    splits = load_data(DataSettings(source="digits", image_size=8, limit=160, **data))
+    return StageContext(
+        "int8", splits, ClassificationTask(), 0, torch.zeros(1, *splits.shape), work=work
+    )
+
+
+class Emitted(list[Any]):
+    def __call__(self, event: Any) -> None:
+        self.append(event)
+
+
+def network() -> Any:
+    torch.manual_seed(0)
+    return build_model("tiny_models:tiny").eval()
+
+
+def test_the_metric_is_that_of_the_validation_images() -> None:
+    with_images = context()
+    metric = ValidationMetric(with_images)
+    assert metric.role == "validation"
+    expected = with_images.task.evaluate(network(), with_images.splits.validation or [])
+    assert metric(network()) == expected["accuracy"]
+
+
+def test_a_limit_without_validation_images_fails_before_the_run() -> None:
+    without = context(validation=0)
+    stage = PtqStage(max_drop=1)
+    with pytest.raises(DataError, match="validation images"):
+        stage.preview(network(), without)
+    assert PtqStage().preview(network(), without)
+
+
+def test_one_limit_at_a_time() -> None:
+    assert PtqStage(min_sqnr=20).min_sqnr == 20
+    with pytest.raises(ValidationError, match="max_drop is a limit already"):
+        PtqStage(max_drop=1, min_sqnr=20)
+
+
+def test_layers_left_in_float_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def metric(self: Any, model: Any) -> float:
+        integer = integer_layers(model.plan) if hasattr(model, "plan") else ()
+        return 80.0 if "conv2" in integer else 90.0
+
+    monkeypatch.setattr(ValidationMetric, "__call__", metric)
+    emitted = Emitted()
+    stage = PtqStage(max_drop=0.5, batches=1)
+    stage.run(network(), context(tmp_path))
+    held = json.loads((tmp_path / "sensitivity.json").read_text())
+    held["identity"]["calibration"] = "rounded on another machine"
+    (tmp_path / "sensitivity.json").write_text(json.dumps(held))
+    result = stage.run(network(), StageContext(**{**vars(context(tmp_path)), "emit": emitted}))
+    told = "conv2 left in float to keep the metric within 0.5: it falls by 0 from 90, and by 10"
+    assert result.extra["warnings"][0].startswith(told)
+    assert emitted[0]["event"] == "warning"
+    assert integer_layers(result.model.plan) == ("conv1", "fc")
+    again = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert again["identity"]["calibration"] != held["identity"]["calibration"]
+    assert {row["layer"] for row in result.extra["rounding"]["layers"]} == {"conv1", "fc"}
 
 
 def test_learned_scales_start_from_the_mse_observer_unless_another_is_named() -> None:
