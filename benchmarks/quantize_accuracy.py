@@ -65,6 +65,11 @@ OURS: dict[str, Make] = {
     "Slimkit, 4-bit weights per channel, repaired": ours(weight_bits=4, **BEST),
     "Slimkit, dynamic": ours(mode="dynamic"),
 }
+if not saturates_int8_pairs():  # on others that is what the rows above are
+    OURS |= {
+        "Slimkit, per channel, min-max, for AVX2": ours(target="onnxruntime-avx2", methods=[]),
+        "Slimkit, per channel, by default, for AVX2": ours(target="onnxruntime-avx2"),
+    }
 
 
 def peers(entropy_images: int) -> dict[str, Make]:
