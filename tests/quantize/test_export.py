@@ -168,6 +168,32 @@ class Uneven(nn.Module):
         return self.second(nn.functional.pad(x, (0, 1, 0, 1), value=self.value))
 
 
+class Pooled(nn.Module):
+    """Padded for a max pooling as TensorFlow does it: what is added never comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.second = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(torch.relu(self.first(x)), (0, 1, 0, 1), value=-torch.inf)
+        return self.second(nn.functional.max_pool2d(x, 3, 2))
+
+
+def test_padding_with_minus_infinity_before_a_pooling_needs_no_range(
+    images: Images, tmp_path: Path
+) -> None:
+    q = ptq(Pooled(), images(1), calibration=[images(8)])
+    assert len(q.activation_quantizers()) == 3  # input, first, second
+    export(q, tmp_path / "pooled.onnx", images(1))
+    assert not fusion_report(tmp_path / "pooled.onnx").float_nodes
+    x = images(4, 3)
+    (out,) = open_session(tmp_path / "pooled.onnx").run({"input": x.numpy()})
+    with torch.no_grad():
+        assert torch.equal(torch.from_numpy(out), q(x))
+
+
 @pytest.mark.parametrize(("value", "pads"), [(0.0, 0), (1.0, 1)])
 def test_padding_with_zeros_becomes_part_of_the_convolution(
     value: float, pads: int, images: Images, tmp_path: Path

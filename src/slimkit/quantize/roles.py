@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -117,12 +118,13 @@ class Roles:
         return value
 
     def _moves(self, call: Call) -> bool:
-        """Whether the values it returns are those of its input, or 0."""
+        """Whether the values it returns are those of its input, 0, or −∞ before a max pooling."""
         if call.function != "pad":
             return call.function in self._target.same_scale
         given = dict(zip(("pad", "mode", "value"), call.args[1:], strict=False)) | dict(call.kwargs)
         constant = given.get("mode", "constant") == "constant"
-        return "pad" in self._target.same_scale and not (constant and given.get("value"))
+        added = given.get("value") or 0.0
+        return "pad" in self._target.same_scale and (not constant or added in (0.0, -math.inf))
 
     def final(self, value: int) -> int:
         """The value behind the fused activation function, if one is all that reads ``value``."""
