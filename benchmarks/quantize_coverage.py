@@ -19,6 +19,7 @@ with the others, and ``--page`` writes the table of what is there.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 import warnings
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 import slimkit as sk
 from benchmarks.efficientnet_lite0 import calibration_images
 from benchmarks.networks import LARGEST, build, names_of, records_of, shake, supervise, work
+from benchmarks.quantize_peers import ort_static
 from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.graph.capturing import tensors_in
 from slimkit.inputs import Inputs, as_inputs
@@ -179,6 +181,28 @@ def decibels(exact: list[list[Tensor]], found: list[list[Tensor]]) -> float:
     return float(10 * np.log10(power / max(error, 1e-30)))
 
 
+@torch.no_grad()
+def beside_ort(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the dB of the defaults, and of ONNX Runtime's own quantizer."""
+    model, example = build(record["name"])
+    model.eval()
+    _settle(model, example)
+    calls = calls_of(example)
+    checked, calibration = calls[: CHECKED // 2], calls[CHECKED // 2 :]
+    exact = [_floats(call.call(model)) for call in checked]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = sk.quantize.ptq(model, calls[0], calibration=calibration)
+        ours = decibels(exact, [_floats(call.call(quantized)) for call in checked])
+        files = Path(folder) / "float.onnx", Path(folder) / "ort.onnx"
+        export(model, files[0], calls[0])
+        ort_static(*files, torch.cat([call.args[0] for call in calibration]))
+        session = open_session(files[1], threads=2)
+        outputs = [session.run([call.args[0].numpy()]) for call in checked]
+    found = [[torch.from_numpy(np.asarray(o)) for o in out] for out in outputs]
+    return {**record, "defaults": ours, "ort": decibels(exact, found)}
+
+
 def float_share(model: nn.Module, quantized: Any, example: Inputs) -> tuple[float, dict[str, str]]:
     """Share of the MACs in layers that stay in float, and why each does."""
     macs = {layer.name: layer.macs for layer in sk.profile(model, example).layers}
@@ -203,6 +227,11 @@ def verdict(record: dict[str, Any]) -> str:
     return "passes"
 
 
+def compared(record: dict[str, Any]) -> str:
+    """What :func:`beside_ort` found."""
+    return f"{record['defaults']:.1f}, {record['ort']:.1f} dB" if "ort" in record else "–"
+
+
 def page(names: list[str], records: list[dict[str, Any]]) -> Path:
     """The table of all networks."""
     known = {r["name"] for r in records}
@@ -219,12 +248,14 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
                 r.get("level", "–"),
                 f"{r['sqnr']:.1f} dB" if ran else "–",
                 f"{100 * r['float']:.1f} %" if "float" in r else "–",
+                compared(r),
                 f"{r['bytes'] / 4 / r['params']:.2f}" if ran else "–",
                 f"{r['export']:.1f}" if ran else "–",
                 r["status"].replace("|", "/").replace("\n", " ")[:200],
             ]
         )
     header = ["network", "parameters", "quantized by", "output", "MACs in float"]
+    header += ["ours by defaults, ORT"]
     header += ["file / 4 bytes a parameter", "export, s", "result"]
     larger = [r["name"] for r in records if r["status"].startswith("larger")]
     counts = Counter(r["level"] for r in passed)
@@ -246,6 +277,8 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             "beside other work. Random weights are harder than "
             "trained ones: nothing taught them to keep their ranges, and batch norms behind a "
             "global pooling blow up the little that differs between images.",
+            "*Ours by defaults, ORT*, for networks that fail: with every layer in integers, by the "
+            "defaults and by `quantize_static` (min-max, per channel) on the same images.",
             f"Left out for their size: {', '.join(larger) or 'none'}.",
             *([f"Not measured yet, {len(missing)}: {', '.join(missing)}."] if missing else []),
         ],
@@ -258,13 +291,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("--only", default="", help="names that contain this text")
     parser.add_argument("--page", action="store_true", help="measure nothing")
+    parser.add_argument(
+        "--peer", action="store_true", help="ONNX Runtime's quantizer on networks that fail"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = [name for name in names_of(options.out) if counted(name)]
     if options.worker:
         work([name for name in names if options.only in name], options.out, measure)
         return
-    if not options.page:
+    if options.peer:
+        for file in sorted(options.out.glob("*_*.json")):
+            record = json.loads(file.read_text())
+            if "sqnr" in record and record["status"] != "passes" and "ort" not in record:
+                file.write_text(json.dumps(beside_ort(record)))
+                print(file.stem, compared(json.loads(file.read_text())), flush=True)
+    elif not options.page:
         supervise("benchmarks.quantize_coverage")
     print(f"wrote {page(names, records_of(options.out))}")
 

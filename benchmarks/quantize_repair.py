@@ -100,7 +100,8 @@ def rows_of(name: str, model: nn.Module, splits: Splits, out: Path) -> list[list
 
     def accuracy(network: nn.Module, file: Path) -> float:
         sk.export(network, file, EXAMPLE, dynamic_batch=True)
-        return task.evaluate(open_session(file, threads=2), splits.test)["accuracy"]
+        session = open_session(file, threads=2)
+        return task.evaluate(lambda images: session.run([images])[0], splits.test)["accuracy"]
 
     base = accuracy(model, out / "float.onnx")
     rows = [[name, "float", f"{base:.2f} %", "–", "–", "–"]]
