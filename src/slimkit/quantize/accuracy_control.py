@@ -259,7 +259,7 @@ class _Trials:
         if self.limit.evaluate is not None:
             return math.inf
         reached = self.limit.base - self.drops[frozenset(in_float)]
-        allowed, made = (10.0 ** (-level / 10.0) for level in (self.limit.base, reached))
+        allowed, made = (math.pow(10.0, -level / 10.0) for level in (self.limit.base, reached))
         return allowed - made
 
     @property
