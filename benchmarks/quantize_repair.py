@@ -2,7 +2,7 @@
 
 A RepVGG-style network is trained with three branches a block and collapsed into one convolution
 each, whose weights have long tails; a MobileNetV3 has squeeze-and-excitation and hard-swish. Both
-are trained by ``recipes/cifar10/qat.yaml``, cached, and quantized after training in three ways;
+are trained by ``recipes/cifar10/qat.yaml``, cached, and quantized after training in four ways;
 accuracy is that of the exported files in ONNX Runtime on the 10,000 test images::
 
     python -m benchmarks.quantize_repair
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import slimkit as sk
+from benchmarks.hard_networks import collapsed, mobilenet_v3, rep_vgg
 from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.recipe import load_recipe, parse_recipe, run_recipe
 from slimkit.runtime import open_session, parity
@@ -39,40 +40,6 @@ WAYS: dict[str, dict[str, Any]] = {
 """Keywords of ``ptq``."""
 
 
-def rep_vgg() -> nn.Module:
-    """Ten blocks of timm's RepVGG on 32, 16 and 8 pixels."""
-    from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
-
-    stages = [(24, 3, 1), (48, 3, 2), (96, 3, 2)]
-    blocks = tuple(ByoBlockCfg(type="rep", d=d, c=c, s=s, gs=0) for c, d, s in stages)
-    config = ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=24, stem_pool="")
-    model: nn.Module = ByobNet(config, num_classes=10)
-    return _at_full_size(model.get_submodule("stem"), model)
-
-
-def mobilenet_v3() -> nn.Module:
-    """Torchvision's small one, the first two strides left out: 4 × 4 pixels at its end."""
-    from torchvision.models import mobilenet_v3_small
-
-    model: nn.Module = mobilenet_v3_small(num_classes=10)
-    return _at_full_size(model.get_submodule("features.0.0"), model, "features.1.block.0.0")
-
-
-def _at_full_size(first: nn.Module, model: nn.Module, *others: str) -> nn.Module:
-    for part in (first, *(model.get_submodule(name) for name in others)):
-        for module in part.modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
-    return model
-
-
-def collapsed(model: nn.Module) -> nn.Module:
-    """Branches of RepVGG blocks summed into one convolution each; another network as it is."""
-    from timm.utils.model import reparameterize_model
-
-    return reparameterize_model(model)
-
-
 NETWORKS = {"RepVGG-style": rep_vgg, "MobileNetV3-Small": mobilenet_v3}
 
 
@@ -84,7 +51,7 @@ def trained(name: str, out: Path) -> nn.Module:
     recipe = {
         **values,
         "name": "quantize-repair",
-        "model": {"name": f"benchmarks.quantize_repair:{build.__name__}"},
+        "model": {"name": f"benchmarks.hard_networks:{build.__name__}"},
         "stages": stages,
         "variants": {"float": list(stages)},
         "measure": {"seconds": 0.2, "parity_batches": 1},
@@ -113,9 +80,11 @@ def rows_of(name: str, model: nn.Module, splits: Splits, out: Path) -> list[list
             )
         file = out / f"{label.replace(', ', '-').replace(' ', '-')}.onnx"
         top1 = accuracy(quantized, file)
-        noise = parity(model, file, batches[:1])
+        found = parity(model, file, batches[:1])
+        assert found.top1_agreement is not None
+        noise = f"{found.sqnr_db:.1f} dB, same top-1 {100 * found.top1_agreement:.1f} %"
         told = "; ".join(quantized.plan.warnings) or "none"
-        rows.append(["", label, f"{top1:.2f} %", f"{top1 - base:+.2f}", str(noise), told])
+        rows.append(["", label, f"{top1:.2f} %", f"{top1 - base:+.2f}", noise, told])
         print(rows[-1], flush=True)
     return rows
 
