@@ -277,8 +277,9 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             "beside other work. Random weights are harder than "
             "trained ones: nothing taught them to keep their ranges, and batch norms behind a "
             "global pooling blow up the little that differs between images.",
-            "*Ours by defaults, ORT*, for networks that fail: with every layer in integers, by the "
-            "defaults and by `quantize_static` (min-max, per channel) on the same images.",
+            "*Ours by defaults, ORT*, for networks that fail (`--peer`): with every layer in "
+            "integers, by the defaults and by `quantize_static` (min-max, per channel) on the same "
+            "images.",
             f"Left out for their size: {', '.join(larger) or 'none'}.",
             *([f"Not measured yet, {len(missing)}: {', '.join(missing)}."] if missing else []),
         ],
