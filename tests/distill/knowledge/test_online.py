@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from knowledge_helpers import ToyTeacher, batches, network, toy_record
+from pyarrow import flight
 
 from slimkit.distill.knowledge import (
     Knowledge,
@@ -310,6 +312,21 @@ def test_another_teacher_at_the_same_address_is_noticed() -> None:
             pytest.raises(TeacherError, match="another teacher answers now: 'someone else'"),
         ):
             list(stream)
+
+
+def test_another_teacher_is_noticed_without_a_call_that_failed() -> None:
+    first = serve(ToyTeacher())
+    connection = Connection(first.address, Trust(), QUICK, None)
+    connection.fetch(Question(np.arange(3)), 0, ["logits"])
+    first.close()
+    with serve(ToyTeacher(teacher="someone else"), port=first.port):
+        client = connection._connected()
+        while True:  # gRPC connects again on its own, and tells nobody
+            with contextlib.suppress(flight.FlightUnavailableError):
+                list(client.do_action(("describe", b"")))
+                break
+        with pytest.raises(TeacherError, match="another teacher answers now: 'someone else'"):
+            connection.fetch(Question(np.arange(3)), 0, ["logits"])
 
 
 def test_a_teacher_that_is_gone_for_good_is_named() -> None:

@@ -107,11 +107,10 @@ class Connection:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._client: Any = None
-        self._limit, self._known = _MAX_DESCRIPTION, False
+        self._limit = _MAX_DESCRIPTION
         self._heard = time.monotonic()
         described: tuple[KnowledgeSchema, int, int] = self._kept(self._describe)
         self.schema, self.batch_size, self.parallel = described
-        self._known = True
         # from here on the largest message that can be right is known: a batch, or the description
         description = len(self.schema.arrow().serialize())
         batch = 2 * self.schema.row_bytes * self.batch_size
@@ -175,7 +174,7 @@ class Connection:
             writer, reader = None, client.do_get(flight.Ticket(data), self._options())
         else:  # a writer that is forgotten takes the answer with it
             writer, reader = self._send(client, data, question)
-        check_schema(reader.schema, expected, self.address)
+        self._check_same(reader.schema, expected)
         with contextlib.suppress(StopIteration):
             while rows <= len(question.ids):
                 chunk = reader.read_chunk()
@@ -282,18 +281,15 @@ class Connection:
     def _connected(self) -> Any:
         with self._lock:
             if self._client is None:
-                client = self._connect()
-                if self._known:
-                    self._check_same(client)
-                self._client = client
+                self._client = self._connect()
             return self._client
 
-    def _check_same(self, client: Any) -> None:
-        """After a connection broke: is it still the same teacher?"""
-        try:
-            schema, _, _ = self._describe(client)
-        except (pa.ArrowException, OSError):
-            return  # the call that follows meets the same trouble, and waits
+    def _check_same(self, found: pa.Schema, expected: pa.Schema) -> None:
+        """An answer says who gives it: gRPC connects again on its own, to whoever is there."""
+        if found.equals(expected, check_metadata=True):
+            return
+        check_schema(found, expected, self.address)
+        schema = KnowledgeSchema.from_arrow(found, self.address)
         if schema != self.schema:
             raise TeacherError(
                 f"another teacher answers now: {schema.teacher!r} instead of "
