@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +19,7 @@ from slimkit.progress import ProgressDisplay
 from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated, refuse_test_data
 from slimkit.quantize.layer_sensitivity import measure_sensitivity, noise_scorer, units_of
 from slimkit.quantize.layer_switches import LayerSwitches, float_parameters
+from slimkit.quantize.noise_estimate import estimated_noise
 from slimkit.quantize.output_distance import OutputDistance, decibels
 from slimkit.quantize.scheme import QuantPlan
 
@@ -31,7 +33,7 @@ Fewest = Literal["layers", "macs"]
 """What of the network is left in float as little as possible."""
 
 RANKED = 2
-"""Calibration batches that layers are ranked on; it is one forward per layer and batch."""
+"""Calibration batches that layers are ranked on."""
 _HOPELESS = 2.0
 """A layer that alone makes so many times the noise that is still allowed is not tried."""
 MOST_DB = 200.0
@@ -139,7 +141,13 @@ class AccuracyLimit:
         return {layer: max(1, macs.get(layer, 0)) for layer in switches.layers}
 
     def _damages(self, work: Work, switches: LayerSwitches) -> dict[str, float]:
-        """Layer → noise / signal of the outputs when it alone is integer."""
+        """Layer → noise / signal of the outputs when it alone is integer.
+
+        Estimated, unless measurements are to be kept or the network has no derivatives.
+        """
+        if self.file is None:
+            with contextlib.suppress(RuntimeError):
+                return estimated_noise(switches, islice(work.inputs(), RANKED))
         table = measure_sensitivity(
             switches,
             noise_scorer(work.reference, islice(work.inputs(), RANKED)),

@@ -106,9 +106,12 @@ def _using(plan: QuantPlan, decisions: list[Decision], wanted: Collection[str]) 
         inputs = rule.inputs if address in integer else {}
         outputs = {place: name for place, name in rule.outputs.items() if name in wanted}
         if inputs or outputs:
-            calls[address] = CallRule(inputs, outputs)
+            gate = rule.gate if address in integer else None
+            calls[address] = CallRule(inputs, outputs, gate)
     used = {
-        name for rule in calls.values() for name in (*rule.inputs.values(), *rule.outputs.values())
+        name
+        for rule in calls.values()
+        for name in (*rule.inputs.values(), *rule.outputs.values(), rule.gate)
     }
     return replace(
         plan,

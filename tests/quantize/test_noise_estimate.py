@@ -1,0 +1,96 @@
+"""The noise of each layer by backward passes, beside what switching it on makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slimkit as sk
+from slimkit.quantize import ptq
+from slimkit.quantize.layer_switches import LayerSwitches
+from slimkit.quantize.noise_estimate import estimated_noise
+from slimkit.quantize.output_distance import OutputDistance
+from slimkit.quantize.targets import resolve_target
+
+Images = Callable[..., Tensor]
+
+
+def switches_of(model: nn.Module, example: Tensor, calibration: Tensor) -> LayerSwitches:
+    quantized = ptq(model, example, calibration=[calibration])
+    outputs = resolve_target("onnxruntime").float_outputs
+    return LayerSwitches(quantized, float_outputs=outputs)
+
+
+def measured(model: nn.Module, switches: LayerSwitches, x: Tensor) -> dict[str, float]:
+    distance = OutputDistance(model, [sk.Inputs((x,))])
+    found = {}
+    for layer in switches.layers:
+        with switches.set(set(switches.layers) - {layer}) as network:
+            found[layer] = distance.noise(network)
+    return found
+
+
+def test_it_is_what_switching_a_layer_on_makes(small: nn.Module, images: Images) -> None:
+    x = images(32, 5)
+    switches = switches_of(small, x[:1], x)
+    expected = measured(small, switches, x)
+    found = estimated_noise(switches, [sk.Inputs((x,))])
+    assert list(found) == list(switches.layers)
+    for layer, noise in expected.items():
+        assert found[layer] == pytest.approx(noise, rel=0.4), layer
+
+
+class Twice(nn.Module):
+    """Two outputs, the second a hundred times as large; the first layer is in both, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.a(torch.relu(self.a(x)))
+        return {"small": self.b(x), "large": 100 * self.c(x)}
+
+
+def test_every_output_counts_the_same() -> None:
+    torch.manual_seed(1)
+    model, x = Twice().eval(), torch.randn(64, 8)
+    switches = switches_of(model, x[:1], x)
+    expected = measured(model, switches, x)
+    found = estimated_noise(switches, [sk.Inputs((x,))])
+    for layer, noise in expected.items():
+        assert found[layer] == pytest.approx(noise, rel=0.4), layer
+
+
+def test_nothing_of_the_network_is_changed(small: nn.Module, images: Images) -> None:
+    x = images(4, 5)
+    switches = switches_of(small, x[:1], x)
+    before = switches.quantized(x).detach()
+    estimated_noise(switches, [sk.Inputs((x,))])
+    assert torch.equal(switches.quantized(x), before)
+    assert all(p.grad is None for p in switches.quantized.parameters())
+
+
+class Rounds(nn.Module):
+    """Ends with what has no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.layer(x).detach().numpy())
+
+
+def test_without_derivatives_layers_are_measured_one_by_one() -> None:
+    model, x = Rounds().eval(), torch.randn(16, 8)
+    switches = switches_of(model, x[:1], x)
+    with pytest.raises(RuntimeError):
+        estimated_noise(switches, [sk.Inputs((x,))])
+    with pytest.warns(UserWarning, match="no layer is left to quantize"):
+        ptq(model, x[:1], calibration=[x], min_sqnr=150)
