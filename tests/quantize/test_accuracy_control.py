@@ -18,6 +18,7 @@ import slimkit as sk
 from slimkit.errors import InputError
 from slimkit.quantize import METHODS, EvaluationError, LayerSensitivity, ptq
 from slimkit.quantize.accuracy_control import AccuracyLimit, _fewest, _Trials
+from slimkit.quantize.noise_estimate import NoiseShares
 from slimkit.quantize.output_distance import OutputDistance, decibels
 from slimkit.quantize.partial_plans import integer_layers
 
@@ -261,7 +262,7 @@ def test_no_layer_is_left_in_float_without_need(costs: list[int], limit: int, ra
     trials = _Trials(goal, evaluate, Network(layers))  # type: ignore[arg-type]
     if trials.meets(()):
         return
-    fewest = _fewest(trials, cost, dict.fromkeys(layers, 1))
+    fewest = _fewest(trials, NoiseShares.measured(cost), dict.fromkeys(layers, 1))
     assert fewest is not None
     dropped = sum(costs) - sum(cost[name] for name in fewest)
     assert dropped <= limit
@@ -269,7 +270,7 @@ def test_no_layer_is_left_in_float_without_need(costs: list[int], limit: int, ra
     assert len(fewest) == next(k for k in range(10) if sum(by_size[k:]) <= limit)
     wrong = {name: random.random() for name in layers}  # a wrong ranking wastes no layer either
     prices = {name: random.randint(1, 9) for name in layers}
-    some = _fewest(trials, wrong, prices)
+    some = _fewest(trials, NoiseShares.measured(wrong), prices)
     assert some is not None
     assert sum(costs) - sum(cost[name] for name in some) <= limit
     for name in some:
@@ -289,7 +290,7 @@ def test_noise_that_adds_up_wastes_no_layer(noises: list[float], limit: float) -
     trials = _Trials(AccuracyLimit(0.0, limit), score, Network(tuple(noise)))  # type: ignore[arg-type]
     if trials.meets(()):
         return
-    found = _fewest(trials, noise, prices)
+    found = _fewest(trials, NoiseShares.measured(noise), prices)
     assert found is not None
     allowed = 10 ** (-limit / 10) * (1 + 1e-9)
     assert sum(noise.values()) - sum(noise[name] for name in found) <= allowed
@@ -306,7 +307,7 @@ def test_layers_far_too_noisy_to_be_integer_are_not_tried() -> None:
 
     trials = _Trials(AccuracyLimit(0.0, 30.0), score, Network(tuple(noise)))  # type: ignore[arg-type]
     assert not trials.meets(())
-    found = _fewest(trials, noise, dict.fromkeys(noise, 1))
+    found = _fewest(trials, NoiseShares.measured(noise), dict.fromkeys(noise, 1))
     assert found is not None
     assert sorted(noise[name] for name in found) == [1e-2] * 30
     assert len(trials.tried) <= 12  # to 64 by doubling, to 30 by halving, and none of the 30

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import slimkit as sk
 from slimkit.quantize import ptq
 from slimkit.quantize.layer_switches import LayerSwitches
-from slimkit.quantize.noise_estimate import estimated_noise
+from slimkit.quantize.noise_estimate import NoiseShares, estimated_noise
 from slimkit.quantize.output_distance import OutputDistance
 from slimkit.quantize.targets import resolve_target
 
@@ -38,9 +38,9 @@ def test_it_is_what_switching_a_layer_on_makes(small: nn.Module, images: Images)
     switches = switches_of(small, x[:1], x)
     expected = measured(small, switches, x)
     found = estimated_noise(switches, [sk.Inputs((x,))])
-    assert list(found) == list(switches.layers)
+    assert list(found.needed) == list(switches.layers)
     for layer, noise in expected.items():
-        assert found[layer] == pytest.approx(noise, rel=0.4), layer
+        assert found.of([layer]) == pytest.approx(noise, rel=0.4), layer
 
 
 class Twice(nn.Module):
@@ -63,7 +63,20 @@ def test_every_output_counts_the_same() -> None:
     expected = measured(model, switches, x)
     found = estimated_noise(switches, [sk.Inputs((x,))])
     for layer, noise in expected.items():
-        assert found[layer] == pytest.approx(noise, rel=0.4), layer
+        assert found.of([layer]) == pytest.approx(noise, rel=0.4), layer
+
+
+def test_what_two_layers_share_counts_once() -> None:
+    shares = NoiseShares(
+        {"x": 1.0, "a": 4.0, "y": 2.0, "b": 8.0},
+        {"first": frozenset("xay"), "second": frozenset("yb")},
+    )
+    assert shares.of(["first"]) == 7.0
+    assert shares.of(["first", "second"]) == 15.0
+    assert shares.added("second", ["first"]) == 8.0
+    # by itself the first makes less noise; for a tenth of the cost it goes back to float first
+    assert shares.worst_first({"first": 1, "second": 1}) == ["second", "first"]
+    assert shares.worst_first({"first": 1, "second": 10}) == ["first", "second"]
 
 
 def test_nothing_of_the_network_is_changed(small: nn.Module, images: Images) -> None:

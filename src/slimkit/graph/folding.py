@@ -60,6 +60,7 @@ def batch_norm_pairs(model: nn.Module, graph: Graph) -> list[tuple[str, str]]:
         shape = graph.tensors[call.inputs[0]].shape
         if (
             once
+            and graph.tensors[producer.inputs[1]].name is not None  # else a scale in it is lost
             and _foldable(layer, norm)
             and _alone(graph, producer, call)
             and _is_norm_then_children(norm, shape)

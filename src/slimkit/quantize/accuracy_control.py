@@ -19,7 +19,7 @@ from slimkit.progress import ProgressDisplay
 from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated, refuse_test_data
 from slimkit.quantize.layer_sensitivity import measure_sensitivity, noise_scorer, units_of
 from slimkit.quantize.layer_switches import LayerSwitches, float_parameters
-from slimkit.quantize.noise_estimate import estimated_noise
+from slimkit.quantize.noise_estimate import NoiseShares, estimated_noise
 from slimkit.quantize.output_distance import OutputDistance, decibels
 from slimkit.quantize.scheme import QuantPlan
 
@@ -35,7 +35,7 @@ Fewest = Literal["layers", "macs"]
 RANKED = 2
 """Calibration batches that layers are ranked on."""
 _HOPELESS = 2.0
-"""A layer that alone makes so many times the noise that is still allowed is not tried."""
+"""A layer that makes so many times the noise that is still allowed is not tried."""
 MOST_DB = 200.0
 """What outputs without any difference count as."""
 
@@ -98,12 +98,12 @@ class AccuracyLimit:
     ) -> QuantizedModel:
         """Put as few layers, or multiply-adds, back to float as it takes.
 
-        Layers are ranked by the noise that each alone makes in the outputs, on the first
-        calibration batches, per multiply-add where these count. The smallest number of them, from
-        the top, that meets the limit is found by doubling and bisection; then those that turn out
-        not to be needed become integer again, the dearest first. Every candidate is evaluated for
-        real. Where the limit is one of noise, which adds up, layers that alone make far more of it
-        than the limit leaves are not tried.
+        Layers are ranked by the noise that they make in the outputs, on the first calibration
+        batches, per multiply-add where these count. The smallest number of them, from the top,
+        that meets the limit is found by doubling and bisection; then those that turn out not to be
+        needed become integer again, the dearest first. Every candidate is evaluated for real.
+        Where the limit is one of noise, which adds up, layers that make far more of it than the
+        limit leaves are not tried.
 
         Args:
             work: what is quantized, in every layer.
@@ -125,7 +125,7 @@ class AccuracyLimit:
                 if not switches.layers or trials.meets(()):
                     return work.quantized
                 costs = self._costs(work, switches)
-                found = _fewest(trials, self._damages(work, switches), costs)
+                found = _fewest(trials, self._shares(work, switches), costs)
         except EvaluationError as error:
             error.model = work.quantized
             raise
@@ -140,8 +140,8 @@ class AccuracyLimit:
         macs = {row.name: row.macs for row in profile(work.reference, work.example).layers}
         return {layer: max(1, macs.get(layer, 0)) for layer in switches.layers}
 
-    def _damages(self, work: Work, switches: LayerSwitches) -> dict[str, float]:
-        """Layer → noise / signal of the outputs when it alone is integer.
+    def _shares(self, work: Work, switches: LayerSwitches) -> NoiseShares:
+        """Of every layer in the noise of the outputs.
 
         Estimated, unless measurements are to be kept or the network has no derivatives.
         """
@@ -156,7 +156,7 @@ class AccuracyLimit:
             file=self.file,
             progress=work.progress,
         )
-        return {layer: table.damage(layer) for layer in table.ranking()}
+        return NoiseShares.measured({layer: table.damage(layer) for layer in table.ranking()})
 
     def _told(
         self, switches: LayerSwitches, trials: _Trials, in_float: Sequence[str], *, reached: bool
@@ -259,16 +259,19 @@ class _Trials:
                 self.show.step(len(self.tried), f"{what}: {value:.5g}")
         return self.drops[key] <= self.limit.max_drop
 
-    def spare(self, in_float: Sequence[str]) -> float:
-        """Noise / signal that the limit still allows with these layers in float.
+    def hopeless(self, layer: str, in_float: Sequence[str], shares: NoiseShares) -> bool:
+        """Whether ``layer`` makes far more noise than the limit leaves with ``in_float``.
 
-        Infinite for a metric, which says nothing about noise.
+        Shares are scaled to the noise that was found; a metric says nothing about noise.
         """
         if self.limit.evaluate is not None:
-            return math.inf
+            return False
         reached = self.limit.base - self.drops[frozenset(in_float)]
         allowed, made = (math.pow(10.0, -level / 10.0) for level in (self.limit.base, reached))
-        return allowed - made
+        integer = [other for other in shares.needed if other not in in_float]
+        expected = shares.of(integer)
+        scale = made / expected if expected > 0 else 1.0
+        return scale * shares.added(layer, integer) > _HOPELESS * (allowed - made)
 
     @property
     def best(self) -> tuple[str, ...]:
@@ -277,13 +280,13 @@ class _Trials:
 
 
 def _fewest(
-    trials: _Trials, damages: Mapping[str, float], costs: Mapping[str, int]
+    trials: _Trials, shares: NoiseShares, costs: Mapping[str, int]
 ) -> tuple[str, ...] | None:
     """Layers to leave in float so that the limit holds; None if that is out of reach.
 
-    The whole network is known not to meet it. ``damages`` are noise / signal of each layer alone.
+    The whole network is known not to meet it.
     """
-    ranked = sorted(damages, key=lambda layer: -damages[layer] / costs[layer])
+    ranked = shares.worst_first(costs)
     fails, count = 0, 1
     while count < len(ranked) and not trials.meets(ranked[:count]):
         fails, count = count, min(2 * count, len(ranked))
@@ -298,7 +301,7 @@ def _fewest(
     needed = list(ranked[:count])
     last_first = reversed(ranked[: count - 1])  # the very last one is known to be needed
     for layer in sorted(last_first, key=lambda layer: -costs[layer]):
-        if damages[layer] > _HOPELESS * trials.spare(needed):
+        if trials.hopeless(layer, needed, shares):
             continue
         fewer = [other for other in needed if other != layer]
         if trials.meets(fewer):

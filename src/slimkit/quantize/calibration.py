@@ -13,6 +13,7 @@ from torch import nn
 from slimkit.artifact import PathLike
 from slimkit.errors import DataError, InputError, SlimkitError
 from slimkit.graph.capturing import capture
+from slimkit.graph.computed_weights import computed_weights, make_plain
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
@@ -185,8 +186,13 @@ def attach(
     )
     skipped = match_modules(model, skip, where="skip") if skip else set()
     original = copy.deepcopy(model)
-    folds = tuple(batch_norm_pairs(original, capture(original, example_inputs)))
-    folded = FusePlan(folds).apply_to(copy.deepcopy(original))
+    graph = capture(original, example_inputs)
+    plain = computed_weights(original, graph)
+    folded = make_plain(copy.deepcopy(original), plain)
+    if plain:
+        graph = capture(folded, example_inputs)
+    folds = tuple(batch_norm_pairs(folded, graph))
+    FusePlan(folds).apply_to(folded)
     layout = lay_out(capture(folded, example_inputs), chosen, request, skipped=skipped)
     plan = QuantPlan(
         target=chosen.name,
@@ -200,6 +206,7 @@ def attach(
         mode=mode,
         opset=chosen.opset,
         biases="float16" if chosen.compact else chosen.biases,
+        plain=plain,
     )
     quantized = apply(original, with_scales(plan, scales))
     if not isinstance(quantized, QuantizedModel):  # what QuantPlan.apply_to returns

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.graph.folding import FusePlan
 from slimkit.inputs import Inputs
 from slimkit.quantize.output_distance import decibels
 from slimkit.quantize.scheme import Decision, named_weights
@@ -95,8 +93,7 @@ def _float_side(
     """Outputs and weights of the float network."""
     network = quantized
     if original is not None:  # its activation quantizers have no scale: values pass unchanged
-        folded = FusePlan(quantized.plan.folds).apply_to(copy.deepcopy(original))
-        network = QuantizedModel(folded, quantized.plan).eval()
+        network = QuantizedModel(quantized.plan.folded(original), quantized.plan).eval()
     network.set_rounding(False)
     try:
         return _outputs(network, batch, layers), _weights(network, layers)

@@ -8,7 +8,8 @@ in v + t·e, at t = 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,25 +18,70 @@ from torch.utils._pytree import tree_leaves
 
 from slimkit.inputs import Inputs
 from slimkit.quantize.layer_switches import LayerSwitches
-from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.wrapper import QuantizedModel, Rounding
 
-__all__ = ["estimated_noise"]
+__all__ = ["NoiseShares", "estimated_noise"]
 
 _PROBES = 4
 """Backward passes for each example: of four examples the estimates are right within a third."""
 
 
-def estimated_noise(switches: LayerSwitches, batches: Iterable[Inputs]) -> dict[str, float]:
-    """Layer → noise / signal of the outputs if it alone is integer, to first order.
+@dataclass(frozen=True)
+class NoiseShares:
+    """Who makes the noise in the outputs.
+
+    Attributes:
+        noise: name of a quantizer → noise / signal of the outputs that it alone makes.
+        needed: layer → quantizers that it needs to be integer; neighbours share them.
+    """
+
+    noise: Mapping[str, float]
+    needed: Mapping[str, frozenset[str]]
+
+    @classmethod
+    def measured(cls, noise: Mapping[str, float]) -> NoiseShares:
+        """Of layers that were quantized alone: layer → noise / signal of the outputs."""
+        return cls(noise, {layer: frozenset((layer,)) for layer in noise})
+
+    def of(self, layers: Iterable[str]) -> float:
+        """Noise / signal if these layers are integer; independent noise adds up."""
+        return self._sum(self._used(layers))
+
+    def added(self, layer: str, integer: Collection[str]) -> float:
+        """What ``layer`` adds to the noise of those that are integer already."""
+        return self._sum(self.needed[layer] - self._used(integer))
+
+    def worst_first(self, costs: Mapping[str, float]) -> list[str]:
+        """All layers, in the order in which they should go back to float.
+
+        Beginning with a network in float, the layer becomes integer next that adds least noise
+        for what it costs in float, given those that are integer by then.
+        """
+        used: set[str] = set()
+        left = list(self.needed)
+        order = []
+        while left:
+            following = min(left, key=lambda x: self._sum(self.needed[x] - used) / costs[x])
+            left.remove(following)
+            used |= self.needed[following]
+            order.append(following)
+        return order[::-1]
+
+    def _used(self, layers: Iterable[str]) -> set[str]:
+        return {name for layer in layers for name in self.needed[layer]}
+
+    def _sum(self, names: Iterable[str]) -> float:
+        return sum(self.noise.get(name, 0.0) for name in names)
+
+
+def estimated_noise(switches: LayerSwitches, batches: Iterable[Inputs]) -> NoiseShares:
+    """The shares of all layers of a calibrated network, to first order.
 
     Args:
-        switches: of a calibrated network in evaluation mode.
-        batches: a few examples, on the device of the network.
-
-    Returns:
-        For every layer of ``switches``; of several outputs the mean of theirs, as
-        :meth:`~slimkit.quantize.output_distance.OutputDistance.noise` counts.
+        switches: of the network, in evaluation mode.
+        batches: a few examples, on the device of the network. Of several outputs the noise is the
+            mean of theirs, as :meth:`~slimkit.quantize.output_distance.OutputDistance.noise`
+            counts.
 
     Raises:
         RuntimeError: the network cannot be differentiated.
@@ -46,15 +92,17 @@ def estimated_noise(switches: LayerSwitches, batches: Iterable[Inputs]) -> dict[
         found = [_power(_outputs(example.call(quantized.model))) for example in examples]
     power = torch.stack(found).sum(0)
     generator = torch.Generator().manual_seed(0)
-    samples: list[dict[str, float]] = []
+    noise = dict.fromkeys(quantized.quantizers, 0.0)
     for example in examples:  # one graph at a time is in memory
-        samples += _Shares(quantized, example).sampled(power, generator)
-    noise: dict[str, float] = {}
-    for layer in switches.layers:
-        names = _quantizers(switches.plan(set(switches.layers) - {layer}))
-        sums = (sum(sample.get(name, 0.0) for name in names) for sample in samples)
-        noise[layer] = sum(value * value for value in sums) / _PROBES
-    return noise
+        for sample in _Shares(quantized, example).sampled(power, generator):
+            for name, value in sample.items():
+                noise[name] += value * value / _PROBES
+    layers = set(switches.layers)
+    needed = {
+        layer: frozenset(spec.name for spec in switches.plan(layers - {layer}).quantizers)
+        for layer in switches.layers
+    }
+    return NoiseShares(noise, needed)
 
 
 class _Shares:
@@ -118,8 +166,3 @@ def _outputs(found: Any) -> list[Tensor]:
 
 def _power(outputs: list[Tensor]) -> Tensor:
     return torch.stack([output.square().sum() for output in outputs])
-
-
-def _quantizers(plan: QuantPlan) -> list[str]:
-    """Names of those that the plan uses."""
-    return [spec.name for spec in plan.quantizers]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimkit.errors import PlanError, nearest
+from slimkit.graph.computed_weights import make_plain
 from slimkit.graph.folding import FusePlan
 from slimkit.plan import Plan
 from slimkit.quantize.targets import NumberFormat
@@ -147,6 +149,8 @@ class QuantPlan(Plan):
         mode: ``"static"``, ``"dynamic"`` or ``"weights"``.
         opset: the oldest ONNX operator set that its file may have.
         biases: how its file holds them, ``"int32"``, ``"float16"`` or ``"float"``.
+        plain: layers that computed their weight from parameters at every call, and that are
+            replaced by plain ones before anything else.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -162,6 +166,7 @@ class QuantPlan(Plan):
     mode: str = "static"
     opset: int = 18
     biases: str = "int32"
+    plain: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON-able values."""
@@ -171,6 +176,7 @@ class QuantPlan(Plan):
         data["decisions"] = [asdict(decision) for decision in self.decisions]
         data["calls"] = {address: rule.to_json() for address, rule in self.calls.items()}
         data["warnings"] = list(self.warnings)
+        data["plain"] = list(self.plain)
         return data
 
     @classmethod
@@ -193,6 +199,7 @@ class QuantPlan(Plan):
             mode=str(data.get("mode", "static")),
             opset=int(data.get("opset", 18)),
             biases=str(data.get("biases", "int32")),
+            plain=tuple(data.get("plain", ())),
         )
 
     def explain(self) -> str:
@@ -203,6 +210,8 @@ class QuantPlan(Plan):
             f"{integer} of {len(self.decisions)} operations integer, "
             f"{len(self.folds)} batch norms folded"
         ]
+        if self.plain:
+            lines.append(f"  computed weights became parameters: {', '.join(self.plain)}")
         if any(spec.pairs for spec in self.quantizers):
             lines.append("  weights leave room for x86 processors that sum two products in 16 bits")
         width = max((len(decision.address) for decision in self.decisions), default=0)
@@ -225,6 +234,7 @@ class QuantPlan(Plan):
         """
         from slimkit.quantize.wrapper import QuantizedModel
 
+        make_plain(model, self.plain)
         parameters = named_weights(model)
         for spec in self.quantizers:
             if spec.parameter is None:
@@ -249,6 +259,10 @@ class QuantPlan(Plan):
                 )
         FusePlan(self.folds).apply_to(model)
         return QuantizedModel(model, self)
+
+    def folded(self, model: nn.Module) -> nn.Module:
+        """A copy of the float ``model`` with the layers that this plan is about."""
+        return FusePlan(self.folds).apply_to(make_plain(copy.deepcopy(model), self.plain))
 
     def bit_widths(self) -> dict[str, tuple[int, int]]:
         """Module path → (weight bits, activation bits); 32 where activations stay in float."""
