@@ -48,7 +48,8 @@ MAX_FLOAT = 0.10
 BATCH_NORM, FEW, MANY, CHECKED = 128, 12, 32, 4  # images
 OBSERVERS = ("minmax", "mse")
 LIMITS = (15.5, 16.5)  # dB, on the calibration images
-_OTHER_TASKS = ("rcnn", "retinanet", "ssd", "fcos", "raft", "r3d", "mc3", "s3d", "mvit", "swin3d")
+_OTHER_TASKS = ("rcnn", "retinanet", "ssd", "fcos", "raft", "r3d", "r2plus1d", "mc3", "s3d")
+_OTHER_TASKS += ("mvit", "swin3d")
 _LAYERS = ("conv1d", "conv2d", "conv3d", "linear", "conv_transpose2d")
 
 
