@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from slimkit.plan import Plan
 from slimkit.quantize import QuantizedModel, QuantPlan, ptq
 from slimkit.quantize.integer_activations import sigmoid
+from slimkit.quantize.layer_switches import LayerSwitches
 from slimkit.quantize.quantizers import ActivationQuantizer
-from slimkit.quantize.targets import NumberFormat
+from slimkit.quantize.targets import NumberFormat, resolve_target
 from slimkit.runtime import export, fusion_report, open_session
 
 Images = Callable[..., Tensor]
@@ -89,6 +90,16 @@ def test_the_gate_survives_json(quantized: QuantizedModel, tmp_path: Path) -> No
     assert isinstance(again, QuantPlan)
     assert again == quantized.plan
     assert sum(rule.gate is not None for rule in again.calls.values()) == 2
+
+
+def test_a_gate_stays_rounded_when_another_layer_goes_back_to_float(images: Images) -> None:
+    torch.manual_seed(0)
+    model = SqueezeExcite(hard=False).eval()
+    whole, left = (ptq(model, images(1), calibration=[images(16)], skip=s) for s in ((), "fc"))
+    switches = LayerSwitches(whole, float_outputs=resolve_target("onnxruntime").float_outputs)
+    with torch.no_grad(), switches.set(["fc"]) as network:
+        assert torch.equal(network(images(4)), left(images(4)))
+    assert any(rule.gate for rule in left.plan.calls.values())
 
 
 def test_a_gate_has_the_grid_of_its_range_without_data(quantized: QuantizedModel) -> None:

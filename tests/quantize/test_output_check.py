@@ -99,3 +99,29 @@ def test_the_search_of_settings_is_silent_about_its_trials(ruined: nn.Module) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         sk.quantize.search_settings(ruined, batches[0], calibration=batches, space=space, trials=2)
+
+
+class Shares(nn.Module):
+    """Zero divided by zero for an input that is rounded to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+        self.first.weight.data.abs_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        shared: Tensor = self.second(y / y.sum(1, keepdim=True))
+        return shared
+
+
+def test_outputs_that_are_not_finite_any_more_are_the_worst() -> None:
+    model = Shares().eval()
+    x = torch.tensor([100.0, 0.01])[:, None].expand(2, 4).contiguous()
+    with pytest.warns(UserWarning, match="the outputs are not finite any more; most is rounded"):
+        ptq(model, x, calibration=[x])
+    q = ptq(model, x, calibration=[x], min_sqnr=20)
+    assert {d.module for d in q.plan.decisions if d.integer} == {"second"}
+    with torch.no_grad():
+        assert torch.isfinite(q(x)).all()

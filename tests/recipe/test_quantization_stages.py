@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +66,11 @@ def test_layers_left_in_float_are_told(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(ValidationMetric, "__call__", metric)
     emitted = Emitted()
     stage = PtqStage(max_drop=0.5, batches=1)
-    stage.run(network(), context(tmp_path))
-    held = json.loads((tmp_path / "sensitivity.json").read_text())
-    held["identity"]["calibration"] = "rounded on another machine"
-    (tmp_path / "sensitivity.json").write_text(json.dumps(held))
     result = stage.run(network(), StageContext(**{**vars(context(tmp_path)), "emit": emitted}))
     told = "conv2 left in float to keep the metric within 0.5: it falls by 0 from 90, and by 10"
     assert result.extra["warnings"][0].startswith(told)
     assert emitted[0]["event"] == "warning"
     assert integer_layers(result.model.plan) == ("conv1", "fc")
-    again = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert again["identity"]["calibration"] != held["identity"]["calibration"]
     assert {row["layer"] for row in result.extra["rounding"]["layers"]} == {"conv1", "fc"}
 
 

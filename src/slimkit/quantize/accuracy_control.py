@@ -37,7 +37,7 @@ RANKED = 2
 _HOPELESS = 2.0
 """A layer that makes so many times the noise that is still allowed is not tried."""
 MOST_DB = 200.0
-"""What outputs without any difference count as."""
+"""What outputs without any difference count as; outputs that are not finite as its negative."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class AccuracyLimit:
         if self.evaluate is not None:
             return self.evaluate
         distance = OutputDistance(work.reference, work.inputs())
-        return lambda model: min(decibels(distance.noise(model)), MOST_DB)
+        return lambda model: max(-MOST_DB, min(decibels(distance.noise(model)), MOST_DB))
 
     def remembered(self, work: Work) -> dict[str, Tensor]:
         """Parameters of the integer layers and the float outputs, before methods adjust them."""

@@ -61,7 +61,9 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     """Quantize a trained network without training it.
 
     Args:
-        model: any module; it is copied, not changed.
+        model: any module; it is copied, not changed. Batch norms are folded into the layers in
+            front of them, and layers that compute their weight from parameters, as those with
+            weight standardisation do, become plain ones.
         example_inputs: one call; see :class:`slimkit.Inputs`.
         calibration: batches of training data: tensors, (tensor, label) pairs, dictionaries or
             Inputs, prepared as for training. A loader whose ``role`` is ``"test"`` is refused.
@@ -91,8 +93,8 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             dB above their difference from the float network's, 0 to 200; 20 to 30 are usual.
         fewest: what is left in float as little as possible for either limit: ``"layers"``, or
             ``"macs"``, the multiply-adds in them, which is what they cost at run time.
-        sensitivity: file for what either of them measures of every layer, so that an interrupted
-            call need not measure it again.
+        sensitivity: layers are ranked for either limit by estimates of their noise, from a few
+            backward passes. With a file each is measured alone instead, and the file keeps it.
         progress: show on standard error how far it is.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -54,12 +55,16 @@ class OutputCheck:
             noise = 0.0 if self._distance is None else self._distance.noise(quantized)
         except InputError:  # as many boxes as the network finds
             return
-        if decibels(noise) >= ENOUGH_DB:
+        level = decibels(noise)
+        if level >= ENOUGH_DB:
             return
-        told = (
-            f"the outputs are only {decibels(noise):.1f} dB above their difference from those of "
-            f"the float network; most is rounded away in {_noisiest(quantized, self._batch)}"
+        found = (
+            f"the outputs are only {level:.1f} dB above their difference from those of the float "
+            "network"
+            if math.isfinite(level)
+            else "the outputs are not finite any more"
         )
+        told = f"{found}; most is rounded away in {_noisiest(quantized, self._batch)}"
         plan = quantized.plan
         quantized.replace_plan(replace(plan, warnings=(*plan.warnings, told)))
         hint = "try observer='mse', methods=['gptq', 'bias_correction'], or min_sqnr="

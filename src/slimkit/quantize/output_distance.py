@@ -92,5 +92,10 @@ class OutputDistance:
 
 
 def decibels(noise: float) -> float:
-    """Signal to quantization noise in dB, −10·log₁₀(noise / signal); infinite without noise."""
+    """Signal to quantization noise in dB, −10·log₁₀(noise / signal).
+
+    Infinite without noise, minus infinity where the noise is not a number.
+    """
+    if math.isnan(noise):
+        return -math.inf
     return -10.0 * math.log10(noise) if noise > 0 else math.inf

@@ -16,8 +16,6 @@ from slimkit.recipe.training_stage import train_model, training_facts
 from slimkit.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor, nn
 
     from slimkit.quantize import QuantizedModel
@@ -158,7 +156,7 @@ class PtqStage(QuantizeOptions, Stage):
             multiply-adds in them.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     type: Literal["ptq"] = "ptq"
     methods: tuple[Annotated[Any, METHOD], ...] | None = None
     max_drop: float | None = Field(default=None, ge=0, allow_inf_nan=False)
@@ -173,37 +171,24 @@ class PtqStage(QuantizeOptions, Stage):
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
-        file = None if context.work is None else context.work / "sensitivity.json"
-        try:
-            quantized = self._quantized(model.eval(), context, file)
-        except InputError as error:
-            if file is None or error.where != str(file):
-                raise
-            file.unlink()  # an interrupted run whose sums were rounded otherwise: begin again
-            quantized = self._quantized(model, context, file)
-        return StageResult(quantized, _told(quantized, context, original=model))
-
-    def _quantized(
-        self, model: nn.Module, context: StageContext, file: Path | None
-    ) -> QuantizedModel:
         from slimkit.quantize import ptq
 
         limit: dict[str, Any] = {}
         if self.max_drop is not None:
             limit = {"evaluate": ValidationMetric(context), "max_drop": self.max_drop}
-        return ptq(
-            model,
+        quantized = ptq(
+            model.eval(),
             context.example_inputs,
             methods=None
             if self.methods is None
             else [build_method(METHOD, choice, {}) for choice in self.methods],
             min_sqnr=self.min_sqnr,
             fewest=self.fewest,
-            sensitivity=file,
             progress=context.progress,
             **limit,
             **self.arguments(context),
         )
+        return StageResult(quantized, _told(quantized, context, original=model))
 
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
         """See the base class. Checks patterns, the target, and that there is data to judge by."""
