@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import slimkit as sk
 from slimkit.errors import PlanError
 from slimkit.graph.capturing import capture
-from slimkit.graph.computed_weights import computed_weights, make_plain
+from slimkit.graph.computed_weights import SamePadConv2d, computed_weights, make_plain
 from slimkit.graph.folding import batch_norm_pairs
 
 
@@ -33,10 +33,18 @@ class StandardisedConv(nn.Conv2d):
 
 
 class PaddedConv(StandardisedConv):
-    """A plain convolution would not pad."""
+    """Pads with ones: no plain convolution does."""
 
     def pad(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, 1, 0, 1))
+        return F.pad(x, (0, 1, 0, 1), value=1.0)
+
+
+class SamePadded(StandardisedConv):
+    """As many outputs as inputs over stride, by zeros in front and more of them behind."""
+
+    def pad(self, x: Tensor) -> Tensor:
+        rest = x.shape[-1] % 2
+        return F.pad(x, (rest, 1, rest, 1))
 
 
 class FollowsInput(nn.Linear):
@@ -51,6 +59,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.stem = StandardisedConv(3, 8, 3, stride=2, padding=1)
+        self.same = SamePadded(8, 8, 3, stride=2)
         self.norm = nn.BatchNorm2d(8)
         self.body = weight_norm(nn.Conv2d(8, 8, 3, padding=1))
         self.padded = PaddedConv(8, 8, 2)
@@ -61,6 +70,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.same(x))
         x = torch.relu(self.padded(torch.relu(self.body(x)))).mean((2, 3))
         return self.head(self.own(torch.relu(self.turn(x))))
 
@@ -77,9 +87,10 @@ def x() -> Tensor:
 
 def test_those_that_depend_on_parameters_alone_become_plain(net: nn.Module, x: Tensor) -> None:
     paths = computed_weights(net, capture(net, x))
-    assert paths == ("stem", "body", "turn")
+    assert paths == ("stem", "same", "body", "turn")
     plain = make_plain(copy.deepcopy(net), paths)
     assert type(plain.stem) is nn.Conv2d
+    assert type(plain.same) is SamePadConv2d
     assert type(plain.turn) is nn.Linear
     torch.testing.assert_close(plain(x), net(x))
     assert computed_weights(plain, capture(plain, x)) == ()
@@ -101,11 +112,11 @@ def test_a_plan_for_another_network_changes_nothing(net: nn.Module) -> None:
 
 def test_they_are_quantized_exported_and_loaded(net: nn.Module, x: Tensor, tmp_path: Path) -> None:
     q = sk.quantize.ptq(net, x, calibration=[x])
-    assert q.plan.plain == ("stem", "body", "turn")
+    assert q.plan.plain == ("stem", "same", "body", "turn")
     assert q.plan.folds == (("stem", "norm"),)
     integer = {d.module for d in q.plan.decisions if d.integer and d.weight}
-    assert {"stem", "body", "turn", "head"} <= integer
-    assert "computed weights became parameters: stem, body, turn" in q.plan.explain()
+    assert {"stem", "same", "body", "turn", "head"} <= integer
+    assert "computed weights became parameters: stem, same, body, turn" in q.plan.explain()
     with torch.no_grad():
         expected = q(x)
     assert (expected - net(x)).square().mean() < 1e-2 * net(x).square().mean()
@@ -115,4 +126,5 @@ def test_they_are_quantized_exported_and_loaded(net: nn.Module, x: Tensor, tmp_p
         assert torch.equal(again(x), expected)
     sk.export(q, tmp_path / "q.onnx", x)
     (found,) = sk.runtime.open_session(tmp_path / "q.onnx").run([x.numpy()])
-    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-2, rtol=1e-2)
+    one_step = torch.from_numpy(found) - expected  # where two ways of summing round apart
+    assert one_step.square().mean() < 1e-3 * expected.square().mean()

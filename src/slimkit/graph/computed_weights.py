@@ -8,24 +8,24 @@ parameters alone, so a plain layer with that weight gives the same outputs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from slimkit.errors import PlanError, nearest
 from slimkit.graph.capturing import Graph
 
-__all__ = ["LAYER_CALLS", "computed_weights", "make_plain"]
+__all__ = ["LAYER_CALLS", "SamePadConv2d", "computed_weights", "make_plain"]
 
 LAYER_CALLS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 _SETTINGS = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding"),
     *("dilation", "groups", "padding_mode"),
 )
-_SPARE = 3  # pixels that an image is larger than the kernel
 
 
 def computed_weights(model: nn.Module, graph: Graph) -> tuple[str, ...]:
@@ -71,41 +71,76 @@ def make_plain(model: nn.Module, paths: Iterable[str]) -> nn.Module:
 
 @torch.no_grad()
 def _plain(layer: nn.Module) -> nn.Module | None:
-    """A layer of torch's with the same outputs in evaluation mode, if there is one."""
+    """A layer with the same outputs in evaluation mode and a weight of its own, if there is one."""
     if layer._forward_hooks:
         return None
     trial = copy.deepcopy(layer).eval()
     try:
-        made, x = _unfilled(trial)
+        inputs = _inputs(trial)
         with _Weights() as seen:
-            expected = trial(x)
-        ((weight, bias),) = seen.found
-        made.weight = nn.Parameter(weight.detach().clone())
-        made.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        other = 2 * x.flip(0) + 1  # for which a weight that depends on the input is another
-        for found, wanted in ((made(x), expected), (made(other), trial(other))):
-            if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
-                return None
+            outputs = [trial(x) for x in inputs]
+        weight, bias = seen.found[0]
+        for made in _candidates(trial):
+            made.weight = nn.Parameter(weight.detach().clone())
+            made.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+            if all(_close(made(x), output) for x, output in zip(inputs, outputs, strict=True)):
+                return made.train(layer.training)
     except Exception:  # a module of the user's may raise anything
         return None
-    return made.train(layer.training)
+    return None
 
 
-def _unfilled(layer: nn.Module) -> tuple[nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, Tensor]:
-    """Torch's layer with the settings of ``layer``, and an input for both."""
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def _inputs(layer: nn.Module) -> list[Tensor]:
+    """Several, of other sizes and sums: neither weight nor padding may depend on them."""
     parameter = next(layer.parameters())
     draw = torch.Generator().manual_seed(0)
     if isinstance(layer, nn.Linear):
-        x = torch.randn(2, layer.in_features, generator=draw).to(parameter)
-        return nn.Linear(layer.in_features, layer.out_features, device="meta"), x
-    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if isinstance(layer, kind):
-            reach = zip(layer.kernel_size, layer.dilation, strict=True)
-            size = [1 + step * (kernel - 1) + _SPARE for kernel, step in reach]
-            x = torch.randn(2, layer.in_channels, *size, generator=draw).to(parameter)
-            settings: dict[str, Any] = {name: getattr(layer, name) for name in _SETTINGS}
-            return kind(**settings, device="meta"), x
-    raise TypeError(type(layer).__name__)
+        shapes: list[tuple[int, ...]] = [(2, layer.in_features)] * 2
+    else:
+        conv = cast("nn.Conv2d", layer)
+        reach = [
+            step * (kernel - 1)
+            for kernel, step in zip(conv.kernel_size, conv.dilation, strict=True)
+        ]
+        shapes = [(2, conv.in_channels, *(n + more for n in reach)) for more in (4, 7)]
+    return [
+        torch.randn(shape, generator=draw).add(shift).to(parameter)
+        for shift, shape in enumerate(shapes)
+    ]
+
+
+def _candidates(layer: nn.Module) -> Iterator[nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """Layers with the settings of ``layer``, still without weights."""
+    if isinstance(layer, nn.Linear):
+        yield nn.Linear(layer.in_features, layer.out_features, device="meta")
+    settings: dict[str, Any] = {name: getattr(layer, name, None) for name in _SETTINGS}
+    if isinstance(layer, nn.Conv1d):
+        yield nn.Conv1d(**settings, device="meta")
+    if isinstance(layer, nn.Conv2d):
+        yield nn.Conv2d(**settings, device="meta")
+        yield SamePadConv2d(**settings, device="meta")
+    if isinstance(layer, nn.Conv3d):
+        yield nn.Conv3d(**settings, device="meta")
+
+
+class SamePadConv2d(nn.Conv2d):
+    """Pads as TensorFlow's "SAME" does: ⌈size / stride⌉ outputs, the odd pixel at the far side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', ⌈H / stride⌉, ⌈W / stride⌉)."""
+        pads: list[int] = []
+        for axis in (1, 0):
+            size, stride = x.shape[2 + axis], self.stride[axis]
+            reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+            total = max(0, (-(-size // stride) - 1) * stride + reach - size)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(
+            F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
 
 
 class _Weights(TorchFunctionMode):
