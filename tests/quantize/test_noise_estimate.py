@@ -88,22 +88,29 @@ def test_nothing_of_the_network_is_changed(small: nn.Module, images: Images) -> 
     assert all(p.grad is None for p in switches.quantized.parameters())
 
 
-class Rounds(nn.Module):
-    """Ends with what has no derivative."""
+class Detached(nn.Module):
+    """Its outputs have no derivatives, or they are zero."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wholly: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layer = nn.Linear(8, 8)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.wholly = wholly
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(self.layer(x).detach().numpy())
+        x = torch.relu(self.first(x))
+        y: Tensor = self.second(x) if self.wholly else self.second(x).round()
+        return y.detach() if self.wholly else y
 
 
-def test_without_derivatives_layers_are_measured_one_by_one() -> None:
-    model, x = Rounds().eval(), torch.randn(16, 8)
+@pytest.mark.parametrize("wholly", [True, False])
+def test_without_derivatives_layers_are_measured_one_by_one(wholly: bool) -> None:
+    model, x = Detached(wholly=wholly).eval(), 100 * torch.randn(16, 8)
     switches = switches_of(model, x[:1], x)
-    with pytest.raises(RuntimeError):
-        estimated_noise(switches, [sk.Inputs((x,))])
+    if wholly:
+        with pytest.raises(RuntimeError):
+            estimated_noise(switches, [sk.Inputs((x,))])
+    else:
+        assert estimated_noise(switches, [sk.Inputs((x,))]).of(switches.layers) == 0
     with pytest.warns(UserWarning, match="no layer is left to quantize"):
         ptq(model, x[:1], calibration=[x], min_sqnr=150)

@@ -147,7 +147,9 @@ class AccuracyLimit:
         """
         if self.file is None:
             with contextlib.suppress(RuntimeError):
-                return estimated_noise(switches, islice(work.inputs(), RANKED))
+                shares = estimated_noise(switches, islice(work.inputs(), RANKED))
+                if shares.of(switches.layers) > 0:  # else no gradient came through
+                    return shares
         table = measure_sensitivity(
             switches,
             noise_scorer(work.reference, islice(work.inputs(), RANKED)),
