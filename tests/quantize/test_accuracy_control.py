@@ -228,6 +228,31 @@ def test_a_layer_in_float_gets_back_what_methods_changed(
         assert torch.equal(before, after) == (layer == "pointwise"), layer
 
 
+@pytest.mark.parametrize("gain", [3.0, 8.0])
+def test_methods_run_again_on_the_layers_that_stay_integer(
+    small: nn.Module, images: Images, batches: list[Tensor], gain: float
+) -> None:
+    choices: dict[str, Any] = {"calibration": batches, "weight_bits": 4, "methods": ["gptq"]}
+    distance = OutputDistance(small, [sk.Inputs((x,)) for x in batches])
+    whole = decibels(distance.noise(ptq(small, images(1), **choices)))
+    q = ptq(small, images(1), min_sqnr=whole + gain, **choices)
+    assert decibels(distance.noise(q)) >= whole + gain
+    left = [name for name in LAYERS if name not in integer_layers(q.plan)]
+    assert 0 < len(left) < len(LAYERS)
+    assert f"{whole:.4g} dB with every layer quantized" in q.plan.warnings[-1]
+    expected = ptq(small, images(1), skip=left, **choices)
+    with torch.no_grad():
+        assert torch.equal(q(images(4)), expected(images(4)))
+
+
+def test_methods_cannot_reach_every_limit(
+    small: nn.Module, images: Images, batches: list[Tensor]
+) -> None:
+    with pytest.warns(UserWarning, match="no layer is left to quantize"):
+        q = ptq(small, images(1), calibration=batches, methods=["gptq"], min_sqnr=150)
+    assert integer_layers(q.plan) == ()
+
+
 # --- the search for the fewest layers --------------------------------------------------------
 
 

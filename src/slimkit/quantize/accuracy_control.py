@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -21,13 +22,13 @@ from slimkit.quantize.layer_sensitivity import measure_sensitivity, noise_scorer
 from slimkit.quantize.layer_switches import LayerSwitches, float_parameters
 from slimkit.quantize.noise_estimate import NoiseShares, estimated_noise
 from slimkit.quantize.output_distance import OutputDistance, decibels
-from slimkit.quantize.scheme import QuantPlan
+from slimkit.quantize.partial_plans import integer_layers
 
 if TYPE_CHECKING:
     from slimkit.quantize.methods import Work
     from slimkit.quantize.wrapper import QuantizedModel
 
-__all__ = ["AccuracyLimit", "Fewest", "accuracy_limit"]
+__all__ = ["AccuracyLimit", "Fewest", "Repair", "accuracy_limit"]
 
 Fewest = Literal["layers", "macs"]
 """What of the network is left in float as little as possible."""
@@ -36,8 +37,23 @@ RANKED = 2
 """Calibration batches that layers are ranked on."""
 _HOPELESS = 2.0
 """A layer that makes so many times the noise that is still allowed is not tried."""
+_ROUNDS = 6
+"""Choices of layers that are repaired until the limit holds."""
 MOST_DB = 200.0
 """What outputs without any difference count as; outputs that are not finite as its negative."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Methods that adjust integer layers to their rounding, to be run again.
+
+    Attributes:
+        plain: the calibrated network before any of them ran.
+        run: runs them on a network, in place.
+    """
+
+    plain: QuantizedModel
+    run: Callable[[QuantizedModel], None]
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,11 @@ class AccuracyLimit:
         """Where it is kept."""
         return f"at {self.base:g} dB" if self.evaluate is None else f"within {self.max_drop:g}"
 
+    @property
+    def reason(self) -> str:
+        """Why a layer is in float."""
+        return f"left in float to keep {self.subject} {self.bound}"
+
     def outcome(self, drop: float, whole: float) -> str:
         """What was reached, and what there was with every layer quantized."""
         if self.evaluate is None:
@@ -94,7 +115,12 @@ class AccuracyLimit:
         return float_parameters(work.quantized)
 
     def keep(
-        self, work: Work, *, float_outputs: Collection[str], originals: Mapping[str, Tensor]
+        self,
+        work: Work,
+        *,
+        float_outputs: Collection[str],
+        originals: Mapping[str, Tensor],
+        repair: Repair | None = None,
     ) -> QuantizedModel:
         """Put as few layers, or multiply-adds, back to float as it takes.
 
@@ -105,13 +131,20 @@ class AccuracyLimit:
         Where the limit is one of noise, which adds up, layers that make far more of it than the
         limit leaves are not tried.
 
+        Methods adjust a layer to the errors of those before it, which it has no more where these
+        are in float. With ``repair`` layers are therefore chosen before the methods run, by a limit
+        that is lower by what the methods gained on the whole network, and higher by what is missing
+        after they ran, a few times over.
+
         Args:
             work: what is quantized, in every layer.
             float_outputs: of the target.
             originals: parameters that methods adjusted to the rounding, as they were before.
+            repair: of a limit of noise; the methods ran on ``work.quantized``.
 
         Returns:
-            ``work.quantized``, whose plan says what was left in float and why.
+            ``work.quantized``, or what was repaired again; its plan says what was left in float
+            and why.
 
         Raises:
             EvaluationError: its ``model`` is ``work.quantized`` with every layer integer.
@@ -124,14 +157,50 @@ class AccuracyLimit:
                 trials.show = show
                 if not switches.layers or trials.meets(()):
                     return work.quantized
+                if repair is not None:
+                    return self._repaired(work, trials, repair, float_outputs)
                 costs = self._costs(work, switches)
                 found = _fewest(trials, self._shares(work, switches), costs)
         except EvaluationError as error:
             error.model = work.quantized
             raise
         in_float = trials.best if found is None else found
-        plan = self._told(switches, trials, in_float, reached=found is not None)
-        return switches.leave(in_float, plan)
+        network = switches.leave(in_float, switches.plan(in_float, self.reason))
+        drop, whole = trials.drops[frozenset(in_float)], trials.drops[frozenset()]
+        self._tell(network, in_float, drop, whole, reached=found is not None)
+        return network
+
+    def _repaired(
+        self, work: Work, trials: _Trials, repair: Repair, float_outputs: Collection[str]
+    ) -> QuantizedModel:
+        """Choose layers on the plain network, and repair what is left; see :meth:`keep`."""
+        whole = trials.drops[frozenset()]
+        switches = LayerSwitches(repair.plain, float_outputs=float_outputs)
+        plain = _Trials(self, trials.score, switches, show=trials.show)
+        plain.meets(())
+        costs, shares = self._costs(work, switches), self._shares(work, switches)
+        allowed = max(0.0, plain.drops[frozenset()] - whole)
+        candidates: list[tuple[float, QuantizedModel, tuple[str, ...]]] = []
+        for rounds_left in reversed(range(_ROUNDS)):
+            plain.limit = replace(self, max_drop=allowed)
+            found = _fewest(plain, shares, costs)
+            in_float = plain.best if found is None else found
+            network = copy.deepcopy(repair.plain)
+            same = LayerSwitches(network, float_outputs=float_outputs)
+            repair.run(same.leave(in_float, same.plan(in_float, self.reason)))
+            drop = self.base - evaluated(trials.score, network, "the repaired network")
+            candidates.append((drop, network, in_float))
+            missing = drop - self.max_drop
+            if missing <= 0 or allowed == 0.0:
+                break
+            without = plain.drops[frozenset(in_float)]  # less than that is another choice
+            allowed = max(0.0, min(allowed - missing, 0.99 * without)) if rounds_left > 1 else 0.0
+        if candidates[-1][0] > self.max_drop:  # methods may do harm
+            network = switches.leave(in_float, switches.plan(in_float, self.reason))
+            candidates.append((plain.drops[frozenset(in_float)], network, in_float))
+        drop, network, in_float = min(candidates, key=lambda candidate: candidate[0])
+        self._tell(network, in_float, drop, whole, reached=drop <= self.max_drop)
+        return network
 
     def _costs(self, work: Work, switches: LayerSwitches) -> dict[str, int]:
         """What each layer costs in float, in the unit of :attr:`fewest`."""
@@ -160,27 +229,32 @@ class AccuracyLimit:
         )
         return NoiseShares.measured({layer: table.damage(layer) for layer in table.ranking()})
 
-    def _told(
-        self, switches: LayerSwitches, trials: _Trials, in_float: Sequence[str], *, reached: bool
-    ) -> QuantPlan:
-        """The final plan, with a sentence on what was left in float."""
-        reason = f"left in float to keep {self.subject} {self.bound}"
-        plan = switches.plan(in_float, reason)
-        drop, whole = trials.drops[frozenset(in_float)], trials.drops[frozenset()]
+    def _tell(
+        self,
+        network: QuantizedModel,
+        in_float: Sequence[str],
+        drop: float,
+        whole: float,
+        *,
+        reached: bool,
+    ) -> None:
+        """Say in the plan what was left in float, and aloud if the limit asks too much."""
         names = ", ".join(in_float) or "no layer"
         outcome = self.outcome(drop, whole)
         if reached:
-            told = f"{names} {reason}: {outcome}"
+            told = f"{names} {self.reason}: {outcome}"
         else:
             told = (
                 f"{self.subject} cannot be kept {self.bound}, not even in float: "
                 f"with {names} in float {outcome}"
             )
-        if reached and len(in_float) == len(switches.layers):
+        nothing_left = not integer_layers(network.plan)
+        if reached and nothing_left:
             told += "; no layer is left to quantize"
-        if not reached or len(in_float) == len(switches.layers):
+        if not reached or nothing_left:
             warnings.warn(told, stacklevel=4)
-        return replace(plan, warnings=(*plan.warnings, told))
+        plan = network.plan
+        network.replace_plan(replace(plan, warnings=(*plan.warnings, told)))
 
 
 def accuracy_limit(
@@ -269,7 +343,8 @@ class _Trials:
         if self.limit.evaluate is not None:
             return False
         reached = self.limit.base - self.drops[frozenset(in_float)]
-        allowed, made = (math.pow(10.0, -level / 10.0) for level in (self.limit.base, reached))
+        lowest = self.limit.base - self.limit.max_drop
+        allowed, made = (math.pow(10.0, -level / 10.0) for level in (lowest, reached))
         integer = [other for other in shares.needed if other not in in_float]
         expected = shares.of(integer)
         scale = made / expected if expected > 0 else 1.0

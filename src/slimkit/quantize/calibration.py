@@ -18,7 +18,7 @@ from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import apply
-from slimkit.quantize.accuracy_control import accuracy_limit
+from slimkit.quantize.accuracy_control import Repair, accuracy_limit
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.evaluating import Evaluate
 from slimkit.quantize.learned_quantizers import with_scales
@@ -137,22 +137,31 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     given = () if calibration is None else calibration
     data = Batches(given, example, batches, keep=bool(chosen) or limit is not None)
 
-    def ranges() -> None:
-        if mode == "static":
-            calibrate(quantized, data, observer=observer)
+    def work_on(network: QuantizedModel) -> Work:
+        def ranges() -> None:
+            if mode == "static":
+                calibrate(network, data, observer=observer)
 
-    quantized.eval()
-    work = Work(quantized, example, data, ranges, progress)
+        return Work(network, example, data, ranges, progress)
+
+    def adjust(network: QuantizedModel) -> None:
+        run_methods(chosen, "after", work_on(network))
+
+    work = work_on(quantized.eval())
     run_methods(chosen, "before", work)
-    ranges()
-    originals = limit.remembered(work) if limit is not None and chosen else {}
-    check = None if limit is not None else output_check(work)
+    work.recalibrate()
+    if limit is None:
+        check = output_check(work)
+        run_methods(chosen, "after", work)
+        if check is not None:
+            check.warn(quantized)
+        return quantized.eval()
+    originals = limit.remembered(work) if chosen else {}
+    again = limit.evaluate is None and any(method.when == "after" for method in chosen)
+    repair = Repair(copy.deepcopy(quantized), adjust) if again else None
     run_methods(chosen, "after", work)
-    if check is not None:
-        check.warn(quantized)
-    if limit is not None:
-        limit.keep(work, float_outputs=resolved.float_outputs, originals=originals)
-    return quantized.eval()
+    outputs = resolved.float_outputs
+    return limit.keep(work, float_outputs=outputs, originals=originals, repair=repair).eval()
 
 
 def attach(
