@@ -180,7 +180,7 @@ class AccuracyLimit:
         plain.meets(())
         costs, shares = self._costs(work, switches), self._shares(work, switches)
         allowed = max(0.0, plain.drops[frozenset()] - whole)
-        candidates: list[tuple[float, QuantizedModel, tuple[str, ...]]] = []
+        best: tuple[float, QuantizedModel, tuple[str, ...]] | None = None
         for rounds_left in reversed(range(_ROUNDS)):
             plain.limit = replace(self, max_drop=allowed)
             found = _fewest(plain, shares, costs)
@@ -189,16 +189,18 @@ class AccuracyLimit:
             same = LayerSwitches(network, float_outputs=float_outputs)
             repair.run(same.leave(in_float, same.plan(in_float, self.reason)))
             drop = self.base - evaluated(trials.score, network, "the repaired network")
-            candidates.append((drop, network, in_float))
+            if best is None or drop < best[0]:
+                best = drop, network, in_float
             missing = drop - self.max_drop
             if missing <= 0 or allowed == 0.0:
                 break
             without = plain.drops[frozenset(in_float)]  # less than that is another choice
             allowed = max(0.0, min(allowed - missing, 0.99 * without)) if rounds_left > 1 else 0.0
-        if candidates[-1][0] > self.max_drop:  # methods may do harm
+        without = plain.drops[frozenset(in_float)]
+        if best is None or (best[0] > self.max_drop and without < best[0]):  # methods may do harm
             network = switches.leave(in_float, switches.plan(in_float, self.reason))
-            candidates.append((plain.drops[frozenset(in_float)], network, in_float))
-        drop, network, in_float = min(candidates, key=lambda candidate: candidate[0])
+            best = without, network, in_float
+        drop, network, in_float = best
         self._tell(network, in_float, drop, whole, reached=drop <= self.max_drop)
         return network
 
