@@ -126,10 +126,10 @@ class AccuracyLimit:
 
         Layers are ranked by the noise that they make in the outputs, on the first calibration
         batches, per multiply-add where these count. The smallest number of them, from the top,
-        that meets the limit is found by doubling and bisection; then those that turn out not to be
-        needed become integer again, the dearest first. Every candidate is evaluated for real.
-        Where the limit is one of noise, which adds up, layers that make far more of it than the
-        limit leaves are not tried.
+        that meets the limit is found by doubling and bisection, for a limit of noise near the
+        number that should meet it; then those that turn out not to be needed become integer again,
+        the dearest first, but for those that make far more noise than the limit leaves. Every
+        candidate is evaluated for real.
 
         Methods adjust a layer to the errors of those before it, which it has no more where these
         are in float. With ``repair`` layers are therefore chosen before the methods run, by a limit
@@ -338,19 +338,40 @@ class _Trials:
         return self.drops[key] <= self.limit.max_drop
 
     def hopeless(self, layer: str, in_float: Sequence[str], shares: NoiseShares) -> bool:
-        """Whether ``layer`` makes far more noise than the limit leaves with ``in_float``.
+        """Whether ``layer`` makes far more noise than the limit leaves with ``in_float``."""
+        if self.limit.evaluate is not None:  # a metric says nothing about noise
+            return False
+        integer = [other for other in shares.needed if other not in in_float]
+        added = self._scale(in_float, shares) * shares.added(layer, integer)
+        return added > _HOPELESS * (self._allowed - self._made(in_float))
 
-        Shares are scaled to the noise that was found; a metric says nothing about noise.
+    def likely(self, ranked: Sequence[str], count: int, shares: NoiseShares) -> int:
+        """How many layers from the top must go back to float, judged by the first ``count``.
+
+        A metric says nothing about noise: twice as many.
         """
         if self.limit.evaluate is not None:
-            return False
-        reached = self.limit.base - self.drops[frozenset(in_float)]
-        lowest = self.limit.base - self.limit.max_drop
-        allowed, made = (math.pow(10.0, -level / 10.0) for level in (lowest, reached))
-        integer = [other for other in shares.needed if other not in in_float]
-        expected = shares.of(integer)
-        scale = made / expected if expected > 0 else 1.0
-        return scale * shares.added(layer, integer) > _HOPELESS * (allowed - made)
+            return max(1, 2 * count)
+        scale = self._scale(ranked[:count], shares)
+        enough = (n for n in range(1, len(ranked)) if self._suffices(ranked[n:], scale, shares))
+        return next(enough, len(ranked))
+
+    def _suffices(self, integer: Sequence[str], scale: float, shares: NoiseShares) -> bool:
+        return scale * shares.of(integer) <= self._allowed
+
+    @property
+    def _allowed(self) -> float:
+        """Noise / signal that the limit allows."""
+        return math.pow(10.0, -(self.limit.base - self.limit.max_drop) / 10.0)
+
+    def _made(self, in_float: Sequence[str]) -> float:
+        """Noise / signal with these layers in float."""
+        return math.pow(10.0, -(self.limit.base - self.drops[frozenset(in_float)]) / 10.0)
+
+    def _scale(self, in_float: Sequence[str], shares: NoiseShares) -> float:
+        """Noise that was found, of noise that the shares add up to: large noise saturates."""
+        expected = shares.of(other for other in shares.needed if other not in in_float)
+        return self._made(in_float) / expected if expected > 0 else 1.0
 
     @property
     def best(self) -> tuple[str, ...]:
@@ -366,23 +387,26 @@ def _fewest(
     The whole network is known not to meet it.
     """
     ranked = shares.worst_first(costs)
-    fails, count = 0, 1
+    fails, count = 0, trials.likely(ranked, 0, shares)
     while count < len(ranked) and not trials.meets(ranked[:count]):
-        fails, count = count, min(2 * count, len(ranked))
+        likely = trials.likely(ranked, count, shares)
+        fails, count = count, min(max(count + 1, likely), len(ranked))
     if not trials.meets(ranked[:count]):
         return None
+    following = trials.likely(ranked, count, shares)
     while count - fails > 1:
-        middle = (count + fails) // 2
-        if trials.meets(ranked[:middle]):
-            count = middle
+        fewer = max(fails + 1, min(following, count - 1))
+        if trials.meets(ranked[:fewer]):
+            count = fewer
         else:
-            fails = middle
+            fails = fewer
+        following = (count + fails) // 2
     needed = list(ranked[:count])
     last_first = reversed(ranked[: count - 1])  # the very last one is known to be needed
     for layer in sorted(last_first, key=lambda layer: -costs[layer]):
         if trials.hopeless(layer, needed, shares):
             continue
-        fewer = [other for other in needed if other != layer]
-        if trials.meets(fewer):
-            needed = fewer
+        others = [other for other in needed if other != layer]
+        if trials.meets(others):
+            needed = others
     return tuple(needed)
