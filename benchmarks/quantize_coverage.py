@@ -6,9 +6,9 @@ images, and at most 150 M parameters, go through static int8 quantization, expor
 Runtime. A network passes if the file runs, its output is at least 15 dB above its difference from
 the float network, and layers left in float have at most 10 % of the MACs of all convolutions and
 linear layers. What does not reach 15 dB with the defaults on 12 calibration images is tried again
-on 32: with the defaults, with ranges by least squared error, and then, with those ranges that suit
-the calibration images better, with a limit on the noise of the outputs on these, a little higher
-from try to try, for which some layers stay in float::
+with ranges by least squared error, then both ways on 32 images, and then, with those ranges that
+suit the calibration images better, with a limit on the noise of the outputs on these, a little
+higher from try to try, for which some layers stay in float::
 
     python -m benchmarks.quantize_coverage
 
@@ -123,6 +123,7 @@ def _attempts(
     """One quantized network after the other, from the plainest settings on."""
     few = calibration[: FEW // 2]
     yield "defaults", sk.quantize.ptq(model, example, calibration=few)
+    yield "mse", sk.quantize.ptq(model, example, calibration=few, observer="mse")
     exact = [_floats(call.call(model)) for call in few]
     reached = {}
     for observer in OBSERVERS:
@@ -274,8 +275,8 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             f"Batch norms are measured on {BATCH_NORM} images; {CHECKED} images, on which nothing "
             "was calibrated, are for the comparison (token ids for BERT). *Defaults* are "
             f"`ptq(model, example, calibration=…)` with {FEW} images and nothing else: min-max, "
-            f"weights per channel, every layer that can be in integers. *{MANY} images* are "
-            'others; *mse* adds `observer="mse"`, and *at least* `min_sqnr=…` with '
+            'weights per channel, every layer that can be in integers. *Mse* adds `observer="mse"`, '
+            f"*{MANY} images* are that many for calibration, and *at least* is `min_sqnr=…` with "
             '`fewest="macs"`. Exports were perhaps timed beside other work. Random weights are '
             "harder than trained ones: nothing taught them to keep their ranges, and batch norms "
             "behind a global pooling blow up the little that differs between images.",
