@@ -275,7 +275,7 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             f"Batch norms are measured on {BATCH_NORM} images; {CHECKED} images, on which nothing "
             "was calibrated, are for the comparison (token ids for BERT). *Defaults* are "
             f"`ptq(model, example, calibration=…)` with {FEW} images and nothing else: min-max, "
-            'weights per channel, every layer that can be in integers. *Mse* adds `observer="mse"`, '
+            'weights per channel, every layer that can be in integers. *Mse* is `observer="mse"`, '
             f"*{MANY} images* are that many for calibration, and *at least* is `min_sqnr=…` with "
             '`fewest="macs"`. Exports were perhaps timed beside other work. Random weights are '
             "harder than trained ones: nothing taught them to keep their ranges, and batch norms "
