@@ -125,12 +125,12 @@ def _attempts(
     few = calibration[: FEW // 2]
     yield "defaults", sk.quantize.ptq(model, example, calibration=few)
     yield "mse", sk.quantize.ptq(model, example, calibration=few, observer="mse")
-    exact = [_floats(call.call(model)) for call in few]
+    exact = [_floats(call.call(model)) for call in calibration]
     reached = {}
     for observer in OBSERVERS:
         quantized = sk.quantize.ptq(model, example, calibration=calibration, observer=observer)
         yield f"{MANY} images, {observer}", quantized
-        reached[observer] = decibels(exact, [_floats(call.call(quantized)) for call in few])
+        reached[observer] = decibels(exact, [_floats(call.call(quantized)) for call in calibration])
     best = max(reached, key=lambda observer: reached[observer])
     for limit in LIMITS:
         yield (
