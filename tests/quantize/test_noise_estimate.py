@@ -1,15 +1,16 @@
-"""The noise of each layer by backward passes, beside what switching it on makes."""
+"""The noise of each layer by backward passes, beside what its quantizers make alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import slimkit as sk
-from slimkit.quantize import ptq
+from slimkit.quantize import noise_estimate, ptq
 from slimkit.quantize.layer_switches import LayerSwitches
 from slimkit.quantize.noise_estimate import NoiseShares, estimated_noise
 from slimkit.quantize.output_distance import OutputDistance
@@ -25,22 +26,35 @@ def switches_of(model: nn.Module, example: Tensor, calibration: Tensor) -> Layer
 
 
 def measured(model: nn.Module, switches: LayerSwitches, x: Tensor) -> dict[str, float]:
+    """Noise / signal of every quantizer with all others off."""
+    quantized = switches.quantized
     distance = OutputDistance(model, [sk.Inputs((x,))])
-    found = {}
-    for layer in switches.layers:
-        with switches.set(set(switches.layers) - {layer}) as network:
-            found[layer] = distance.noise(network)
-    return found
+
+    class Alone(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.off = {other: nn.Identity() for other in quantized.quantizers if other != name}
+
+        def forward(self, x: Tensor) -> Any:
+            with quantized.attachment(self.off):
+                return quantized.model(x)
+
+    return {name: distance.noise(Alone(name)) for name in quantized.quantizers}
 
 
-def test_it_is_what_switching_a_layer_on_makes(small: nn.Module, images: Images) -> None:
-    x = images(32, 5)
+@pytest.fixture
+def many_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_estimate, "_PROBES", 32)
+
+
+@pytest.mark.usefixtures("many_signs")
+def test_it_is_what_one_quantizer_alone_makes(small: nn.Module, images: Images) -> None:
+    x = images(16, 5)
     switches = switches_of(small, x[:1], x)
     expected = measured(small, switches, x)
     found = estimated_noise(switches, [sk.Inputs((x,))])
     assert list(found.needed) == list(switches.layers)
-    for layer, noise in expected.items():
-        assert found.of([layer]) == pytest.approx(noise, rel=0.4), layer
+    assert found.noise == pytest.approx(expected, rel=0.25)
 
 
 class Twice(nn.Module):
@@ -56,14 +70,14 @@ class Twice(nn.Module):
         return {"small": self.b(x), "large": 100 * self.c(x)}
 
 
+@pytest.mark.usefixtures("many_signs")
 def test_every_output_counts_the_same() -> None:
     torch.manual_seed(1)
-    model, x = Twice().eval(), torch.randn(64, 8)
+    model, x = Twice().eval(), torch.randn(16, 8)
     switches = switches_of(model, x[:1], x)
     expected = measured(model, switches, x)
     found = estimated_noise(switches, [sk.Inputs((x,))])
-    for layer, noise in expected.items():
-        assert found.of([layer]) == pytest.approx(noise, rel=0.4), layer
+    assert found.noise == pytest.approx(expected, rel=0.25)
 
 
 def test_what_two_layers_share_counts_once() -> None:
