@@ -47,6 +47,12 @@ class Inputs:
         args, kwargs = tree_map(on_leaf, (self.args, dict(self.kwargs)))
         return Inputs(args, kwargs)
 
+    @property
+    def examples(self) -> int | None:
+        """How many examples there are, if the first dimension of all tensors counts them."""
+        sizes = {tensor.shape[0] if tensor.dim() else None for tensor in self.tensors()}
+        return sizes.pop() if len(sizes) == 1 else None
+
     def to(self, device: torch.device | str) -> Inputs:
         """A copy with every tensor on ``device``."""
         return self.map(lambda tensor: tensor.to(device))

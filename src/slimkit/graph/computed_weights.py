@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from slimkit.errors import PlanError, nearest
 from slimkit.graph.capturing import Graph
 
-__all__ = ["LAYER_CALLS", "SamePadConv2d", "computed_weights", "make_plain"]
+__all__ = ["SamePadConv2d", "computed_weights", "make_plain"]
 
-LAYER_CALLS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+_LAYER_CALLS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 _SETTINGS = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding"),
     *("dilation", "groups", "padding_mode"),
@@ -39,7 +39,7 @@ def computed_weights(model: nn.Module, graph: Graph) -> tuple[str, ...]:
     computing = (
         call.module
         for call in graph.calls
-        if call.function in LAYER_CALLS
+        if call.function in _LAYER_CALLS
         and len(call.inputs) > 1
         and graph.tensors[call.inputs[1]].name is None
     )
@@ -161,7 +161,7 @@ class _Weights(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if getattr(func, "__name__", "") in LAYER_CALLS:
+        if getattr(func, "__name__", "") in _LAYER_CALLS:
             given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **(kwargs or {})}
             self.found.append((given["weight"], given.get("bias")))
         return func(*args, **(kwargs or {}))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -153,14 +154,10 @@ class _Shares:
 
 
 def _singly(batch: Inputs) -> list[Inputs]:
-    """The examples of a batch, if all tensors have one dimension of examples."""
-    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in batch.tensors()}
-    if len(sizes) != 1 or sizes == {0}:
+    """The examples of a batch; the batch where they cannot be told apart."""
+    if not batch.examples:
         return [batch]
-    return [
-        batch.map(lambda tensor, i=i: tensor[i : i + 1])  # type: ignore[misc]
-        for i in range(sizes.pop())
-    ]
+    return [batch.map(itemgetter(slice(i, i + 1))) for i in range(batch.examples)]
 
 
 def _outputs(found: Any) -> list[Tensor]:

@@ -80,9 +80,8 @@ def output_check(work: Work) -> OutputCheck | None:
 
 
 def _first(batch: Inputs, count: int) -> Inputs:
-    """The first examples, if all tensors have one dimension of examples."""
-    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in batch.tensors()}
-    return batch.map(lambda tensor: tensor[:count]) if len(sizes) == 1 else batch
+    """The first examples, or the batch where they cannot be told apart."""
+    return batch if batch.examples is None else batch.map(lambda tensor: tensor[:count])
 
 
 def _noisiest(quantized: QuantizedModel, batch: Inputs) -> str:
