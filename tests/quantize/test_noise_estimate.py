@@ -57,6 +57,14 @@ def test_it_is_what_one_quantizer_alone_makes(small: nn.Module, images: Images) 
     assert found.noise == pytest.approx(expected, rel=0.25)
 
 
+def test_a_caller_without_gradients_gets_the_same(small: nn.Module, images: Images) -> None:
+    x = images(4, 5)
+    switches = switches_of(small, x[:1], x)
+    expected = estimated_noise(switches, [sk.Inputs((x,))])
+    with torch.no_grad():
+        assert estimated_noise(switches, [sk.Inputs((x,))]) == expected
+
+
 class Twice(nn.Module):
     """Two outputs, the second a hundred times as large; the first layer is in both, twice."""
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from torch import Tensor
 
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError, nearest
-from slimkit.measure.profiling import profile
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated, refuse_test_data
-from slimkit.quantize.layer_sensitivity import measure_sensitivity, noise_scorer, units_of
+from slimkit.quantize.layer_ranking import multiply_adds, noise_shares
 from slimkit.quantize.layer_switches import LayerSwitches, float_parameters
-from slimkit.quantize.noise_estimate import NoiseShares, estimated_noise
+from slimkit.quantize.noise_estimate import NoiseShares
 from slimkit.quantize.output_distance import OutputDistance, decibels
 from slimkit.quantize.partial_plans import integer_layers
 
@@ -33,8 +30,6 @@ __all__ = ["AccuracyLimit", "Fewest", "Repair", "accuracy_limit"]
 Fewest = Literal["layers", "macs"]
 """What of the network is left in float as little as possible."""
 
-RANKED = 2
-"""Calibration batches that layers are ranked on."""
 _HOPELESS = 2.0
 """A layer that makes so many times the noise that is still allowed is not tried."""
 _ROUNDS = 6
@@ -160,7 +155,7 @@ class AccuracyLimit:
                 if repair is not None:
                     return self._repaired(work, trials, repair, float_outputs)
                 costs = self._costs(work, switches)
-                found = _fewest(trials, self._shares(work, switches), costs)
+                found = _fewest(trials, noise_shares(work, switches, file=self.file), costs)
         except EvaluationError as error:
             error.model = work.quantized
             raise
@@ -178,7 +173,7 @@ class AccuracyLimit:
         switches = LayerSwitches(repair.plain, float_outputs=float_outputs)
         plain = _Trials(self, trials.score, switches, show=trials.show)
         plain.meets(())
-        costs, shares = self._costs(work, switches), self._shares(work, switches)
+        costs, shares = self._costs(work, switches), noise_shares(work, switches, file=self.file)
         allowed = max(0.0, plain.drops[frozenset()] - whole)
         best: tuple[float, QuantizedModel, tuple[str, ...]] | None = None
         for rounds_left in reversed(range(_ROUNDS)):
@@ -208,28 +203,8 @@ class AccuracyLimit:
         """What each layer costs in float, in the unit of :attr:`fewest`."""
         if self.fewest == "layers":
             return dict.fromkeys(switches.layers, 1)
-        macs = {row.name: row.macs for row in profile(work.reference, work.example).layers}
+        macs = multiply_adds(work)
         return {layer: max(1, macs.get(layer, 0)) for layer in switches.layers}
-
-    def _shares(self, work: Work, switches: LayerSwitches) -> NoiseShares:
-        """Of every layer in the noise of the outputs.
-
-        Estimated, unless measurements are to be kept or the network has no derivatives.
-        """
-        if self.file is None:
-            with contextlib.suppress(RuntimeError):
-                shares = estimated_noise(switches, islice(work.inputs(), RANKED))
-                if shares.of(switches.layers) > 0:  # else no gradient came through
-                    return shares
-        table = measure_sensitivity(
-            switches,
-            noise_scorer(work.reference, islice(work.inputs(), RANKED)),
-            measure="sqnr",
-            units=units_of(switches),
-            file=self.file,
-            progress=work.progress,
-        )
-        return NoiseShares.measured({layer: table.damage(layer) for layer in table.ranking()})
 
     def _tell(
         self,

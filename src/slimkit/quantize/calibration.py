@@ -21,6 +21,7 @@ from slimkit.plan import apply
 from slimkit.quantize.accuracy_control import Repair, accuracy_limit
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.evaluating import Evaluate
+from slimkit.quantize.float_budget import float_budget
 from slimkit.quantize.learned_quantizers import with_scales
 from slimkit.quantize.methods import Method, Work, resolve_methods, run_methods, usual_methods
 from slimkit.quantize.observers import Observer, describe_observer, new_observer
@@ -54,6 +55,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
     min_sqnr: float | None = None,
+    max_float: float | None = None,
     fewest: str = "layers",
     sensitivity: PathLike | None = None,
     progress: bool = False,
@@ -91,6 +93,9 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             this, in its own unit (0.5 points of a metric in percent); the plan names them.
         min_sqnr: the same without labels: the outputs on the calibration batches must lie so many
             dB above their difference from the float network's, 0 to 200; 20 to 30 are usual.
+        max_float: so much of the network's multiply-adds may stay in float, 0.1 for a tenth: in
+            the layers where that brings the outputs on the calibration batches closest to the
+            float network's. A budget where ``min_sqnr`` is a goal; not together with a limit.
         fewest: what is left in float as little as possible for either limit: ``"layers"``, or
             ``"macs"``, the multiply-adds in them, which is what they cost at run time.
         sensitivity: layers are ranked for either limit by estimates of their noise, from a few
@@ -112,8 +117,16 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     chosen = [] if methods is None else resolve_methods(methods)
     resolved = resolve_target(target)
     example = as_inputs(example_inputs)
-    if calibration is None and (mode == "static" or min_sqnr is not None):
-        what = "static scales of activations need" if mode == "static" else "min_sqnr needs"
+    budget = float_budget(max_float)
+    if budget is not None and (max_drop is not None or min_sqnr is not None):
+        raise InputError(
+            "a limit says how much stays in float, and so does this",
+            where="max_float",
+            hint="leave one of them out",
+        )
+    needed = "min_sqnr" if min_sqnr is not None else "max_float" if budget is not None else None
+    if calibration is None and (mode == "static" or needed):
+        what = "static scales of activations need" if mode == "static" else f"{needed} needs"
         raise InputError(
             f"{what} data",
             where="calibration",
@@ -135,7 +148,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         chosen = usual_methods(quantized.plan)
     limit = accuracy_limit(evaluate, max_drop, min_sqnr, quantized, sensitivity, fewest)
     given = () if calibration is None else calibration
-    data = Batches(given, example, batches, keep=bool(chosen) or limit is not None)
+    data = Batches(given, example, batches, keep=bool(chosen or limit or budget))
 
     def work_on(network: QuantizedModel) -> Work:
         def ranges() -> None:
@@ -152,6 +165,8 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     work.recalibrate()
     if limit is None:
         check = output_check(work)
+        if budget is not None:
+            budget.spend(work, float_outputs=resolved.float_outputs)
         run_methods(chosen, "after", work)
         if check is not None:
             check.warn(quantized)

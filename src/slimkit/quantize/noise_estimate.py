@@ -129,9 +129,10 @@ class _Shares:
         names, factors = list(self._factors), list(self._factors.values())
         for probe in range(_PROBES):
             total = torch.zeros((), dtype=torch.float64, device=power.device)
-            for output, weight in zip(self._outputs, weights, strict=True):
-                bits = torch.randint(0, 2, output.shape, generator=generator)
-                total = total + weight * (output * (2 * bits - 1).to(output)).sum()
+            with torch.enable_grad():
+                for output, weight in zip(self._outputs, weights, strict=True):
+                    bits = torch.randint(0, 2, output.shape, generator=generator)
+                    total = total + weight * (output * (2 * bits - 1).to(output)).sum()
             kept = probe < _PROBES - 1
             slopes = torch.autograd.grad(
                 total, factors, retain_graph=kept, materialize_grads=True
