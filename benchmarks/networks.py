@@ -27,7 +27,7 @@ __all__ = ["LARGEST", "build", "guarded", "names_of", "records_of", "shake", "su
 
 LARGEST = 150e6
 """Parameters of the largest network that is counted."""
-TIME_LIMIT = 1200
+TIME_LIMIT = 3600
 Measure = Callable[[str], dict[str, Any]]
 
 

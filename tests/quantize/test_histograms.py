@@ -99,6 +99,44 @@ def test_views_with_gaps_and_repeats_are_counted_as_seen() -> None:
     assert histogram.counts[16] == 11
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_channel_row_and_column_has_the_same_part(layout: torch.memory_format) -> None:
+    shape = (2, 12, 30, 28)
+    for dim in (1, 2, 3):
+        index = torch.arange(float(shape[dim])).reshape([-1 if d == dim else 1 for d in range(4)])
+        histogram = Histogram(256, most=2000)
+        histogram.add((index * 4).expand(shape).contiguous(memory_format=layout))
+        counts = histogram.counts[histogram.counts > 0]
+        assert len(counts) == shape[dim]
+        assert 900 * 2 < counts.sum() <= 2000 * 2
+        assert counts.max() - counts.min() <= 0.2 * counts.min()
+
+
+def test_a_part_is_the_same_in_whatever_batches_and_knows_the_extremes() -> None:
+    x = torch.randn(6, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    for spot in range(20):
+        x[spot % 6, spot % 3, spot, 3] = 100.0 + spot
+    x[0, 0, 0, 0] = -100.0
+    filled = []
+    for y in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        for size in (1, 4, 6):
+            histogram = Histogram(1024, most=500)
+            for batch in y.split(size):
+                histogram.add(batch)
+            assert (histogram.low, histogram.high) == (-100.0, 119.0)
+            filled.append(histogram.counts)
+    assert filled[0].sum() == 6 * -(-4800 // 11)
+    assert all(torch.equal(filled[0], other) for other in filled[1:])
+
+
+def test_short_examples_are_counted_wholly() -> None:
+    histogram = Histogram(64, most=100)
+    histogram.add(torch.rand(5, 10, 10))
+    histogram.add(torch.rand(300))
+    histogram.add(torch.tensor(0.5))
+    assert histogram.counts.sum() == 500 + 300 + 1
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_counting_ends_with_the_first_value_that_is_not_finite(bad: float) -> None:
     histogram = filled([[1.0], [bad, 0.0], [5.0]])
@@ -111,6 +149,11 @@ def test_counting_ends_with_the_first_value_that_is_not_finite(bad: float) -> No
 def test_a_number_of_bins_that_cannot_be_halved_is_refused(bins: int) -> None:
     with pytest.raises(InputError, match="power of two"):
         Histogram(bins)
+
+
+def test_a_part_of_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="per_example: 0 is not at least 1"):
+        Histogram(64, most=0)
 
 
 def test_every_device_counts_alike(device: torch.device) -> None:

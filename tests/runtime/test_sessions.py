@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -36,6 +37,16 @@ def test_openvino_agrees_with_torch(residual: nn.Module, residual_path: Path) ->
     assert open_session(residual_path, backend="openvino").inputs == (
         open_session(residual_path).inputs
     )
+
+
+def test_openvino_prepares_for_the_shapes_of_the_inputs(residual_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the openvino extra is not installed")
+    session = open_session(residual_path, backend="openvino")
+    for size in (1, 3):
+        batch = np.random.default_rng(size).normal(size=(size, 3, 16, 16)).astype(np.float32)
+        (found,) = cast("Any", session.prepare([batch])()).values()
+        (expected,) = session.run([batch])
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

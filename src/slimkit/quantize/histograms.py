@@ -23,24 +23,31 @@ class Histogram:
     no count is split or moved. The counts therefore depend on the values alone, not on their
     order or on how they were divided into batches, and at least a quarter of the bins is in use.
 
-    Binning takes 1 to 2 ms per million values on one CPU core: scaling, rounding down and
-    ``torch.bincount`` on int32, about 8 times faster than ``torch.histc``.
+    Binning takes 2 to 3 ms per million values on one CPU core, most of it in ``torch.bincount``,
+    as long as the layer that made them. Of a large tensor a part is therefore counted: every k-th
+    value of an example, in the order in which they lie in memory, where k has no divisor in common
+    with their number, so that all channels, rows and columns have the same part in it.
 
     Args:
         bins: number of bins, a power of two ≥ 4; memory is 8 bytes each.
+        most: values of one example, x[i], that are counted; of longer ones every k-th with the
+            smallest suitable k. None counts them all.
 
     Attributes:
         counts: int64, on the CPU, shape (bins,). Bin i holds (i − bins / 2) · width ≤ x <
             (i + 1 − bins / 2) · width.
         width: of a bin; 0 before the first value.
-        low: the smallest value seen, exactly; infinity before the first one.
+        low: the smallest value seen, counted or not; infinity before the first one.
         high: the largest, likewise; minus infinity. When a batch holds NaN or infinity, low
             and high keep that batch's extremes for good, and nothing is counted any more.
     """
 
-    def __init__(self, bins: int) -> None:
+    def __init__(self, bins: int, *, most: int | None = None) -> None:
         if bins < 4 or bins & (bins - 1):
             raise InputError(f"{bins} is not a power of two ≥ 4", where="bins")
+        if most is not None and most < 1:
+            raise InputError(f"{most} is not at least 1", where="per_example", hint="65536")
+        self._most = most
         self.counts = torch.zeros(bins, dtype=torch.int64)
         self.width = 0.0
         self.low, self.high = math.inf, -math.inf
@@ -87,7 +94,7 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._fit(max(-low, high))
         scale = 1.0 / self.width  # a power of two: no product is rounded
-        for piece in torch.split(_in_memory_order(x.detach()), _PIECE):
+        for piece in torch.split(_part(x.detach(), self._most), _PIECE):
             index = torch.mul(piece, scale).floor_().add_(self.zero).to(torch.int32)
             found = torch.bincount(index).to(self.counts.device)
             self.counts[: found.numel()] += found
@@ -104,6 +111,27 @@ class Histogram:
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.zeros_like(self.counts)
             self.counts[self.zero // 2 : self.zero // 2 + self.zero] = merged
+
+
+def _part(x: Tensor, most: int | None) -> Tensor:
+    """The values to count, in one dimension."""
+    examples = x.shape[0] if x.dim() else 1
+    size = x.numel() // examples
+    step = 1 if most is None else _step(size, most)
+    if step == 1:
+        return _in_memory_order(x)
+    first, *others = sorted(range(x.dim()), key=x.stride, reverse=True)
+    if first == 0:
+        return x.permute(0, *others).reshape(examples, size)[:, ::step].reshape(-1)
+    return torch.cat([_in_memory_order(example)[::step] for example in x])
+
+
+def _step(size: int, most: int) -> int:
+    """The smallest one that leaves at most ``most`` of ``size`` and shares no divisor with it."""
+    step = -(-size // most)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
 
 
 def _in_memory_order(x: Tensor) -> Tensor:

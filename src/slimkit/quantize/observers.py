@@ -186,13 +186,16 @@ class Counting:
 
     Attributes:
         bins: of the :class:`~slimkit.quantize.histograms.Histogram`.
+        per_example: values of one example that are counted at most, spread evenly over it; None
+            counts them all. The smallest and the largest value are always known.
     """
 
     bins: int = field(default=8192, kw_only=True)
+    per_example: int | None = field(default=65536, kw_only=True)
     _histogram: Histogram = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._histogram = Histogram(self.bins)
+        self._histogram = Histogram(self.bins, most=self.per_example)
 
     def update(self, x: Tensor) -> None:
         """Count the values of ``x``."""

@@ -23,7 +23,9 @@ __all__ = ["ENOUGH_DB", "OutputCheck", "output_check"]
 ENOUGH_DB = 15.0
 """Below, classifiers lose more than a point: EfficientNet-Lite0 in docs/benchmarks."""
 _EXAMPLES = 8
-"""The network runs on so many, four times at most: nothing beside calibration."""
+"""The network runs on so many, twice: nothing beside calibration."""
+_EXAMINED = 1
+"""Layers are named by so many: what all of them make is held in memory."""
 _NAMED = 3
 
 
@@ -64,7 +66,7 @@ class OutputCheck:
             if math.isfinite(level)
             else "the outputs are not finite any more"
         )
-        told = f"{found}; most is rounded away in {_noisiest(quantized, self._batch)}"
+        told = f"{found}; most is rounded away in {_noisiest(quantized, _first(self._batch, _EXAMINED))}"
         plan = quantized.plan
         quantized.replace_plan(replace(plan, warnings=(*plan.warnings, told)))
         hint = "try observer='mse', methods=['gptq', 'bias_correction'], or min_sqnr="

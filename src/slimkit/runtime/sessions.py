@@ -255,26 +255,43 @@ class _OnnxRuntimeSession:
 
 
 class _OpenVinoSession:
-    """One stream of ``threads``; fp32 stays fp32 (OpenVINO would use bf16 where the CPU can)."""
+    """One stream of ``threads``; fp32 stays fp32 (OpenVINO would use bf16 where the CPU can).
+
+    What is prepared for timing is compiled for the shapes of its inputs, where the file leaves
+    dimensions open: looking for these in every call takes an int8 EfficientNet-Lite0 6 % longer.
+    """
 
     def __init__(self, path: Path, threads: int, optimized_path: Path | None) -> None:
         import openvino
 
         if optimized_path is not None:
             raise InputError("only onnxruntime writes its graph", where="optimized_path")
-        core = openvino.Core()
-        settings = {
+        self._core = openvino.Core()
+        self._settings = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        self._model = core.compile_model(core.read_model(str(path)), "CPU", settings)
+        self._read = self._core.read_model(str(path))
+        self._model = self._compiled(self._read)
         self._request = self._model.create_infer_request()
         self.inputs = tuple(self._spec(port) for port in self._model.inputs)
         self.outputs = tuple(self._spec(port) for port in self._model.outputs)
         self.input_names = tuple(spec.name for spec in self.inputs)
         self.output_names = tuple(spec.name for spec in self.outputs)
+
+    def _compiled(self, model: Any) -> Any:
+        return self._core.compile_model(model, "CPU", self._settings)
+
+    def _fixed_to(self, arrays: Sequence[Array]) -> Any:
+        model = self._read.clone()
+        ports = zip(model.inputs, arrays, strict=True)
+        try:
+            model.reshape({port: list(array.shape) for port, array in ports})
+            return self._compiled(model)
+        except Exception as error:
+            raise BackendError(f"openvino stopped: {_last_words(error)}") from error
 
     @staticmethod
     def _spec(port: Any) -> TensorSpec:
@@ -293,6 +310,8 @@ class _OpenVinoSession:
     def prepare(self, inputs: Mapping[str, Array] | Sequence[Array]) -> Callable[[], object]:
         self.run(inputs)
         arrays, request = _ordered(inputs, self.inputs), self._request
+        if any(None in spec.shape for spec in self.inputs):
+            request = self._fixed_to(arrays).create_infer_request()
         return lambda: request.infer(arrays, share_inputs=True, share_outputs=True)
 
 
