@@ -66,7 +66,8 @@ class OutputCheck:
             if math.isfinite(level)
             else "the outputs are not finite any more"
         )
-        told = f"{found}; most is rounded away in {_noisiest(quantized, _first(self._batch, _EXAMINED))}"
+        worst = _noisiest(quantized, _first(self._batch, _EXAMINED))
+        told = f"{found}; most is rounded away in {worst}"
         plan = quantized.plan
         quantized.replace_plan(replace(plan, warnings=(*plan.warnings, told)))
         hint = "try observer='mse', methods=['gptq', 'bias_correction'], or min_sqnr="
