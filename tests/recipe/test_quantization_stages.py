@@ -54,8 +54,20 @@ def test_a_limit_without_validation_images_fails_before_the_run() -> None:
 
 def test_one_limit_at_a_time() -> None:
     assert PtqStage(min_sqnr=20).min_sqnr == 20
-    with pytest.raises(ValidationError, match="max_drop is a limit already"):
+    with pytest.raises(ValidationError, match="max_drop says already how much stays in float"):
         PtqStage(max_drop=1, min_sqnr=20)
+    with pytest.raises(ValidationError, match="min_sqnr says already"):
+        PtqStage(min_sqnr=20, max_float=0.1)
+    with pytest.raises(ValidationError, match="max_float"):
+        PtqStage(max_float=10)
+
+
+def test_a_share_of_the_network_stays_in_float() -> None:
+    model = network()
+    result = PtqStage(max_float=0.5, batches=1).run(model, context())
+    assert 0 < len(integer_layers(result.model.plan)) < 3
+    told = "left in float within 50 % of the multiply-adds"
+    assert told in result.extra["warnings"][0]
 
 
 def test_layers_left_in_float_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

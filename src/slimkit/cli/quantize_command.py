@@ -73,9 +73,17 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
             show_default="everything is quantized",
         ),
     ] = None,
+    max_float: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the multiply-adds that may stay in float, 0.1 for a tenth, in the "
+            "layers where that helps the outputs most.",
+            show_default="everything is quantized",
+        ),
+    ] = None,
     fewest: Annotated[
         str,
-        typer.Option(help="What stays in float as little as possible for either: layers or macs."),
+        typer.Option(help="What stays in float as little as possible for a limit: layers or macs."),
     ] = "layers",
 ) -> None:
     """Turn a trained network into an ONNX file of integers, without training (PTQ)."""
@@ -113,6 +121,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
         evaluate=None if max_drop is None else _on_validation_images(splits),
         max_drop=max_drop,
         min_sqnr=min_sqnr,
+        max_float=max_float,
         fewest=fewest,
         progress=True,
     )

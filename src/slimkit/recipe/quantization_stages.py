@@ -152,21 +152,30 @@ class PtqStage(QuantizeOptions, Stage):
             images to fall by no more than so many points; null quantizes everything.
         min_sqnr: the same without labels: the outputs on the calibration images must lie so many dB
             above their difference from the float network's.
-        fewest: what is left in float as little as possible for either: layers, or the
+        max_float: share of the network's multiply-adds that may stay in float, in the layers where
+            that helps the outputs on the calibration images most; a budget instead of a limit.
+        fewest: what is left in float as little as possible for either limit: layers, or the
             multiply-adds in them.
     """
 
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     type: Literal["ptq"] = "ptq"
     methods: tuple[Annotated[Any, METHOD], ...] | None = None
     max_drop: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     min_sqnr: float | None = Field(default=None, ge=0, lt=200)
+    max_float: float | None = Field(default=None, gt=0, le=1)
     fewest: Literal["layers", "macs"] = "layers"
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
-        if self.max_drop is not None and self.min_sqnr is not None:
-            raise wrong("max_drop is a limit already", "leave one of them out", path="min_sqnr")
+        first, *others = [
+            name
+            for name in ("max_drop", "min_sqnr", "max_float")
+            if getattr(self, name) is not None
+        ] or [""]
+        if others:
+            message = f"{first} says already how much stays in float"
+            raise wrong(message, "leave one of them out", path=others[0])
         return self
 
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
@@ -183,6 +192,7 @@ class PtqStage(QuantizeOptions, Stage):
             if self.methods is None
             else [build_method(METHOD, choice, {}) for choice in self.methods],
             min_sqnr=self.min_sqnr,
+            max_float=self.max_float,
             fewest=self.fewest,
             progress=context.progress,
             **limit,
