@@ -128,6 +128,24 @@ def test_methods_and_their_settings_are_searched(
     assert found.value == min(trial.value or 0.0 for trial in found.result.trials)
 
 
+def test_every_trial_keeps_the_budget(
+    small: nn.Module, images: Images, batches: list[Tensor]
+) -> None:
+    space = {"observer": Choice("minmax", "percentile")}
+    within, without = (
+        search_settings(
+            small, images(1), calibration=batches, space=space, trials=2, max_float=share
+        )
+        for share in (0.5, None)
+    )
+    assert within.value > without.value + 1
+    q = ptq(small, images(1), calibration=batches[:3], max_float=0.5, **within.settings)
+    distance = OutputDistance(small, [sk.Inputs((batches[3],))])
+    assert within.value == pytest.approx(decibels(distance.noise(q)), abs=1e-3)
+    with pytest.raises(InputError, match="max_float"):
+        search_settings(small, images(1), calibration=batches, space=space, max_float=10)
+
+
 def test_a_metric_is_used_where_there_is_one(
     small: nn.Module, images: Images, batches: list[Tensor]
 ) -> None:

@@ -19,6 +19,7 @@ from slimkit.measure.tables import rendered
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.calibration import WeightBits, ptq
 from slimkit.quantize.evaluating import Evaluate, evaluated, refuse_test_data
+from slimkit.quantize.float_budget import float_budget
 from slimkit.quantize.methods import METHODS
 from slimkit.quantize.observers import OBSERVERS
 from slimkit.quantize.output_distance import OutputDistance, decibels
@@ -76,7 +77,7 @@ class SettingsSearch:
         return rendered(table, width=200)
 
 
-def search_settings(
+def search_settings(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
@@ -89,6 +90,7 @@ def search_settings(
     target: str | Target = "onnxruntime",
     skip: Pattern | Iterable[Pattern] = (),
     weight_bits: WeightBits | None = None,
+    max_float: float | None = None,
     storage: PathLike | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -116,6 +118,8 @@ def search_settings(
         target: the runtime whose integer operators the scheme must fit.
         skip: modules that stay in float.
         weight_bits: bits of weights, where the space does not name them.
+        max_float: share of the multiply-adds that every trial may leave in float, in the layers
+            where that helps it most; see :func:`~slimkit.quantize.ptq`.
         storage: a journal that trials are added to and that a killed search goes on from.
         seed: of proposals, and of everything random in methods.
         progress: show progress on standard error.
@@ -138,6 +142,7 @@ def search_settings(
     if evaluate is not None:
         refuse_test_data(evaluate)
     resolved = resolve_target(target)
+    float_budget(max_float)  # wrong is wrong before the first trial
     data, held_out = _divided(calibration, as_inputs(example_inputs), alone=evaluate is not None)
     known = settings_space(len(data)) if space is None else dict(space)
     _check_names(known)
@@ -148,7 +153,13 @@ def search_settings(
         with warnings.catch_warnings():  # a bad trial is no news
             warnings.simplefilter("ignore", UserWarning)
             quantized = ptq(
-                model, example_inputs, calibration=data, target=resolved, skip=skip, **arguments
+                model,
+                example_inputs,
+                calibration=data,
+                target=resolved,
+                skip=skip,
+                max_float=max_float,
+                **arguments,
             )
         return score(quantized)
 
@@ -161,7 +172,7 @@ def search_settings(
         direction="minimize" if score.name == "kl" else "maximize",
         start=_defaults(known),
         storage=storage,
-        identity=_identity(model, [*data, *held_out], resolved, skip, weight_bits),
+        identity=_identity(model, [*data, *held_out], resolved, (skip, weight_bits, max_float)),
         seed=seed,
         progress=progress,
         label="settings",
@@ -291,8 +302,7 @@ def _identity(
     model: nn.Module,
     data: list[Inputs],
     target: Target,
-    skip: Pattern | Iterable[Pattern],
-    weight_bits: WeightBits | None,
+    others: Iterable[object],
 ) -> dict[str, Any]:
     """What a journal belongs to."""
     images = {
@@ -306,7 +316,7 @@ def _identity(
         "sums": target.sums,
         "weights": tensors_hash(weights)[:16],
         "calibration": tensors_hash(images)[:16],
-        "others": content_hash([str(skip), str(weight_bits)])[:16],
+        "others": content_hash([str(other) for other in others])[:16],
     }
 
 
