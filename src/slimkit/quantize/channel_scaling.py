@@ -162,8 +162,9 @@ class _Watch(AddressMode):
         kwargs: Mapping[str, Any],
     ) -> Any:
         if address in self._dims:
-            x = (args[0] if args else kwargs["input"]).movedim(self._dims[address], 0).flatten(1)
-            low, high = x.amin(1).double(), x.amax(1).double()
+            x = torch.atleast_2d(args[0] if args else kwargs["input"])
+            others = [dim for dim in range(x.dim()) if dim != self._dims[address] % x.dim()]
+            low, high = x.amin(others).double(), x.amax(others).double()
             before = self.found.get(address)
             seen = ChannelRanges(high, torch.maximum(high, -low))
             if before is not None:
