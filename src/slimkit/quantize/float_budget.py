@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from slimkit.errors import InputError
+from slimkit.progress import ProgressDisplay
 from slimkit.quantize.layer_ranking import multiply_adds, noise_shares
 from slimkit.quantize.layer_switches import LayerSwitches
 from slimkit.quantize.noise_estimate import NoiseShares
@@ -53,13 +54,17 @@ class FloatBudget:
         costs = {layer: macs.get(layer, 0) for layer in switches.layers}
         if not costs or budget < min(costs.values()):
             return
-        shares = noise_shares(work, switches)
-        distance = OutputDistance(work.reference, work.inputs())
         noise: dict[tuple[str, ...], float] = {}
-        for choice in ((), worst_within(shares, costs, budget), best_within(shares, costs, budget)):
-            if choice not in noise:
-                with switches.set(choice) as network:
-                    noise[choice] = distance.noise(network)
+        with ProgressDisplay(4, 0, label="float", enabled=work.progress) as display:
+            shares = noise_shares(work, switches)
+            display.step(1, "noise of every layer")
+            distance = OutputDistance(work.reference, work.inputs())
+            selections = worst_within(shares, costs, budget), best_within(shares, costs, budget)
+            for number, choice in enumerate(((), *selections), start=2):
+                if choice not in noise:
+                    with switches.set(choice) as network:
+                        noise[choice] = distance.noise(network)
+                display.step(number, f"{len(choice)} in float: {decibels(noise[choice]):.4g} dB")
         in_float = min(noise, key=lambda choice: _or_worst(noise[choice]))
         reason = f"left in float within {100 * self.share:g} % of the multiply-adds"
         network = switches.leave(in_float, switches.plan(in_float, reason))
