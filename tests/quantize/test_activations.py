@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slimkit.inputs import Inputs
 from slimkit.plan import Plan
-from slimkit.quantize import QuantizedModel, QuantPlan, ptq
+from slimkit.quantize import QuantizedModel, QuantPlan, ptq, qat
 from slimkit.quantize.integer_activations import sigmoid
 from slimkit.quantize.layer_switches import LayerSwitches
+from slimkit.quantize.noise_estimate import estimated_noise
 from slimkit.quantize.quantizers import ActivationQuantizer
 from slimkit.quantize.targets import NumberFormat, resolve_target
 from slimkit.runtime import export, fusion_report, open_session
@@ -64,6 +66,32 @@ def test_every_operation_is_integer(quantized: QuantizedModel, path: Path) -> No
     assert fusion.complete
     assert fusion.float_nodes == ()
     assert fusion.operators["QLinearMul"] == 3
+
+
+@pytest.mark.parametrize("hard", [True, False], ids=["hard", "smooth"])
+def test_gates_that_work_in_place_have_gradients(images: Images, hard: bool) -> None:
+    torch.manual_seed(0)
+    in_place = SqueezeExcite(hard=hard).eval()
+    apart = SqueezeExcite(hard=hard).eval()
+    apart.load_state_dict(in_place.state_dict())
+    apart.act.inplace = False
+    slopes = []
+    for model in (in_place, apart):
+        q = qat(model, images(1)).train()
+        for _ in range(2):
+            q.zero_grad()
+            q(images(8)).square().sum().backward()
+        slopes.append([p.grad for p in q.model.parameters()])
+    for found, expected in zip(*slopes, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert all(slope is not None and bool(slope.any()) for slope in slopes[0])
+
+
+def test_noise_behind_gates_is_estimated(quantized: QuantizedModel, images: Images) -> None:
+    outputs = resolve_target("onnxruntime").float_outputs
+    switches = LayerSwitches(quantized, float_outputs=outputs)
+    shares = estimated_noise(switches, [Inputs((images(8),))])
+    assert min(shares.of([layer]) for layer in switches.layers) > 0
 
 
 def test_it_is_computed_to_the_bit(quantized: QuantizedModel, path: Path, images: Images) -> None:

@@ -162,7 +162,8 @@ class _Watch(AddressMode):
         kwargs: Mapping[str, Any],
     ) -> Any:
         if address in self._dims:
-            x = torch.atleast_2d(args[0] if args else kwargs["input"])
+            x: Tensor = args[0] if args else kwargs["input"]
+            x = x[None] if x.dim() == 1 else x
             others = [dim for dim in range(x.dim()) if dim != self._dims[address] % x.dim()]
             low, high = x.amin(others).double(), x.amax(others).double()
             before = self.found.get(address)

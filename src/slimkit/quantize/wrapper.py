@@ -256,12 +256,13 @@ class _Attachment(AddressMode):
     ) -> Tensor:
         """``x · g(x)`` with both factors rounded."""
         args, kwargs = self._rounded(arguments, rule.inputs)
+        in_place = _is_inplace(func) or kwargs.get("inplace") is True or True in args[1:2]
         integer = self._integer.get(address)
         result = None if integer is None else integer(func, args, kwargs)
         if result is None:
             curve = GATES[address.rpartition(":")[2].partition("#")[0]]
-            result = args[0] * self._quantizers[str(rule.gate)](curve(args[0]))
-        in_place = _is_inplace(func) or kwargs.get("inplace") is True or True in args[1:2]
+            x = args[0].clone() if in_place else args[0]  # gradients need it as it was
+            result = x * self._quantizers[str(rule.gate)](curve(x))
         return args[0].copy_(result) if in_place else result
 
     def _is_data(self, name: str) -> bool:
