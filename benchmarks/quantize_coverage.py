@@ -289,6 +289,8 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             "Exports were perhaps timed beside other work. Random weights are "
             "harder than trained ones: nothing taught them to keep their ranges, and batch norms "
             "behind a global pooling blow up the little that differs between images.",
+            "*At least* and *limit* stand where the last measurement is by an earlier procedure: "
+            'with `min_sqnr=…` and `fewest="macs"` instead of a share of the MACs.',
             "*Ours by defaults, ORT*, for networks that fail (`--peer`): with every layer in "
             "integers, by the defaults and by `quantize_static` (min-max, per channel) on the same "
             "images.",
