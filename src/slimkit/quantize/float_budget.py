@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FloatBudget", "float_budget"]
 
+_EXAMPLES = 32
+"""Calibration examples that selections are compared on."""
 _LONGEST_RUN = 4
 """Consecutive layers that are put back at once: what one writes and the next reads is rounded
 until both are in float."""
@@ -37,8 +39,8 @@ class FloatBudget:
     def spend(self, work: Work, *, float_outputs: Collection[str]) -> None:
         """Put the layers back to float that the budget is spent on best, in place.
 
-        Two selections by the layers' shares in the noise of the outputs are evaluated on the
-        calibration batches, and the better one is kept, if it gains anything: the layers that
+        Two selections by the layers' shares in the noise of the outputs are evaluated on
+        calibration data, and the better one is kept, if it gains anything: the layers that
         hurt most for what they cost, beginning with a network in float; and those that gain most
         for what they cost, runs of consecutive layers among them, beginning with an integer one.
 
@@ -58,7 +60,7 @@ class FloatBudget:
         with ProgressDisplay(4, 0, label="float", enabled=work.progress) as display:
             shares = noise_shares(work, switches)
             display.step(1, "noise of every layer")
-            distance = OutputDistance(work.reference, work.inputs())
+            distance = OutputDistance(work.reference, work.inputs(_EXAMPLES))
             selections = worst_within(shares, costs, budget), best_within(shares, costs, budget)
             for number, choice in enumerate(((), *selections), start=2):
                 if choice not in noise:

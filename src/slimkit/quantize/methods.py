@@ -87,12 +87,20 @@ class Work:
         """A frozen copy of the folded float network, as it was when first asked for."""
         return copy.deepcopy(self.quantized.model).eval().requires_grad_(False)
 
-    def inputs(self) -> Iterator[Inputs]:
-        """The calibration batches on the device of the network."""
+    def inputs(self, examples: int | None = None) -> Iterator[Inputs]:
+        """The calibration batches on the device of the network.
+
+        Args:
+            examples: whole batches until there are so many; all by default.
+        """
         parameter = next(self.quantized.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
+        count = 0
         for batch in self.batches:
             yield batch.to(device)
+            count += batch.examples or 1
+            if examples is not None and count >= examples:
+                return
 
 
 def resolve_methods(methods: Iterable[str | Method]) -> list[Method]:

@@ -158,7 +158,7 @@ class Streams:
 
     def _batches(self) -> list[Inputs]:
         if not hasattr(self, "_read"):
-            self._read = list(_first(self._work.inputs(), self._images))
+            self._read = list(self._work.inputs(self._images))
         return self._read
 
     def _enter(self, block: Block) -> None:
@@ -293,13 +293,3 @@ def _function(address: str) -> str:
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _first(batches: Iterator[Inputs], images: int | None) -> Iterator[Inputs]:
-    """Whole batches until there are so many examples."""
-    count = 0
-    for batch in batches:
-        yield batch
-        count += batch.tensors()[0].shape[0]
-        if images is not None and count >= images:
-            return
