@@ -130,12 +130,12 @@ def _attempts(
     few = calibration[: FEW // 2]
     yield "defaults", sk.quantize.ptq(model, example, calibration=few)
     yield "mse", sk.quantize.ptq(model, example, calibration=few, observer="mse")
-    exact = [_floats(call.call(model)) for call in calibration]
+    exact = [_floats(call.call(model)) for call in few]
     reached = {}
     for observer in OBSERVERS:
         quantized = sk.quantize.ptq(model, example, calibration=calibration, observer=observer)
         yield f"{MANY} images, {observer}", quantized
-        reached[observer] = decibels(exact, [_floats(call.call(quantized)) for call in calibration])
+        reached[observer] = decibels(exact, [_floats(call.call(quantized)) for call in few])
     best = max(reached, key=lambda observer: reached[observer])
     settings: dict[str, Any] = {"calibration": calibration, "observer": best}
     settings["max_float"] = MAX_FLOAT

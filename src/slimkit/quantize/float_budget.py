@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FloatBudget", "float_budget"]
 
-_EXAMPLES = 32
+_EXAMPLES = 16
 """Calibration examples that selections are compared on."""
 _LONGEST_RUN = 4
 """Consecutive layers that are put back at once: what one writes and the next reads is rounded
