@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimkit.quantize.gptq import compensated_levels
-from slimkit.quantize.sampled_layers import hessian
+from slimkit.quantize.gptq import GPTQ, _suits_others, compensated_levels
+from slimkit.quantize.sampled_layers import Samples, answers, hessian
 
 
 def one_by_one(
@@ -74,3 +74,37 @@ def test_columns_in_chunks_give_the_same_as_one_after_the_other() -> None:
     steps = np.full(2, 0.5)
     expected = one_by_one(weight[0].double().numpy(), steps, h[0].numpy(), 7, list(range(150)))
     assert found[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("positions", "rank", "expected"),
+    [(48, 64, False), (48, 6, True), (2048, 6, True)],
+    ids=["few of anything", "few of much the same", "many"],
+)
+def test_what_suits_a_few_images_must_suit_others(
+    positions: int, rank: int, expected: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.eye(64) if rank == 64 else torch.randn(rank, 64, generator=generator)
+    inputs = torch.randn(1, positions, rank, generator=generator) @ basis
+    weight = torch.randn(16, 64, generator=generator)
+    samples = Samples(inputs, answers_of(inputs, weight), None)
+    nearest = weight.round()
+
+    def rounded(seen: Samples) -> Tensor:
+        ends = torch.full((1, 16, 64), -9.0), torch.full((1, 16, 64), 9.0)
+        steps = torch.ones(1, 16, 64)
+        gram = hessian(seen.inputs, GPTQ.damping)
+        return compensated_levels(weight[None], steps, *ends, gram, act_order=False)[0]
+
+    def error(levels: Tensor, seen: Samples) -> float:
+        return float(answers(seen, levels - weight, slice(None)).square().mean())
+
+    assert _suits_others(samples, rounded, error, nearest) is expected
+    unseen = torch.randn(1, 4096, rank, generator=generator) @ basis
+    others = Samples(unseen, answers_of(unseen, weight), None)
+    assert (error(rounded(samples), others) < error(nearest, others)) is expected
+
+
+def answers_of(inputs: Tensor, weight: Tensor) -> Tensor:
+    return inputs[0] @ weight.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,12 +20,23 @@ from slimkit.quantize.fixed_weights import (
 )
 from slimkit.quantize.layer_calls import grouped
 from slimkit.quantize.methods import Work
-from slimkit.quantize.sampled_layers import answers, centre, compensation, hessian, importance
+from slimkit.quantize.sampled_layers import (
+    Samples,
+    answers,
+    centre,
+    compensation,
+    hessian,
+    importance,
+)
 from slimkit.quantize.scales import pairs_can_overflow
 from slimkit.quantize.streams import Layer, Streams
 
 __all__ = ["GPTQ", "compensated_levels"]
 
+_PLENTY = 8
+"""Positions for each input of an output, from which on they are taken to stand for all others."""
+_SEEN = 0.75
+"""Of fewer, the share that levels are tried by, to be judged on the others."""
 _COLUMNS = 128
 """Columns whose corrections reach the rest of the weight in one product (section 3.3, step 2)."""
 
@@ -38,7 +50,8 @@ class GPTQ:
     reaches the layer in the quantized network; a convolution is a matrix product with patches, a
     grouped or depthwise one a product for every group. Layers whose weights are fixed already stay
     as they are. Where pairs of 8-bit products must stay within 16 bits, weights go to one of their
-    two neighbouring levels.
+    two neighbouring levels. A layer for whose many inputs the images are too few, so that what
+    suits most of them does not suit the others, is rounded to nearest.
 
     Attributes:
         images: calibration examples to sample positions from.
@@ -102,24 +115,53 @@ class GPTQ:
             lowest, highest = exact.floor().clamp(qmin, qmax), exact.ceil().clamp(qmin, qmax)
         lowest, highest = lowest.masked_fill(still, 0.0), highest.masked_fill(still, 0.0)
         groups = len(samples.inputs)
-        levels = compensated_levels(
-            grouped(weight, groups),
-            grouped(steps.expand_as(weight), groups),
-            grouped(lowest, groups),
-            grouped(highest, groups),
-            hessian(samples.inputs, self.damping),
-            act_order=self.act_order,
-        ).reshape(weight.shape)
 
-        def error(levels: Tensor) -> float:
-            change = answers(samples, levels * steps - weight, slice(None), bias=False)
+        def rounded(seen: Samples) -> Tensor:
+            return compensated_levels(
+                grouped(weight, groups),
+                grouped(steps.expand_as(weight), groups),
+                grouped(lowest, groups),
+                grouped(highest, groups),
+                hessian(seen.inputs, self.damping),
+                act_order=self.act_order,
+            ).reshape(weight.shape)
+
+        def error(levels: Tensor, seen: Samples) -> float:
+            change = answers(seen, levels * steps - weight, slice(None), bias=False)
             return float(change.square().sum(1).mean())
 
-        before, after = error(nearest), error(levels)
-        fix(work.quantized, spec, levels if after < before else nearest, scale)
+        before = after = error(nearest, samples)
+        levels, found = nearest, ""
+        if _suits_others(samples, rounded, error, nearest):
+            compensated = rounded(samples)
+            after = error(compensated, samples)
+            levels = compensated if after < before else nearest
+        else:
+            found = ", rounded to nearest: too few images"
+        fix(work.quantized, spec, levels, scale)
         if self.compensate:
             centre(samples, weight_of(work.quantized, spec))
-        return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}"
+        return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}{found}"
+
+
+def _suits_others(
+    samples: Samples,
+    rounded: Callable[[Samples], Tensor],
+    error: Callable[[Tensor, Samples], float],
+    nearest: Tensor,
+) -> bool:
+    """Whether levels by most of the images are better than the nearest ones on the other images.
+
+    They move errors to where the images have nothing, and few images have nothing in many places
+    where others have something. With many positions for every input there is no doubt.
+    """
+    _, positions, inputs = samples.inputs.shape
+    if positions >= _PLENTY * inputs:
+        return True
+    seen, others = samples.divided(_SEEN)
+    if not seen.inputs.shape[1] or not others.inputs.shape[1]:
+        return False
+    return error(rounded(seen), others) < error(nearest, others)
 
 
 def compensated_levels(

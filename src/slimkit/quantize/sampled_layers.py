@@ -30,6 +30,14 @@ class Samples:
     targets: Tensor
     bias: Tensor | None
 
+    def divided(self, share: float) -> tuple[Samples, Samples]:
+        """The first ``share`` of the positions, and the others, which are of later images."""
+        end = int(share * self.inputs.shape[1])
+        return (
+            Samples(self.inputs[:, :end], self.targets[:end], self.bias),
+            Samples(self.inputs[:, end:], self.targets[end:], self.bias),
+        )
+
 
 def answers(
     samples: Samples, weight: Tensor, picks: Tensor | slice, *, bias: bool = True
