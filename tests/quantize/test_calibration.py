@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.errors import DataError, InputError
-from slimkit.quantize import OBSERVERS, NumberFormat, Percentile, QuantizedModel, ptq
+from slimkit.quantize import OBSERVERS, NumberFormat, Percentile, QuantizedModel, calibration, ptq
+from slimkit.quantize.calibration import attach, calibrate
 
 Images = Callable[..., Tensor]
 
@@ -180,3 +181,53 @@ def test_runs_on_every_device(small: nn.Module, images: Images, device: torch.de
     here = q(x.to(device))
     assert here.device.type == device.type
     assert sqnr(q.cpu()(x), here.cpu()) > 25
+
+
+class Sizes(nn.Module):
+    """Remembers how many examples came; ``least`` is as many as it can do with."""
+
+    def __init__(self, least: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.least, self.seen = least, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) < self.least:
+            raise ValueError("too few")
+        self.seen.append(len(x))
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("observer", "least", "expected"),
+    [
+        ("minmax", 1, [8, 3, 3, 2, 3]),
+        ("mse", 1, [8, 3, 3, 2, 3]),
+        ("mean_of_maxima", 1, [8, 8, 3]),
+        ("minmax", 3, [8, 3, 3, 8, 3]),
+        ("minmax", 8, [8, 8]),
+    ],
+)
+def test_large_batches_go_through_in_parts(
+    images: Images,
+    monkeypatch: pytest.MonkeyPatch,
+    observer: str,
+    least: int,
+    expected: list[int],
+) -> None:
+    monkeypatch.setattr(calibration, "_LARGEST_ACTIVATION", 3 * 4 * 14 * 14 * 4)
+    data = [images(8, 0), images(8, 1), images(3, 2)]
+    data = data[: 2 if least == 8 else 3]
+    model = Sizes(least)
+    quantized = attach(
+        model, images(8), target="onnxruntime", granularity="channel", observer=observer, skip=()
+    )
+    inner = quantized.model
+    inner.seen.clear()
+    calibrate(quantized, [sk.Inputs((x,)) for x in data], observer=observer)
+    assert inner.seen == expected
+    assert not any(q._forward_pre_hooks for q in quantized.quantizers.values())
+    if observer == "minmax":
+        low, high = (getattr(quantized.quantizers["input"], end).item() for end in ("low", "high"))
+        whole = torch.cat(data)
+        assert (low, high) == (whole.min().item(), whole.max().item())

@@ -47,7 +47,11 @@ MISTAKES = [
     ("stages.recover.distill.0.temperatur=2", "distill.0.temperatur: unknown", "'temperature'"),
     ("stages.int8.observer=minmix", "stages.int8.observer: unknown observer", "'minmax'"),
     ("stages.int8.observer={type: percentil}", "observer.type: unknown", "'percentile'"),
-    ("stages.int8.observer={type: mse, percentile: 9}", "observer.percentile: unknown", "per_example"),
+    (
+        "stages.int8.observer={type: mse, percentile: 9}",
+        "observer.percentile: unknown",
+        "per_example",
+    ),
     ("stages.int8.observer={type: kl, bins: 48}", "observer.bins: 48 is not a power of two", ""),
     ("stages.int8.granularity=row", "stages.int8.granularity: expected 'channel', 'tensor' or", ""),
     ("variants.final=[train, purne]", "variants.final.1: there is no stage 'purne'", "'prune'"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimkit.artifact import PathLike
 from slimkit.errors import DataError, InputError, SlimkitError
@@ -36,6 +37,9 @@ __all__ = ["WeightBits", "attach", "calibrate", "ptq"]
 
 WeightBits = int | Mapping[str, int]
 """Bits of all weights, or module pattern → bits; the first pattern that matches counts."""
+
+_LARGEST_ACTIVATION = 20 << 20
+"""Bytes: below 32 MiB glibc keeps freed memory, and fresh pages cost a third of calibration."""
 
 
 def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
@@ -276,18 +280,72 @@ def calibrate(
     quantized.set_rounding(False)
     for quantizer in quantizers.values():
         quantizer.observing = True
+    parts = _Parts(
+        quantizers.values(), divisible=getattr(new_observer(observer), "divisible", False)
+    )
     try:
         for number, inputs in enumerate(batches, start=1):
             with torch.no_grad(), quantized.recording_calls(called):
-                _run(quantized, inputs.to(device), number)
+                parts.run(quantized, inputs.to(device), number)
         _adopt_ranges(quantized)
     finally:
+        parts.see_no_more()
         for quantizer in quantizers.values():
             quantizer.observe_with(None)
         quantized.set_rounding(True)
         quantized.train(training)
     quantized.refresh_weights()
     _restrict(quantized, called)
+
+
+class _Parts:
+    """Batches divided so that no activation is larger than :data:`_LARGEST_ACTIVATION`.
+
+    Args:
+        quantizers: that see the activations of the first batch, which is not divided.
+        divisible: whether there are to be parts at all.
+    """
+
+    def __init__(self, quantizers: Iterable[nn.Module], *, divisible: bool) -> None:
+        self._divisible, self._largest = divisible, 0
+        hooks = quantizers if divisible else ()
+        self._hooks = [quantizer.register_forward_pre_hook(self._see) for quantizer in hooks]
+
+    def run(self, quantized: QuantizedModel, inputs: Inputs, number: int) -> None:
+        """Run one batch in parts, or in one piece if the network cannot do with less.
+
+        Raises:
+            DataError: it does not go through the network.
+        """
+        parts = self._of(inputs)
+        try:
+            for part in parts:
+                _run(quantized, part, number)
+        except DataError:
+            if len(parts) == 1:
+                raise
+            self._divisible = False
+            _run(quantized, inputs, number)
+        if self._hooks:
+            self.see_no_more()
+            self._largest = -(-self._largest // (inputs.examples or 1))
+
+    def see_no_more(self) -> None:
+        """Remove what looks at the activations."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _of(self, inputs: Inputs) -> list[Inputs]:
+        examples = inputs.examples
+        if not self._divisible or not self._largest or not examples:
+            return [inputs]
+        size = max(1, _LARGEST_ACTIVATION // self._largest)
+        starts = range(0, examples, size)
+        return [inputs.map(itemgetter(slice(start, start + size))) for start in starts]
+
+    def _see(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._largest = max(self._largest, args[0].numel() * args[0].element_size())
 
 
 def _run(quantized: QuantizedModel, inputs: Inputs, number: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,9 @@ class Observer(Protocol):
     """Summarises a stream of tensors; a fresh one is made for every quantizer.
 
     The constructor takes no required argument. A dataclass can also be chosen with settings
-    of its own: its fields that are arguments of the constructor.
+    of its own: its fields that are arguments of the constructor. One whose range depends on the
+    values alone, however they are divided into batches, may say so by a class attribute
+    ``divisible = True``: large batches are then given to it in parts, which is faster.
     """
 
     def update(self, x: Tensor) -> None:
@@ -109,6 +111,8 @@ def describe_observer(choice: str | Observer) -> str:
 @dataclass(eq=False)
 class MinMax:
     """The smallest and the largest value ever seen."""
+
+    divisible: ClassVar[bool] = True
 
     _range: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
@@ -189,6 +193,8 @@ class Counting:
         per_example: values of one example that are counted at most, spread evenly over it; None
             counts them all. The smallest and the largest value are always known.
     """
+
+    divisible: ClassVar[bool] = True
 
     bins: int = field(default=8192, kw_only=True)
     per_example: int | None = field(default=65536, kw_only=True)
