@@ -299,7 +299,9 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             "harder than trained ones: nothing taught them to keep their ranges, and batch norms "
             "behind a global pooling blow up the little that differs between images.",
             "*At least* and *limit* stand where the last measurement is by an earlier procedure: "
-            'with `min_sqnr=…` and `fewest="macs"` instead of a share of the MACs.',
+            'with `min_sqnr=…` and `fewest="macs"` instead of a share of the MACs. Rows with '
+            "*a tenth in float*, but for mnasnet1_0, are of histograms of all values, and of GPTQ "
+            "before it looked whether it suits other images.",
             "*Ours by defaults, ORT*, for networks that fail (`--peer`): with every layer in "
             "integers, by the defaults and by `quantize_static` (min-max, per channel) on the same "
             "images.",

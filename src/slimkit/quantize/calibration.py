@@ -39,7 +39,7 @@ WeightBits = int | Mapping[str, int]
 """Bits of all weights, or module pattern → bits; the first pattern that matches counts."""
 
 _LARGEST_ACTIVATION = 20 << 20
-"""Bytes: below 32 MiB glibc keeps freed memory, and fresh pages cost a third of calibration."""
+"""Bytes: below 32 MiB glibc keeps freed memory; above, every activation waits for fresh pages."""
 
 
 def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
@@ -72,8 +72,8 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             weight standardisation do, become plain ones.
         example_inputs: one call; see :class:`slimkit.Inputs`.
         calibration: batches of training data: tensors, (tensor, label) pairs, dictionaries or
-            Inputs, prepared as for training. A loader whose ``role`` is ``"test"`` is refused.
-            Only ``mode="static"`` needs it.
+            Inputs, prepared as for training; dimension 0 counts the examples. A loader whose
+            ``role`` is ``"test"`` is refused. Only ``mode="static"`` needs it.
         target: name in :data:`~slimkit.quantize.targets.TARGETS`, or a Target.
         mode: scales of activations are ``"static"``, from calibration; or ``"dynamic"``, computed
             from each batch as it comes; or there are none and only ``"weights"`` are integers.

@@ -23,8 +23,8 @@ class Histogram:
     no count is split or moved. The counts therefore depend on the values alone, not on their
     order or on how they were divided into batches, and at least a quarter of the bins is in use.
 
-    Binning takes 2 to 3 ms per million values on one CPU core, most of it in ``torch.bincount``,
-    as long as the layer that made them. Of a large tensor a part is therefore counted: every k-th
+    Binning, most of it ``torch.bincount``, takes about as long as the layers that make the values.
+    Of a large tensor a part is therefore counted: every k-th
     value of an example, in the order in which they lie in memory, where k has no divisor in common
     with their number, so that all channels, rows and columns have the same part in it.
 

@@ -258,7 +258,7 @@ class _OpenVinoSession:
     """One stream of ``threads``; fp32 stays fp32 (OpenVINO would use bf16 where the CPU can).
 
     What is prepared for timing is compiled for the shapes of its inputs, where the file leaves
-    dimensions open: looking for these in every call takes an int8 EfficientNet-Lite0 6 % longer.
+    dimensions open: looking for these in every call takes time.
     """
 
     def __init__(self, path: Path, threads: int, optimized_path: Path | None) -> None:
