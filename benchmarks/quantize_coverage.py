@@ -1,9 +1,9 @@
 """How many networks can be quantized: torchvision, timm and BERT, each run in ONNX Runtime.
 
-Every torchvision network for classification and segmentation, the smallest network of every timm
-module, and a Hugging Face BERT, with seeded random weights, batch norms measured anew on natural
-images, and at most 150 M parameters, go through static int8 quantization, export and ONNX
-Runtime. A network passes if the file runs, its output is at least 15 dB above its difference from
+Every torchvision network for classification (of images and videos) and segmentation, the smallest
+network of every timm module, and a Hugging Face BERT, with seeded random weights, batch norms
+measured anew on natural images, and at most 150 M parameters, go through static int8 quantization,
+export and ONNX Runtime. A network passes if the file runs, its output is at least 15 dB above its difference from
 the float network, and layers left in float have at most 10 % of the MACs of all convolutions and
 linear layers. What does not reach 15 dB with the defaults on 12 calibration images is tried again
 with ranges by least squared error, then on 32 images with ranges by extremes, by least squared
@@ -49,18 +49,18 @@ RECORDS = ROOT / "docs" / "benchmarks" / "records" / "quantize_coverage"
 MIN_DB = 15.0
 MAX_FLOAT = 0.10
 BATCH_NORM, FEW, MANY, CHECKED = 128, 12, 32, 4  # images
+CLIPS, PANNED = 16, 2  # for batch norms of videos; pixels from one frame to the next
 OBSERVERS = ("minmax", "mse", "mean_of_maxima")
 SEARCH = "settings search"
 REPAIRED = "a tenth in float and methods"
 NEARLY, TRIALS, SEARCHED = 14.0, 16, 64  # dB, settings, images
 METHODS = ("equalize", "gptq", "bias_correction")
-_OTHER_TASKS = ("rcnn", "retinanet", "ssd", "fcos", "raft", "r3d", "r2plus1d", "mc3", "s3d")
-_OTHER_TASKS += ("mvit", "swin3d")
+_OTHER_TASKS = ("rcnn", "retinanet", "ssd", "fcos", "raft")
 _LAYERS = ("conv1d", "conv2d", "conv3d", "linear", "conv_transpose2d")
 
 
 def counted(name: str) -> bool:
-    """Detection, optical flow and video have benchmarks, or issues, of their own."""
+    """Detection and optical flow have benchmarks, or issues, of their own."""
     library, _, rest = name.partition(":")
     return library != "torchvision" or not any(word in rest for word in _OTHER_TASKS)
 
@@ -80,14 +80,22 @@ def calls_of(example: Any, count: int = CHECKED + MANY) -> list[Inputs]:
 
 
 def images_like(image: Tensor, count: int) -> Tensor:
-    """The first calibration images in the size and with the channels of ``image``."""
-    pictures = calibration_images(count)
-    resized = nn.functional.interpolate(
-        pictures, size=image.shape[-2:], mode="bilinear", antialias=True
+    """The first calibration images in the size and with the channels of ``image``.
+
+    In front of a network for videos, (N, C, T, H, W), the camera moves across each of them.
+    """
+    frames = image.shape[2] if image.dim() == 5 else 1
+    moved = [PANNED * frame for frame in range(frames)]
+    height, width = image.shape[-2:]
+    size = height + moved[-1], width + moved[-1]
+    pictures = nn.functional.interpolate(
+        calibration_images(count), size=size, mode="bilinear", antialias=True
     )
     if image.shape[1] != 3:
-        resized = resized.mean(1, keepdim=True).expand(-1, image.shape[1], -1, -1)
-    return resized
+        pictures = pictures.mean(1, keepdim=True).expand(-1, image.shape[1], -1, -1)
+    if image.dim() != 5:
+        return pictures
+    return torch.stack([pictures[..., m : m + height, m : m + width] for m in moved], 2)
 
 
 @torch.no_grad()
@@ -163,7 +171,8 @@ def _attempts(
 def _settle(model: nn.Module, example: Any) -> None:
     """Batch norms with the statistics of many images at once: of a few, differences add up."""
     if tracking_norms(model):
-        images = images_like(as_inputs(example).tensors()[0], BATCH_NORM)
+        example = as_inputs(example).tensors()[0]
+        images = images_like(example, CLIPS if example.dim() == 5 else BATCH_NORM)
         reestimate_batch_norm(model, [images])
 
 
@@ -287,7 +296,9 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             f"({100 * len(passed) / max(len(measured), 1):.1f} %)**: {by_level}.",
             (__doc__ or "").split("::")[0].partition("\n\n")[2] + ".",
             markdown(header, rows),
-            f"Batch norms are measured on {BATCH_NORM} images; {CHECKED} images, on which nothing "
+            f"Batch norms are measured on {BATCH_NORM} images, of networks for videos on {CLIPS} "
+            "clips of 16 frames, in which the camera moves across a photograph; "
+            f"{CHECKED} images or clips, on which nothing "
             "was calibrated, are for the comparison (token ids for BERT). *Defaults* are "
             f"`ptq(model, example, calibration=…)` with {FEW} images and nothing else: min-max, "
             'weights per channel, every layer that can be in integers. *Mse* is `observer="mse"`, '
