@@ -157,9 +157,11 @@ def _attempts(
     first, second, _ = sorted(reached, key=lambda observer: -reached[observer])
     settings: dict[str, Any] = {"calibration": calibration, "max_float": MAX_FLOAT}
     for observer in (first, second):
-        level = f"{observer}, a tenth in float"
-        yield level, sk.quantize.ptq(model, example, observer=observer, **settings)
-    settings |= {"observer": first, "methods": METHODS}
+        quantized = sk.quantize.ptq(model, example, observer=observer, **settings)
+        yield f"{observer}, a tenth in float", quantized
+        reached[observer] = decibels(exact, [_floats(call.call(quantized)) for call in few])
+    better = max((first, second), key=lambda observer: reached[observer])
+    settings |= {"observer": better, "methods": METHODS}
     yield REPAIRED, sk.quantize.ptq(model, example, **settings)
     data = calls_of(example, CHECKED + SEARCHED)[CHECKED // 2 :]
     space: dict[str, Parameter] = {"observer": Choice(*OBSERVERS, "percentile")}
