@@ -57,6 +57,10 @@ REPAIRED = "a tenth in float and methods"
 METHODS = ("gptq", "bias_correction")
 NEARLY, TRIALS, SEARCHED = 14.0, 16, 64  # dB, settings, images
 TO_SEARCH = 20e6  # parameters
+PROCEDURE = 2
+"""Of a record: 2 for what this file does; older ones say nothing."""
+UNCHANGED = ("defaults", f"{MANY} images, minmax")
+"""Attempts that older procedures made in the same way."""
 _OTHER_TASKS = ("rcnn", "retinanet", "ssd", "fcos", "raft")
 _LAYERS = ("conv1d", "conv2d", "conv3d", "linear", "conv_transpose2d")
 
@@ -106,7 +110,7 @@ def measure(name: str) -> dict[str, Any]:
     model, example = build(name)
     model.eval()
     params = sum(p.numel() for p in model.parameters())
-    record: dict[str, Any] = {"name": name, "params": params}
+    record: dict[str, Any] = {"name": name, "params": params, "procedure": PROCEDURE}
     if params > LARGEST:
         return {**record, "status": "larger than 150 M parameters"}
     calls = calls_of(example)
@@ -238,7 +242,7 @@ def beside_ort(record: dict[str, Any]) -> dict[str, Any]:
 def float_share(macs: dict[str, int], quantized: Any) -> tuple[float, dict[str, str]]:
     """Share of the MACs in layers that stay in float, and why each does."""
     layers = [d for d in quantized.plan.decisions if function(d.address) in _LAYERS]
-    total = sum(macs.get(d.module, 0) for d in layers) or 1
+    total = sum(macs.get(module, 0) for module in {d.module for d in layers}) or 1
     left = {d.module: d.reason for d in layers if not d.integer}
     return sum(macs.get(module, 0) for module in left) / total, left
 
@@ -264,6 +268,13 @@ def compared(record: dict[str, Any]) -> str:
     return f"{record['defaults']:.1f}, {record['ort']:.1f} dB" if "ort" in record else "–"
 
 
+def level_of(record: dict[str, Any]) -> str:
+    """The attempt, marked if an older procedure made it."""
+    level = str(record.get("level", "–"))
+    same = record.get("procedure") == PROCEDURE or level in (*UNCHANGED, "–")
+    return level if same else f"{level} †"
+
+
 def page(names: list[str], records: list[dict[str, Any]]) -> Path:
     """The table of all networks."""
     known = {r["name"] for r in records}
@@ -277,7 +288,7 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             [
                 r["name"],
                 f"{r['params'] / 1e6:.1f} M" if "params" in r else "–",
-                r.get("level", "–"),
+                level_of(r),
                 f"{r['sqnr']:.1f} dB" if ran else "–",
                 f"{100 * r['float']:.1f} %" if "float" in r else "–",
                 compared(r),
@@ -290,7 +301,9 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
     header += ["ours by defaults, ORT"]
     header += ["file / 4 bytes a parameter", "export, s", "result"]
     larger = [r["name"] for r in records if r["status"].startswith("larger")]
-    counts = Counter(r["level"] for r in passed)
+    counts = Counter(level_of(r) for r in passed)
+    older = any(level_of(r).endswith("†") for r in measured)
+    counted_in_all = len(measured) + len(missing)
     by_level = ", ".join(f"{count} by *{level}*" for level, count in counts.most_common())
     return write_page(
         "quantize_coverage",
@@ -298,7 +311,13 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
         "python -m benchmarks.quantize_coverage",
         [
             f"**{len(passed)} of {len(measured)} networks pass "
-            f"({100 * len(passed) / max(len(measured), 1):.1f} %)**: {by_level}.",
+            f"({100 * len(passed) / max(len(measured), 1):.1f} %)**: {by_level}."
+            + (
+                f" Of all {counted_in_all}, those included that are not measured yet, that is "
+                f"{100 * len(passed) / counted_in_all:.1f} %."
+                if missing
+                else ""
+            ),
             (__doc__ or "").split("::")[0].partition("\n\n")[2] + ".",
             markdown(header, rows),
             f"Batch norms are measured on {BATCH_NORM} images, of networks for videos on {CLIPS} "
@@ -314,10 +333,15 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             "Exports were perhaps timed beside other work. Random weights are "
             "harder than trained ones: nothing taught them to keep their ranges, and batch norms "
             "behind a global pooling blow up the little that differs between images.",
-            "*At least* and *limit* stand where the last measurement is by an earlier procedure: "
-            'with `min_sqnr=…` and `fewest="macs"` instead of a share of the MACs. Rows with '
-            "*a tenth in float*, but for mnasnet1_0, are of histograms of all values, and of GPTQ "
-            "before it looked whether it suits other images.",
+            *(
+                [
+                    "† The last measurement is by an older procedure: *at least* and *limit* are "
+                    '`min_sqnr=…` with `fewest="macs"` instead of a share of the MACs, *methods* '
+                    "had `equalize` among them, and histograms were of all values."
+                ]
+                if older
+                else []
+            ),
             "*Ours by defaults, ORT*, for networks that fail (`--peer`): with every layer in "
             "integers, by the defaults and by `quantize_static` (min-max, per channel) on the same "
             "images.",

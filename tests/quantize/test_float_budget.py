@@ -147,3 +147,22 @@ def test_a_budget_is_no_limit(small: nn.Module, images: Images) -> None:
         ptq(small, images(1), calibration=[images(8)], max_float=0.1, min_sqnr=20)
     with pytest.raises(InputError, match="max_float needs data"):
         ptq(small, images(1), mode="dynamic", max_float=0.1)
+
+
+class Transform(nn.Module):
+    """Linear, with a weight that is not trained, as of a cosine transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def test_a_layer_whose_weight_is_a_buffer_has_its_price() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Transform(), nn.ReLU(), nn.Linear(64, 8)).eval()
+    data = [torch.randn(16, 64)]
+    q = ptq(model, data[0], calibration=data, max_float=0.2)
+    assert integer_layers(q.plan) == ("0",)  # 4096 of 4608 multiply-adds

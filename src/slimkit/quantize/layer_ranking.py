@@ -11,6 +11,7 @@ from slimkit.measure.profiling import profile
 from slimkit.quantize.layer_sensitivity import measure_sensitivity, noise_scorer, units_of
 from slimkit.quantize.layer_switches import LayerSwitches
 from slimkit.quantize.noise_estimate import NoiseShares, estimated_noise
+from slimkit.quantize.partial_plans import integer_layers
 
 if TYPE_CHECKING:
     from slimkit.quantize.methods import Work
@@ -21,9 +22,13 @@ _MEASURED_BATCHES = 2
 
 
 def multiply_adds(work: Work) -> dict[str, int]:
-    """Module that owns parameters → its multiply-adds in the example, where it has any."""
+    """Module with parameters → its multiply-adds in the example, where it has any.
+
+    A layer whose weight is another one's has its own multiply-adds.
+    """
     rows = profile(work.reference, work.example).layers
-    return {row.name: row.macs for row in rows if row.params and row.macs}
+    layers = set(integer_layers(work.quantized.plan))
+    return {row.name: row.macs for row in rows if row.macs and (row.params or row.name in layers)}
 
 
 def noise_shares(
