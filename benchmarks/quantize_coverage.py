@@ -337,7 +337,7 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
                 [
                     "† The last measurement is by an older procedure: *at least* and *limit* are "
                     '`min_sqnr=…` with `fewest="macs"` instead of a share of the MACs, *methods* '
-                    "had `equalize` among them, and histograms were of all values."
+                    "had `equalize` among them, or histograms were of all values."
                 ]
                 if older
                 else []
