@@ -3,15 +3,15 @@
 Every torchvision network for classification (of images and videos) and segmentation, the smallest
 network of every timm module, and a Hugging Face BERT, with seeded random weights, batch norms
 measured anew on natural images, and at most 150 M parameters, go through static int8 quantization,
-export and ONNX Runtime. A network passes if the file runs, its output is at least 15 dB above its difference from
-the float network, and layers left in float have at most 10 % of the MACs of all convolutions and
-linear layers. What does not reach 15 dB with the defaults on 12 calibration images is tried again
-with ranges by least squared error, then on 32 images with ranges by extremes, by least squared
-error and by the mean of the batches' maxima; with the two kinds of ranges that suit 12 of them
-best, with a tenth of the MACs in float; with the better one and methods beside calibration, too;
-and if all that misses by less than 1 dB and the network has at most 20 M parameters, by a search
-for the settings that suit a quarter of 64 images best. What passes with none of this is shown as
-it was at its best::
+export and ONNX Runtime. A network passes if the file runs, its output is at least 15 dB above its
+difference from the float network, and layers left in float have at most 10 % of the MACs of all
+convolutions and linear layers. What does not reach 15 dB with the defaults on 12 calibration
+images is tried again with ranges by least squared error, then on 32 images with ranges by
+extremes, by least squared error and by the mean of the batches' maxima; with the two kinds of
+ranges that suit 12 of them best, with a tenth of the MACs in float; with the better one and
+methods beside calibration, too; and if all that misses by less than 1 dB and the network has at
+most 20 M parameters, by a search for the settings that suit a quarter of 64 images best. What
+passes with none of this is shown as it was at its best::
 
     python -m benchmarks.quantize_coverage
 
