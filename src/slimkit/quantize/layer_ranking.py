@@ -22,9 +22,9 @@ _MEASURED_BATCHES = 2
 
 
 def multiply_adds(work: Work) -> dict[str, int]:
-    """Module with parameters → its multiply-adds in the example, where it has any.
+    """Layer → its multiply-adds in the example, where it has any.
 
-    A layer whose weight is another one's has its own multiply-adds.
+    An integer layer counts also if its weight is a buffer, so that it owns no parameters.
     """
     rows = profile(work.reference, work.example).layers
     layers = set(integer_layers(work.quantized.plan))
