@@ -56,3 +56,26 @@ def test_patches_times_weight_is_what_the_layer_computes(
     found = product.transpose(0, 1).flatten(1)
     found = found if call.bias is None else found + call.bias
     torch.testing.assert_close(found, call.picked(output, picks), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("module", "shape"), CASES, ids=lambda value: str(value)[:40])
+def test_positions_know_their_example(
+    module: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(shape)
+    call = call_of(module, x, monkeypatch)
+    monkeypatch.undo()
+    output = call.output(call.x, call.weight)
+    everywhere = torch.arange(call.positions())
+    examples = call.examples(everywhere)
+    means = call.by_example(output)
+    assert examples.unique().tolist() == list(range(len(call.x))) == list(range(len(means)))
+    for number, mean in enumerate(means):
+        there = call.picked(output, everywhere[examples == number])
+        torch.testing.assert_close(mean, there.mean(0))
+
+
+def test_a_vector_is_one_example() -> None:
+    call = LayerCall(torch.randn(5), torch.randn(3, 5), None)
+    assert call.examples(torch.tensor([0])).tolist() == [0]
+    assert call.by_example(call.output(call.x, call.weight)).shape == (1, 3)

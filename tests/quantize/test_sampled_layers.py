@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from slimkit.quantize.sampled_layers import Samples, answers, centre, compensation, importance
+from slimkit.quantize.sampled_layers import (
+    Samples,
+    answers,
+    centre,
+    compensation,
+    importance,
+    keep_mean,
+    reliable_mean,
+)
 
 
 def test_compensation_undoes_a_distortion_of_the_inputs() -> None:
@@ -28,6 +36,20 @@ def test_compensation_does_not_learn_noise() -> None:
     assert float(change.norm()) < 0.1 * float(weight.norm())
 
 
+def test_compensation_does_not_learn_what_one_image_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2000, 6, generator=generator)
+    examples = torch.arange(2000) // 200  # ten images
+    weight = torch.randn(4, 6, generator=generator)
+    distortion = torch.zeros(2000, 6)
+    distortion[(examples == 1) | (examples == 7)] = 0.5  # in one image of each half
+    targets = ((x + distortion * x) @ weight.T).squeeze(0)
+    alike = compensation(Samples(x, targets, None), weight)
+    apart = compensation(Samples(x, targets, None, examples), weight)
+    assert float(alike.norm()) > 0.05 * float(weight.norm())
+    assert not apart.any()
+
+
 def test_compensation_leaves_zeros_and_treats_groups_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 500, 4, generator=generator)  # three groups of two outputs
@@ -44,11 +66,39 @@ def test_compensation_leaves_zeros_and_treats_groups_apart() -> None:
 def test_centre_moves_the_bias_to_the_right_mean() -> None:
     bias = nn.Parameter(torch.tensor([1.0, -1.0]))
     inputs = torch.tensor([[[1.0], [3.0]]])
-    samples = Samples(inputs, torch.tensor([[2.0, 0.0], [6.0, 0.0]]), bias)
+    samples = Samples(inputs, torch.tensor([[4.0, 0.0], [6.0, 1.0]]), bias)
     weight = torch.tensor([[1.0], [0.5]])
-    centre(samples, weight)  # means of W x are 2 and 1, wanted are 4 and 0
-    assert bias.tolist() == [2.0, -1.0]
-    assert answers(samples, weight, slice(None)).mean(0).tolist() == [4.0, 0.0]
+    centre(samples, weight)  # W x is 2 and −0.5, then 4 and 0.5: both images agree
+    torch.testing.assert_close(bias.detach(), torch.tensor([3.0, -0.5]))
+
+
+def test_a_changed_weight_keeps_the_mean() -> None:
+    bias = nn.Parameter(torch.zeros(2))
+    inputs = torch.tensor([[[2.0], [2.0]]])
+    samples = Samples(inputs, torch.zeros(2, 2), bias)
+    keep_mean(samples, torch.tensor([[1.0], [0.5]]), torch.tensor([[0.5], [1.0]]))
+    assert bias.tolist() == [1.0, -1.0]
+
+
+def test_centre_counts_images_not_positions() -> None:
+    bias = nn.Parameter(torch.zeros(1))
+    inputs = torch.zeros(1, 6, 1)
+    targets = torch.tensor([[1.0], [1.0], [1.0], [1.0], [3.0], [2.0]])
+    examples = torch.tensor([0, 0, 0, 0, 1, 1])
+    centre(Samples(inputs, targets, bias, examples), torch.ones(1, 1))
+    means = torch.tensor([1.0, 2.5])
+    expected = means.mean() - means.var() / 2 / means.mean()
+    torch.testing.assert_close(bias.detach(), expected.reshape(1))
+
+
+def test_a_mean_that_images_agree_about_is_kept_and_one_of_chance_is_not() -> None:
+    draw = torch.Generator().manual_seed(0)
+    chance = torch.randn(16, 1000, generator=draw)
+    assert reliable_mean(chance).square().mean() < 0.5 * chance.mean(0).square().mean()
+    sure = 3.0 + chance
+    torch.testing.assert_close(reliable_mean(sure), sure.mean(0), rtol=0.05, atol=0.0)
+    assert reliable_mean(torch.zeros(4, 2)).tolist() == [0.0, 0.0]
+    assert reliable_mean(torch.tensor([[2.0, -1.0]])).tolist() == [2.0, -1.0]
 
 
 def test_importance_is_the_mean_square_of_the_input() -> None:

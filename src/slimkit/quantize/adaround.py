@@ -18,7 +18,13 @@ from slimkit.quantize.fixed_weights import (
     weight_of,
 )
 from slimkit.quantize.methods import Work
-from slimkit.quantize.sampled_layers import answers, centre, compensation, importance
+from slimkit.quantize.sampled_layers import (
+    answers,
+    centre,
+    compensation,
+    importance,
+    keep_mean,
+)
 from slimkit.quantize.soft_rounding import Annealing, SoftRounding, optimise
 from slimkit.quantize.streams import Layer, Streams
 
@@ -106,11 +112,12 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
     if samples is None:
         return f"{layer.module} never ran"
     spec = layer.weight
-    weight = weight_of(work.quantized, spec)
+    original = weight = weight_of(work.quantized, spec)
     wanted = samples.targets
     if settings.compensate:
-        weight = weight + compensation(samples, weight)
-        centre(samples, weight)
+        weight = original + compensation(samples, original)
+        centre(samples, original)
+        keep_mean(samples, original, weight)
         wanted = answers(samples, weight, slice(None))
     scale = choose_scale(weight, spec, settings.scale, importance(samples, weight))
     rounding = SoftRounding(weight, steps_of(scale, weight, spec), spec.form)
@@ -132,5 +139,5 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
     after = error(rounding.levels() * rounding.steps)
     fix(work.quantized, spec, rounding.levels() if after < before else nearest, scale)
     if settings.compensate:
-        centre(samples, weight_of(work.quantized, spec))
+        keep_mean(samples, weight, weight_of(work.quantized, spec))
     return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}"

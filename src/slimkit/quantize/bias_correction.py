@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.fixed_weights import check
 from slimkit.quantize.methods import Work
+from slimkit.quantize.sampled_layers import reliable_mean
 from slimkit.quantize.streams import Layer, Streams
 
 __all__ = ["BiasCorrection"]
@@ -22,7 +23,8 @@ class BiasCorrection:
     """The mean shift of every output channel goes into the bias, layer after layer.
 
     Nagel et al., 2019 (https://arxiv.org/abs/1906.04721, section 4.2), measured on calibration
-    data: a layer's shift is taken when all layers before it are corrected. Layers without a bias
+    data: a layer's shift is taken when all layers before it are corrected, as far as the images
+    agree about it (:func:`~slimkit.quantize.sampled_layers.reliable_mean`). Layers without a bias
     stay as they are (batch norms that were folded left one).
 
     Attributes:
@@ -61,8 +63,7 @@ def _correct(bias: nn.Parameter, shift: Tensor) -> float:
 def _shifts(work: Work, streams: Streams, layer: Layer) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """The biases of a layer, each with the mean of (quantized − float) of its channels."""
     quantizer = work.quantized.quantizers[layer.weight.name]
-    sums: dict[int, Tensor] = {}
-    counts: dict[int, int] = {}
+    shifts: dict[int, list[Tensor]] = {}
     biases: dict[int, nn.Parameter] = {}
     for rounded, exact in streams.calls(layer):
         if not isinstance(rounded.bias, nn.Parameter):
@@ -70,10 +71,7 @@ def _shifts(work: Work, streams: Streams, layer: Layer) -> Iterator[tuple[nn.Par
         shift = rounded.output(rounded.x, quantizer(rounded.weight)) - exact.output(
             exact.x, exact.weight
         )
-        key, positions = id(rounded.bias), rounded.positions()
-        channels = shift.movedim(1 if rounded.stride else -1, 0).flatten(1).sum(1)
-        sums[key] = sums.get(key, torch.zeros_like(channels)) + channels
-        counts[key] = counts.get(key, 0) + positions
-        biases[key] = rounded.bias
+        shifts.setdefault(id(rounded.bias), []).append(rounded.by_example(shift))
+        biases[id(rounded.bias)] = rounded.bias
     for key, bias in biases.items():
-        yield bias, sums[key] / counts[key]
+        yield bias, reliable_mean(torch.cat(shifts[key]))

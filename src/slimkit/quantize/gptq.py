@@ -27,6 +27,7 @@ from slimkit.quantize.sampled_layers import (
     compensation,
     hessian,
     importance,
+    keep_mean,
 )
 from slimkit.quantize.scales import pairs_can_overflow
 from slimkit.quantize.streams import Layer, Streams
@@ -101,10 +102,10 @@ class GPTQ:
         if samples is None:
             return f"{layer.module} never ran"
         spec = layer.weight
-        weight = weight_of(work.quantized, spec).float()
+        original = weight = weight_of(work.quantized, spec).float().clone()
         still = weight == 0
         if self.compensate:
-            weight = weight + compensation(samples, weight)
+            weight = original + compensation(samples, original)
         scale = choose_scale(weight, spec, self.scale, importance(samples, weight))
         steps = steps_of(scale, weight, spec)
         exact = weight / steps
@@ -140,7 +141,8 @@ class GPTQ:
             found = ", rounded to nearest: too few images"
         fix(work.quantized, spec, levels, scale)
         if self.compensate:
-            centre(samples, weight_of(work.quantized, spec))
+            centre(samples, original)
+            keep_mean(samples, original, weight_of(work.quantized, spec))
         return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}{found}"
 
 

@@ -82,6 +82,16 @@ class LayerCall:
             return self.x.numel() // self.x.shape[-1]
         return self.x.shape[0] * torch.Size(self._space()).numel()
 
+    def examples(self, picks: Tensor) -> Tensor:
+        """Which example each of these positions is of, (P,)."""
+        return picks // max(1, self.positions() // self._count())
+
+    def by_example(self, output: Tensor) -> Tensor:
+        """The mean over the positions of every example: (N, C, *space) or (N, …, C) → (N, C)."""
+        if self.stride:
+            return output.flatten(2).mean(2)
+        return output.reshape(self._count(), -1, output.shape[-1]).mean(1)
+
     def patches(self, x: Tensor, picks: Tensor) -> Tensor:
         """The inputs at some output positions.
 
@@ -117,6 +127,10 @@ class LayerCall:
             return output.reshape(-1, output.shape[-1])[picks]
         flat = output.flatten(2)
         return flat[picks // flat.shape[2], :, picks % flat.shape[2]]
+
+    def _count(self) -> int:
+        """Of examples, which lie along the first dimension."""
+        return self.x.shape[0] if self.stride or self.x.dim() > 1 else 1
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, [size for pair in reversed(self.padding) for size in pair])

@@ -10,10 +10,21 @@ from torch import Tensor, nn
 
 from slimkit.quantize.layer_calls import grouped
 
-__all__ = ["Samples", "answers", "centre", "compensation", "hessian", "importance"]
+__all__ = [
+    "Samples",
+    "answers",
+    "centre",
+    "compensation",
+    "hessian",
+    "importance",
+    "keep_mean",
+    "reliable_mean",
+]
 
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Dampings to choose from; see :func:`hessian`."""
+_SURE = 2.0
+"""Standard errors by which a change must be better on images that it does not come from."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +35,33 @@ class Samples:
         inputs: of the quantized network, (groups, P, inputs of one output).
         targets: of the float network before the activation function, (P, out).
         bias: of the quantized network.
+        examples: the number of the image that each position is of, (P,); ``None`` if each is of
+            another one. What positions of one image say is alike.
     """
 
     inputs: Tensor
     targets: Tensor
     bias: Tensor | None
+    examples: Tensor | None = None
 
     def divided(self, share: float) -> tuple[Samples, Samples]:
         """The first ``share`` of the positions, and the others, which are of later images."""
         end = int(share * self.inputs.shape[1])
-        return (
-            Samples(self.inputs[:, :end], self.targets[:end], self.bias),
-            Samples(self.inputs[:, end:], self.targets[end:], self.bias),
-        )
+        return self._part(slice(0, end)), self._part(slice(end, None))
+
+    def by_example(self, values: Tensor) -> Tensor:
+        """The mean of the positions of every image: (P, …) → (images, …)."""
+        if self.examples is None:
+            return values
+        present, places = self.examples.unique(return_inverse=True)
+        sums = values.new_zeros(len(present), *values.shape[1:]).index_add_(0, places, values)
+        counts = torch.bincount(places).to(values)
+        return sums / counts.reshape(-1, *[1] * (values.dim() - 1))
+
+    def _part(self, positions: slice) -> Samples:
+        examples = None if self.examples is None else self.examples[positions]
+        inputs, targets = self.inputs[:, positions], self.targets[positions]
+        return Samples(inputs, targets, self.bias, examples)
 
 
 def answers(
@@ -88,7 +113,8 @@ def compensation(samples: Samples, weight: Tensor) -> Tensor:
     calibration adds to a layer (Li et al., 2025, https://arxiv.org/abs/2504.02692, section 3). A
     few hundred images do not determine a large weight, so that it learns the noise of just these
     inputs: a ridge holds it back, chosen so that what the first half of the images gives suits the
-    second half, and there is no change at all if none suits. Zeros stay zero.
+    second half, and there is no change at all unless that is better for the second half, image by
+    image, than chance would make it. Zeros stay zero.
 
     Args:
         samples: of the layer, in the order of the images.
@@ -100,13 +126,25 @@ def compensation(samples: Samples, weight: Tensor) -> Tensor:
     residual = samples.targets - answers(samples, weight, slice(None))
     problem = _Ridge(samples.inputs, residual)
     half = samples.inputs.shape[1] // 2
+    none = torch.zeros_like(weight)
+    if not half:
+        return none
     first, second = problem.part(slice(0, half)), problem.part(slice(half, None))
-    errors = {ridge: second.error(first.solution(ridge)) for ridge in _RIDGES} if half else {}
-    best = min(errors, key=lambda ridge: errors[ridge], default=None)
-    if best is None or errors[best] >= second.error(None):
-        return torch.zeros_like(weight)
+    errors = {ridge: second.errors(first.solution(ridge)) for ridge in _RIDGES}
+    best = min(errors, key=lambda ridge: float(errors[ridge].mean()))
+    _, judged = samples.divided(0.5)
+    gain = judged.by_example(second.errors(None) - errors[best])
+    if not bool(gain.mean() > _SURE * _uncertainty(gain)):
+        return none
     change = problem.solution(best).transpose(1, 2).reshape(weight.shape)
     return change.to(weight.dtype) * (weight != 0)
+
+
+def _uncertainty(values: Tensor) -> Tensor:
+    """The standard error of the mean of ``values`` along the first dimension; 0 of one."""
+    if len(values) < 2:
+        return torch.zeros_like(values[0])
+    return values.std(0) / len(values) ** 0.5
 
 
 class _Ridge:
@@ -138,19 +176,56 @@ class _Ridge:
         right = (self._x.transpose(1, 2) @ self._y).double() * (2.0 / self._x.shape[1])
         return _gram(self._x), right
 
-    def error(self, solution: Tensor | None) -> float:
-        """What is left of the residual."""
+    def errors(self, solution: Tensor | None) -> Tensor:
+        """What is left of the residual at every position, (P,)."""
         left = self._y if solution is None else self._y - self._x @ solution
-        return float(left.square().mean())
+        return left.square().mean((0, 2))
 
 
 def centre(samples: Samples, weight: Tensor) -> None:
     """Move the bias of the quantized network so that the mean of the outputs is right, in place.
+
+    As far as the images agree about it, see :func:`reliable_mean`.
 
     Args:
         samples: of the layer; nothing happens if it has no bias.
         weight: as it is now.
     """
     if isinstance(samples.bias, nn.Parameter):
-        wrong = (samples.targets - answers(samples, weight, slice(None))).mean(0)
-        samples.bias.data.add_(wrong)
+        wrong = samples.targets - answers(samples, weight, slice(None))
+        samples.bias.data.add_(reliable_mean(samples.by_example(wrong)))
+
+
+def keep_mean(samples: Samples, before: Tensor, after: Tensor) -> None:
+    """Move the bias by what a change of the weight does to the mean of the outputs, in place.
+
+    What the inputs' errors do to it is less certain, and :func:`centre`'s business.
+
+    Args:
+        samples: of the layer; nothing happens if it has no bias.
+        before: the weight as it was.
+        after: as it is now.
+    """
+    if isinstance(samples.bias, nn.Parameter):
+        lost = answers(samples, before - after, slice(None), bias=False)
+        samples.bias.data.add_(reliable_mean(samples.by_example(lost)))
+
+
+def reliable_mean(values: Tensor) -> Tensor:
+    """The mean over images, without what chance may have put into it.
+
+    A mean of few images that differ is mostly chance, and a bias that is moved by it is wrong for
+    all others. Of every channel's mean ``m`` with the standard error ``s`` so much is kept that the
+    error of the estimate is small: ``max(0, 1 − s² / m²)``, the positive part of the estimator of
+    James and Stein (1961, "Estimation with Quadratic Loss"), for each channel by itself.
+
+    Args:
+        values: (images, channels); of a single image the mean is taken as it is.
+
+    Returns:
+        (channels).
+    """
+    mean = values.mean(0)
+    square = mean.square()
+    kept = (square - _uncertainty(values).square()).clamp_min(0.0)
+    return mean * kept / square.clamp_min(torch.finfo(square.dtype).tiny)

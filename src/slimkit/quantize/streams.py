@@ -110,6 +110,7 @@ class Streams:
         """
         inputs: list[Tensor] = []
         targets: list[Tensor] = []
+        examples: list[Tensor] = []
         bias: Tensor | None = None
         for rounded, exact in self.calls(layer):
             if inputs and rounded.bias is not bias:
@@ -121,10 +122,12 @@ class Streams:
             picks = picks.sort().values.to(rounded.x.device)
             inputs.append(rounded.patches(rounded.x, picks))
             targets.append(exact.picked(exact.output(exact.x, exact.weight), picks))
+            before = int(examples[-1].max()) + 1 if examples else 0
+            examples.append(rounded.examples(picks) + before)
             bias = rounded.bias
         if not inputs:
             return None
-        return Samples(torch.cat(inputs, 1), torch.cat(targets), bias)
+        return Samples(torch.cat(inputs, 1), torch.cat(targets), bias, torch.cat(examples))
 
     def tensors(self, block: Block) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Inputs in the quantized and in the float network, and outputs of the float one."""
