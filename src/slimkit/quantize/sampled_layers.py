@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,7 +54,7 @@ class Samples:
         """The mean of the positions of every image: (P, …) → (images, …)."""
         if self.examples is None:
             return values
-        present, places = self.examples.unique(return_inverse=True)
+        present, places = torch.unique(self.examples, return_inverse=True)
         sums = values.new_zeros(len(present), *values.shape[1:]).index_add_(0, places, values)
         counts = torch.bincount(places).to(values)
         return sums / counts.reshape(-1, *[1] * (values.dim() - 1))
@@ -144,7 +145,7 @@ def _uncertainty(values: Tensor) -> Tensor:
     """The standard error of the mean of ``values`` along the first dimension; 0 of one."""
     if len(values) < 2:
         return torch.zeros_like(values[0])
-    return values.std(0) / len(values) ** 0.5
+    return values.std(0) / math.sqrt(len(values))
 
 
 class _Ridge:
