@@ -336,7 +336,8 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             "first* with `equalize` before them; "
             f"*{SEARCH}* is the best of {TRIALS} trials over observers, these methods and "
             f"`equalize` on {SEARCHED} images. "
-            "Exports were perhaps timed beside other work. Random weights are "
+            "The machine above wrote the page and measured what is latest; older records are of "
+            "others with VNNI. Exports were perhaps timed beside other work. Random weights are "
             "harder than trained ones: nothing taught them to keep their ranges, and batch norms "
             "behind a global pooling blow up the little that differs between images.",
             *(
