@@ -20,6 +20,7 @@ from slimkit.quantize.gptq import GPTQ
 from slimkit.quantize.quantizers import WeightQuantizer
 from slimkit.quantize.reconstruction import Reconstruct
 from slimkit.quantize.scales import pair_sums
+from slimkit.quantize.streams import Streams
 from slimkit.runtime import export
 from slimkit.runtime.fake_quantize import on_grid, quantized_integers
 from slimkit.runtime.output_parity import parity
@@ -193,6 +194,30 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_random_state_alone(
     torch.manual_seed(1)
     second = repaired(model, images, method).state_dict()
     assert all(torch.equal(second[key], value) for key, value in first.items())
+
+
+def test_samples_know_which_image_they_are_of(small: nn.Module, images: Images) -> None:
+    found: list[list[int]] = []
+
+    class Probe:
+        when = "after"
+
+        def run(self, work: Any) -> None:
+            streams = Streams(work)
+            for layer in streams.layers:
+                samples = streams.draw(layer, 300, torch.Generator().manual_seed(0))
+                assert samples is not None
+                assert samples.examples is not None
+                assert len(samples.examples) == len(samples.targets)
+                found.append(samples.examples.tolist())
+
+    probe: Any = Probe()
+    batches = [images(4, seed) for seed in range(3)]
+    ptq(small, images(1), calibration=batches, methods=[probe])
+    assert len(found) > 1
+    for examples in found:
+        assert examples == sorted(examples)
+        assert set(examples) == set(range(12))
 
 
 def test_bias_correction_centres_what_images_agree_about(small: nn.Module, images: Images) -> None:

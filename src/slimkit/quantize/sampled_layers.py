@@ -190,7 +190,7 @@ def centre(samples: Samples, weight: Tensor) -> None:
 
     Args:
         samples: of the layer; nothing happens if it has no bias.
-        weight: as it is now.
+        weight: that the mean is to be right with; :func:`keep_mean` follows what changes it.
     """
     if isinstance(samples.bias, nn.Parameter):
         wrong = samples.targets - answers(samples, weight, slice(None))
@@ -216,9 +216,9 @@ def reliable_mean(values: Tensor) -> Tensor:
     """The mean over images, without what chance may have put into it.
 
     A mean of few images that differ is mostly chance, and a bias that is moved by it is wrong for
-    all others. Of every channel's mean ``m`` with the standard error ``s`` so much is kept that the
-    error of the estimate is small: ``max(0, 1 − s² / m²)``, the positive part of the estimator of
-    James and Stein (1961, "Estimation with Quadratic Loss"), for each channel by itself.
+    all others. Of every channel's mean ``m`` with the standard error ``s`` the share
+    ``max(0, 1 − s² / m²)`` is kept: the non-negative garrote (Breiman, 1995, "Better Subset
+    Regression Using the Nonnegative Garrote"), with the error of a mean for its limit.
 
     Args:
         values: (images, channels); of a single image the mean is taken as it is.
