@@ -159,7 +159,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             if mode == "static":
                 calibrate(network, data, observer=observer)
 
-        return Work(network, example, data, ranges, progress)
+        return Work(network, example.to(_device(network)), data, ranges, progress)
 
     def adjust(network: QuantizedModel) -> None:
         run_methods(chosen, "after", work_on(network))
