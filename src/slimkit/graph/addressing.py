@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["AddressMode", "function_name"]
+__all__ = ["AddressMode", "function_name", "function_of"]
 
 _COMPOSITE: frozenset[Any] = frozenset({F.multi_head_attention_forward})
 """Python functions made of several layers: their inside is addressed, not the whole."""
@@ -40,6 +40,11 @@ def function_name(func: Callable[..., Any]) -> str:
         name = name.split(".")[0]
     inplace_dunder = name.startswith("__i") and name.endswith("__") and hasattr(torch, name[3:-2])
     return name[3:-2] if inplace_dunder else name.strip("_") or name
+
+
+def function_of(address: str) -> str:
+    """The function's name in an address: ``"conv2d"`` of ``"layer1.0:conv2d#0"``."""
+    return address.rpartition(":")[2].partition("#")[0]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slimkit.graph.addressing import function_of
 from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
 from slimkit.quantize.integer_activations import CURVES, GATES, curve, gated
 from slimkit.quantize.integer_arithmetic import add, layer, mean_over_space, multiply, product
@@ -46,7 +47,7 @@ def integer_call(
         if isinstance(weight, WeightQuantizer) and weight.rounding:
             return partial(layer, reads=known[0], weight=weight, writes=writes)
         return None
-    function = decision.address.rpartition(":")[2].partition("#")[0]
+    function = function_of(decision.address)
     scaled = [q for q in known if isinstance(q, ActivationQuantizer)]
     if len(scaled) == 2:
         return _of_two(function, (scaled[0], scaled[1]), writes)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import UnknownNameError, nearest
+from slimkit.graph.addressing import function_of
 from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
 from slimkit.quantize.learned_rounding import (
     gradient_scale,
@@ -67,7 +68,7 @@ def with_scales(plan: QuantPlan, scales: str) -> QuantPlan:
         name
         for address, rule in plan.calls.items()
         for name in rule.outputs.values()
-        if address.rpartition(":")[2].partition("#")[0] in _RELUS
+        if function_of(address) in _RELUS
     }
 
     def chosen(spec: QuantizerSpec) -> QuantizerSpec:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from slimkit.inputs import Inputs
 from slimkit.quantize.layer_switches import LayerSwitches
+from slimkit.quantize.output_distance import float_tensors
 from slimkit.quantize.wrapper import QuantizedModel, Rounding
 
 __all__ = ["NoiseShares", "estimated_noise"]
@@ -162,8 +162,7 @@ def _singly(batch: Inputs) -> list[Inputs]:
 
 
 def _outputs(found: Any) -> list[Tensor]:
-    leaves = (leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
-    return [leaf.double() for leaf in leaves if leaf.is_floating_point()]
+    return [tensor.double() for tensor in float_tensors(found)]
 
 
 def _power(outputs: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from slimkit.errors import DataError, InputError
 from slimkit.inputs import Inputs
 
-__all__ = ["OutputDistance", "decibels"]
+__all__ = ["OutputDistance", "decibels", "float_tensors"]
 
 
 class OutputDistance:
@@ -84,11 +85,16 @@ class OutputDistance:
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module, batch: Inputs) -> Sequence[Tensor]:
-        leaves = tree_leaves(batch.call(model))
-        return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+        return float_tensors(batch.call(model))
 
     def _power(self, place: int) -> float:
         return sum(float(outputs[place].double().square().sum()) for outputs in self._reference)
+
+
+def float_tensors(outputs: Any) -> list[Tensor]:
+    """The floating-point tensors in what a network returned, in order."""
+    leaves = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+    return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
 def decibels(noise: float) -> float:

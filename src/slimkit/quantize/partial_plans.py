@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from slimkit.graph.addressing import function_of
 from slimkit.quantize.scheme import CallRule, Decision, QuantPlan
 
 __all__ = ["integer_layers", "leave_in_float", "with_weight_bits"]
@@ -53,7 +54,9 @@ def leave_in_float(
         decisions.append(kept)
     wanted = {name for d in decisions if d.integer for name in d.reads}
     wanted |= {
-        d.writes for d in decisions if d.integer and d.writes and _function(d) not in float_outputs
+        d.writes
+        for d in decisions
+        if d.integer and d.writes and function_of(d.address) not in float_outputs
     }
     return _using(plan, [_with_output(d, wanted) for d in decisions], wanted)
 
@@ -119,7 +122,3 @@ def _using(plan: QuantPlan, decisions: list[Decision], wanted: Collection[str]) 
         calls=calls,
         decisions=tuple(decisions),
     )
-
-
-def _function(decision: Decision) -> str:
-    return decision.address.rpartition(":")[2].partition("#")[0]

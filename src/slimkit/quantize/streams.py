@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.graph.addressing import AddressMode
+from slimkit.graph.addressing import AddressMode, function_of
 from slimkit.inputs import Inputs
 from slimkit.quantize.blocks import Block, outline
 from slimkit.quantize.layer_calls import SUPPORTED, LayerCall
@@ -72,7 +72,7 @@ class Streams:
         self.layers = [
             self._layer(name, tuple(used))
             for name, used in addresses.items()
-            if all(_function(address) in SUPPORTED for address in used)
+            if all(function_of(address) in SUPPORTED for address in used)
         ]
         self._float = _Side(reference, lambda _: nullcontext())
         self._quantized = _Side(
@@ -149,7 +149,7 @@ class Streams:
             self._outline.functions.get(address, _same) if address != d.address else _same
             for address, d in zip(behind, decisions, strict=True)
         ]
-        alike = len({_function(address) for address in behind}) == 1
+        alike = len({function_of(address) for address in behind}) == 1
         return Layer(spec, addresses, decisions[0].module, functions[0] if alike else _same)
 
     def _rounded(self, address: str, x: Tensor) -> Tensor:
@@ -288,10 +288,6 @@ class _Watch(AddressMode):
                 raise _Reached
             args = (args[0].clone(), *args[1:]) if args else args  # the network may change it
         return func(*args, **kwargs)
-
-
-def _function(address: str) -> str:
-    return address.rpartition(":")[2].partition("#")[0]
 
 
 def _same(x: Tensor) -> Tensor:

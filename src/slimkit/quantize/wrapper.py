@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.graph.addressing import AddressMode
+from slimkit.graph.addressing import AddressMode, function_of
 from slimkit.plan import applied_plans
 from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
 from slimkit.quantize.integer_activations import GATES
@@ -260,7 +260,7 @@ class _Attachment(AddressMode):
         integer = self._integer.get(address)
         result = None if integer is None else integer(func, args, kwargs)
         if result is None:
-            curve = GATES[address.rpartition(":")[2].partition("#")[0]]
+            curve = GATES[function_of(address)]
             x = args[0].clone() if in_place else args[0]  # gradients need it as it was
             result = x * self._quantizers[str(rule.gate)](curve(x))
         return args[0].copy_(result) if in_place else result
