@@ -23,7 +23,7 @@ Images = Callable[..., Tensor]
 
 SOME: list[list[str | Method]] = [
     ["equalize", "bias_correction"],
-    ["gptq", "bias_correction", "tune"],
+    ["gptq", "bias_correction", "bias_tuning"],
     [AdaRound(iterations=20, positions=512)],
     [Reconstruct(iterations=10)],
 ]

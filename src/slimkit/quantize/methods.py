@@ -151,4 +151,4 @@ METHODS.register_lazy("bias_correction", "slimkit.quantize.bias_correction:BiasC
 METHODS.register_lazy("adaround", "slimkit.quantize.adaround:AdaRound")
 METHODS.register_lazy("reconstruct", "slimkit.quantize.reconstruction:Reconstruct")
 METHODS.register_lazy("gptq", "slimkit.quantize.gptq:GPTQ")
-METHODS.register_lazy("tune", "slimkit.quantize.tuning:Tune")
+METHODS.register_lazy("bias_tuning", "slimkit.quantize.bias_tuning:BiasTuning")
