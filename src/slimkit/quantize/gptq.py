@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,9 +30,7 @@ from slimkit.quantize.sampled_layers import (
     keep_mean,
 )
 from slimkit.quantize.scales import pairs_can_overflow
-from slimkit.quantize.scheme import QuantizerSpec
 from slimkit.quantize.streams import Layer, Streams
-from slimkit.runtime.fake_quantize import on_grid
 
 __all__ = ["GPTQ", "compensated_levels"]
 
@@ -40,10 +38,6 @@ _PLENTY = 8
 """Positions for each input of an output, from which on they are taken to stand for all others."""
 _SEEN = 0.75
 """Of fewer, the share that levels are tried by, to be judged on the others."""
-_FINE, _POWERS = 16, range(-4, 4)
-"""Scales to choose from: powers of 2^(1/16), times the one of the smallest squared error."""
-_MOST_ELEMENTS = 1 << 24
-"""Of a weight times the scales that are tried at once: 128 MiB in float64."""
 _COLUMNS = 128
 """Columns whose corrections reach the rest of the weight in one product (section 3.3, step 2)."""
 
@@ -113,20 +107,36 @@ class GPTQ:
         if self.compensate:
             weight = original + compensation(samples, original)
         scale = choose_scale(weight, spec, self.scale, importance(samples, weight))
-        problem = _Problem(weight, spec, still, self.damping, self.act_order)
-        levels, found = problem.nearest(scale), ""
-        before = after = problem.error(problem.rounded(levels, scale), samples)
-        scales = self._scales(scale, problem)
-        if _suits_others(
-            samples,
-            lambda seen: problem.rounded(*problem.solved(scales, seen)),
-            problem.error,
-            problem.rounded(levels, scale),
-        ):
-            solution = problem.solved(scales, samples)
-            after = problem.error(problem.rounded(*solution), samples)
-            if after < before:
-                levels, scale = solution
+        steps = steps_of(scale, weight, spec)
+        exact = weight / steps
+        qmin, qmax = spec.form.qmin, spec.form.qmax
+        nearest = exact.round().clamp(qmin, qmax)
+        lowest, highest = torch.full_like(exact, qmin), torch.full_like(exact, qmax)
+        if spec.pairs and pairs_can_overflow(spec.form):  # with others a pair might overflow
+            lowest, highest = exact.floor().clamp(qmin, qmax), exact.ceil().clamp(qmin, qmax)
+        lowest, highest = lowest.masked_fill(still, 0.0), highest.masked_fill(still, 0.0)
+        groups = len(samples.inputs)
+
+        def rounded(seen: Samples) -> Tensor:
+            return compensated_levels(
+                grouped(weight, groups),
+                grouped(steps.expand_as(weight), groups),
+                grouped(lowest, groups),
+                grouped(highest, groups),
+                hessian(seen.inputs, self.damping),
+                act_order=self.act_order,
+            ).reshape(weight.shape)
+
+        def error(levels: Tensor, seen: Samples) -> float:
+            change = answers(seen, levels * steps - weight, slice(None), bias=False)
+            return float(change.square().sum(1).mean())
+
+        before = after = error(nearest, samples)
+        levels, found = nearest, ""
+        if _suits_others(samples, rounded, error, nearest):
+            compensated = rounded(samples)
+            after = error(compensated, samples)
+            levels = compensated if after < before else nearest
         else:
             found = ", rounded to nearest: too few images"
         fix(work.quantized, spec, levels, scale)
@@ -135,110 +145,6 @@ class GPTQ:
             keep_mean(samples, original, weight_of(work.quantized, spec))
         return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}{found}"
 
-    def _scales(self, scale: Tensor, problem: _Problem) -> list[Tensor]:
-        """That scale and some around it, if they may be others."""
-        if self.scale == "max" or problem.pairs:
-            return [scale]
-        others = [scale * 2.0 ** (power / _FINE) for power in _POWERS]
-        if problem.compact:
-            return [on_grid(other / 2.0 ** (0.5 / _FINE)) for other in others]
-        return others
-
-
-class _Problem:
-    """A weight that is to be rounded.
-
-    Args:
-        weight: float, output channels first.
-        spec: of its quantizer.
-        still: where it has to stay 0.
-        damping: see :class:`GPTQ`.
-        act_order: likewise.
-
-    Attributes:
-        pairs: whether pairs of products might overflow with other levels than the two next ones.
-        compact: whether scales lie on a grid.
-    """
-
-    def __init__(
-        self, weight: Tensor, spec: QuantizerSpec, still: Tensor, damping: float, act_order: bool
-    ) -> None:
-        self._weight, self._spec, self._still = weight, spec, still
-        self._damping, self._act_order = damping, act_order
-        self.pairs = spec.pairs and pairs_can_overflow(spec.form)
-        self.compact = spec.compact
-
-    def nearest(self, scale: Tensor) -> Tensor:
-        """The levels next to the float weight."""
-        exact = self._weight / steps_of(scale, self._weight, self._spec)
-        return exact.round().clamp(self._spec.form.qmin, self._spec.form.qmax)
-
-    def rounded(self, levels: Tensor, scale: Tensor) -> Tensor:
-        """The weight with these levels."""
-        return levels * steps_of(scale, levels, self._spec)
-
-    def error(self, rounded: Tensor, seen: Samples) -> float:
-        """The mean squared change of the output, summed over channels."""
-        change = answers(seen, rounded - self._weight, slice(None), bias=False)
-        return float(change.square().sum(1).mean())
-
-    def solved(self, scales: list[Tensor], seen: Samples) -> tuple[Tensor, Tensor]:
-        """Levels that make up for each other's errors, and of ``scales`` the best.
-
-        Every output channel takes the scale whose levels have the smallest error; with one scale
-        in all, and where they have the same, the whole weight does.
-        """
-        groups = len(seen.inputs)
-        matrix = hessian(seen.inputs, self._damping)
-        found: list[Tensor] = []
-        errors: list[Tensor] = []
-        for some in _chunks(scales, self._weight.numel()):
-            rows = [self._rows(scale, groups) for scale in some]
-            weight, steps, lowest, highest = (
-                torch.cat(part, 1) for part in zip(*rows, strict=True)
-            )
-            levels = compensated_levels(
-                weight, steps, lowest, highest, matrix, act_order=self._act_order
-            )
-            change = (levels * steps - weight).double()
-            costs = ((change @ matrix) * change).sum(2)
-            found += levels.chunk(len(some), 1)
-            errors += costs.chunk(len(some), 1)
-        cost = torch.stack([e.flatten() for e in errors])  # (scales, out)
-        if self._spec.channels is None:
-            cost = cost.sum(1, keepdim=True).expand_as(cost)
-        best = cost.argmin(0)
-        rows_of = torch.stack([levels.reshape(len(best), -1) for levels in found])
-        chosen = rows_of[best, torch.arange(len(best), device=best.device)]
-        if self._spec.channels is None:
-            return chosen.reshape(self._weight.shape), scales[int(best[0])]
-        several = torch.stack(scales)
-        scale = several[best, torch.arange(len(best), device=best.device)]
-        return chosen.reshape(self._weight.shape), scale
-
-    def _rows(self, scale: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weight, steps, lowest and highest levels, each (groups, out / groups, K)."""
-        weight, form = self._weight, self._spec.form
-        steps = steps_of(scale, weight, self._spec).expand_as(weight)
-        lowest = torch.full_like(weight, form.qmin)
-        highest = torch.full_like(weight, form.qmax)
-        if self.pairs:
-            exact = weight / steps
-            lowest = exact.floor().clamp(form.qmin, form.qmax)
-            highest = exact.ceil().clamp(form.qmin, form.qmax)
-        lowest, highest = (limit.masked_fill(self._still, 0.0) for limit in (lowest, highest))
-        weight, steps, lowest, highest = (
-            grouped(part, groups) for part in (weight, steps, lowest, highest)
-        )
-        return weight, steps, lowest, highest
-
-
-def _chunks(scales: list[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """As many at once as memory allows: with each comes a copy of the weight of that size."""
-    count = max(1, _MOST_ELEMENTS // size)
-    for start in range(0, len(scales), count):
-        yield scales[start : start + count]
-
 
 def _suits_others(
     samples: Samples,
@@ -246,16 +152,10 @@ def _suits_others(
     error: Callable[[Tensor, Samples], float],
     nearest: Tensor,
 ) -> bool:
-    """Whether what most of the images give is better than the nearest levels on the other images.
+    """Whether levels by most of the images are better than the nearest ones on the other images.
 
-    It moves errors to where the images have nothing, and few images have nothing in many places
+    They move errors to where the images have nothing, and few images have nothing in many places
     where others have something. With many positions for every input there is no doubt.
-
-    Args:
-        samples: of the layer.
-        rounded: images → weight.
-        error: of a weight on images.
-        nearest: the weight rounded to nearest.
     """
     _, positions, inputs = samples.inputs.shape
     if positions >= _PLENTY * inputs:
