@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimkit.quantize import Method, QuantizedModel, ptq, qat, sensitivity
 from slimkit.quantize.adaround import AdaRound
+from slimkit.quantize.gptq import GPTQ
 from slimkit.quantize.observers import OBSERVERS
 from slimkit.quantize.reconstruction import Reconstruct
 from slimkit.runtime import export
@@ -23,7 +24,7 @@ Images = Callable[..., Tensor]
 
 SOME: list[list[str | Method]] = [
     ["equalize", "bias_correction"],
-    ["gptq", "bias_correction", "bias_tuning"],
+    [GPTQ(behind_activation=True), "bias_correction", "bias_tuning"],
     [AdaRound(iterations=20, positions=512)],
     [Reconstruct(iterations=10)],
 ]

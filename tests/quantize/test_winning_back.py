@@ -29,7 +29,7 @@ Images = Callable[..., Tensor]
 
 ADAROUND = AdaRound(iterations=60, lr=0.1, batch=256, positions=1024)
 RECONSTRUCT = Reconstruct(iterations=30, lr=0.1, images=32)
-ROUNDING: list[Method] = [ADAROUND, GPTQ(), RECONSTRUCT]
+ROUNDING: list[Method] = [ADAROUND, GPTQ(), GPTQ(behind_activation=True), RECONSTRUCT]
 
 
 def name(method: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,11 +20,16 @@ __all__ = [
     "hessian",
     "importance",
     "keep_mean",
+    "passed_on",
     "reliable_mean",
 ]
 
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Dampings to choose from; see :func:`hessian`."""
+_LEAST = 0.1
+"""Of an error is passed on everywhere, for all that may come."""
+_OPEN = 1e-3
+"""Below which a slope is that of no activation function."""
 _SURE = 2.0
 """Standard errors by which a change must be better on images that it does not come from."""
 
@@ -38,12 +44,15 @@ class Samples:
         bias: of the quantized network.
         examples: the number of the image that each position is of, (P,); ``None`` if each is of
             another one. What positions of one image say is alike.
+        passed: how much of the square of an error counts, (P, out), see :func:`passed_on`;
+            ``None`` if all of it does.
     """
 
     inputs: Tensor
     targets: Tensor
     bias: Tensor | None
     examples: Tensor | None = None
+    passed: Tensor | None = None
 
     def divided(self, share: float) -> tuple[Samples, Samples]:
         """The first ``share`` of the positions, and the others, which are of later images."""
@@ -60,9 +69,13 @@ class Samples:
         return sums / counts.reshape(-1, *[1] * (values.dim() - 1))
 
     def _part(self, positions: slice) -> Samples:
-        examples = None if self.examples is None else self.examples[positions]
-        inputs, targets = self.inputs[:, positions], self.targets[positions]
-        return Samples(inputs, targets, self.bias, examples)
+        return Samples(
+            self.inputs[:, positions],
+            self.targets[positions],
+            self.bias,
+            None if self.examples is None else self.examples[positions],
+            None if self.passed is None else self.passed[positions],
+        )
 
 
 def answers(
@@ -81,8 +94,40 @@ def importance(samples: Samples, weight: Tensor) -> Tensor:
     Returns:
         Of the shape of ``weight``.
     """
-    squares = samples.inputs.square().mean(1, keepdim=True)
-    return squares.expand_as(grouped(weight, len(squares))).reshape(weight.shape)
+    squares = samples.inputs.square()
+    groups, positions, _ = squares.shape
+    if samples.passed is None:
+        mean = squares.mean(1, keepdim=True)
+        return mean.expand_as(grouped(weight, groups)).reshape(weight.shape)
+    passed = samples.passed.T.reshape(groups, -1, positions)
+    return (passed @ squares / positions).reshape(weight.shape)
+
+
+def passed_on(
+    samples: Samples, activation: Callable[[Tensor], Tensor], rounded: Tensor
+) -> Tensor | None:
+    """What the activation function behind a layer lets through of the square of an error.
+
+    The squared slope around the output of the float network, over as much as the outputs of the
+    channel are off with a weight that is rounded to nearest: 0 where a ReLU is closed whatever
+    happens, 1 where it is open, something between near its bend.
+
+    Args:
+        samples: of the layer.
+        activation: the function.
+        rounded: the weight, rounded to nearest.
+
+    Returns:
+        (P, out), at least 0.1 so that no position counts for nothing; ``None`` if everything
+        passes.
+    """
+    off = (samples.targets - answers(samples, rounded, slice(None))).square().mean(0).sqrt()
+    reach = off.clamp(min=torch.finfo(off.dtype).tiny)
+    above, below = activation(samples.targets + reach), activation(samples.targets - reach)
+    slopes = ((above - below) / (2 * reach)).square()
+    if bool((slopes - 1).abs().max() < _OPEN):
+        return None
+    return slopes.clamp(min=_LEAST)
 
 
 def hessian(inputs: Tensor, damping: float) -> Tensor:
