@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from slimkit.quantize.gptq import GPTQ, _suits_others, compensated_levels
+from slimkit.quantize import ptq
+from slimkit.quantize.gptq import GPTQ, _alike, _suits_others, compensated_levels
 from slimkit.quantize.sampled_layers import Samples, answers, hessian
 
 
@@ -74,6 +75,43 @@ def test_columns_in_chunks_give_the_same_as_one_after_the_other() -> None:
     steps = np.full(2, 0.5)
     expected = one_by_one(weight[0].double().numpy(), steps, h[0].numpy(), 7, list(range(150)))
     assert found[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("most", [1, 1 << 25], ids=["channel by channel", "at once"])
+def test_channels_have_hessians_of_their_own_behind_an_activation(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimkit.quantize.gptq._MOST_ELEMENTS", most)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 30, 5, generator=generator)  # two groups of three outputs
+    passed = torch.rand(30, 6, generator=generator)
+    samples = Samples(inputs, torch.zeros(30, 6), None, None, passed)
+    found = [(rows, hessian(weighted, 0.0)) for rows, weighted in _alike(samples)]
+    assert len(found) == (6 if most == 1 else 1)
+    matrices = torch.cat([matrix for _, matrix in found])
+    for channel in range(6):
+        x = inputs[channel // 3].double()
+        expected = 2 / 30 * x.T @ torch.diag(passed[:, channel].double()) @ x
+        torch.testing.assert_close(matrices[channel], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_behind_a_relu_what_comes_out_of_it_counts() -> None:
+    """Half of the inputs are large and close it: an error there is none."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Conv2d(24, 32, 1), nn.ReLU()).eval()
+    x = torch.randn(2048, 24)
+    x[1::2] = torch.randn(1024, 6) @ torch.randn(6, 24)  # what it lets through is simpler
+    x[:, 0] = torch.tensor([9.0, 0.0]).repeat(1024)
+    x = x.reshape(2048, 24, 1, 1)
+    with torch.no_grad():
+        layer[0].weight[:, 0] = -0.2  # type: ignore[index, operator]
+    errors = []
+    for behind in (False, True):
+        method = GPTQ(images=1024, behind_activation=behind, compensate=False)
+        q = ptq(layer, x[:1], calibration=[x[:1024]], methods=[method], weight_bits=3)
+        with torch.no_grad():
+            errors.append(float((q(x[1024:]) - layer(x[1024:])).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from slimkit.quantize.sampled_layers import (
     compensation,
     importance,
     keep_mean,
+    passed_on,
     reliable_mean,
 )
 
@@ -107,3 +108,31 @@ def test_importance_is_the_mean_square_of_the_input() -> None:
     found = importance(samples, torch.zeros(3, 1, 2, 1))
     assert found.shape == (3, 1, 2, 1)
     assert found[2].flatten().tolist() == pytest.approx([5.0, 2.0])
+
+
+def test_a_relu_passes_on_errors_where_it_is_open() -> None:
+    targets = torch.tensor([[-5.0, 0.0], [5.0, 0.0], [0.5, 0.0]])
+    inputs = torch.eye(3).unsqueeze(0)
+    rounded = torch.tensor([[-4.0, 6.0, -0.5], [1.0, 1.0, 1.0]])  # off by 1 everywhere
+    found = passed_on(Samples(inputs, targets, None), torch.relu, rounded)
+    assert found is not None
+    # slopes over ±1: of −5 and 5 that of the branch, of 0.5 1.5 / 2, of 0 1 / 2
+    expected = torch.tensor([[0.1, 0.25], [1.0, 0.25], [0.75**2, 0.25]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_without_an_activation_function_everything_is_passed_on() -> None:
+    x = torch.randn(1, 20, 3)
+    weight = torch.randn(2, 3)
+    samples = Samples(x, (x @ weight.T).squeeze(0), None)
+    assert passed_on(samples, lambda y: y, weight.round()) is None
+
+
+def test_importance_counts_what_is_passed_on() -> None:
+    x = torch.tensor([[[1.0, 2.0], [3.0, 0.0]], [[1.0, 1.0], [2.0, 2.0]]])  # two groups
+    passed = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+    samples = Samples(x, torch.zeros(2, 2), None, None, passed)
+    expected = torch.tensor([[0.5, 2.0], [2.25, 2.25]])  # (1·1, 1·4) / 2, (0.5·1 + 1·4) / 2
+    torch.testing.assert_close(importance(samples, torch.ones(2, 2)), expected)
+    first, _ = samples.divided(0.5)
+    torch.testing.assert_close(importance(first, torch.ones(2, 2))[1], torch.tensor([0.5, 0.5]))

@@ -90,8 +90,9 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             what is not named has the target's.
         methods: what else to do, in this order: names in
             :data:`~slimkit.quantize.methods.METHODS`, or methods with settings of their own. By
-            default ``gptq`` and ``bias_correction`` on 128 images if weights are rounded coarsely,
-            per tensor or in fewer than 8 bits, and there is calibration data; else nothing.
+            default, if there is calibration data, ``gptq`` and ``bias_correction`` for weights with
+            one scale per tensor; for fewer than 8 bits these, behind the activation function,
+            and ``bias_tuning``; else nothing.
         evaluate: network → metric on validation data, higher is better; for ``max_drop``.
         max_drop: as few layers stay in float as it takes for the metric to fall by no more than
             this, in its own unit (0.5 points of a metric in percent); the plan names them.

@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Method", "Work", "resolve_methods", "run_methods", "usual_methods"]
 
-_FEW = 128
-"""Images that the usual methods look at: a few minutes for a small network on two cores."""
+_FEW, _MANY = 128, 256
+"""Images that the usual methods look at; few bits deserve more: some minutes for a small network on
+two cores."""
+_POSITIONS = 64
+"""Of each image."""
 
 METHODS: Registry[type[Method]] = Registry("quantization method")
 """Name → class of a method that needs no argument."""
@@ -133,9 +136,16 @@ def usual_methods(plan: QuantPlan) -> list[Method]:
     if plan.granularity != "tensor" and all(spec.form.bits >= 8 for spec in weights):
         return []
     from slimkit.quantize.bias_correction import BiasCorrection
+    from slimkit.quantize.bias_tuning import BiasTuning
     from slimkit.quantize.gptq import GPTQ
 
-    return [GPTQ(images=_FEW, positions=64 * _FEW), BiasCorrection(images=_FEW)]
+    if all(spec.form.bits >= 8 for spec in weights):
+        return [GPTQ(images=_FEW, positions=_POSITIONS * _FEW), BiasCorrection(images=_FEW)]
+    return [
+        GPTQ(images=_MANY, positions=_POSITIONS * _MANY, behind_activation=True),
+        BiasCorrection(images=_MANY),
+        BiasTuning(images=_MANY),
+    ]
 
 
 def run_methods(methods: Sequence[Method], when: Literal["before", "after"], work: Work) -> None:
