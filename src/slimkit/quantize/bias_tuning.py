@@ -40,9 +40,10 @@ class BiasTuning:
     float until the export, so that they can take any value, and are so few that a hundred images
     without labels train them (as in the end-to-end phase of EfficientQAT, Chen et al., 2024,
     https://arxiv.org/abs/2407.11062, section 3.3, which trains scales). The loss is the squared
-    difference from the float network's outputs, relative to these. A quarter of the images is held
-    out: if the outputs on them do not come nearer, the biases stay as they were. Whole images run
-    forwards and backwards.
+    difference from the float network's outputs, relative to these. The last quarter of the images
+    is held out: if the outputs on them do not come nearer, the biases stay as they were. That is
+    fair where the methods before have not seen them either: let those look at fewer images. Whole
+    images run forwards and backwards.
 
     Attributes:
         steps: of Adam.

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Method", "Work", "resolve_methods", "run_methods", "usual_methods"]
 
-_FEW, _MANY = 128, 256
-"""Images that the usual methods look at; few bits deserve more: some minutes for a small network on
-two cores."""
+_FEW, _MANY, _MORE = 128, 192, 256
+"""Images that the usual methods look at: a few minutes for a small network on two cores. Few bits
+deserve more, and bias tuning holds out those that no other method has seen."""
 _POSITIONS = 64
 """Of each image."""
 
@@ -144,7 +144,7 @@ def usual_methods(plan: QuantPlan) -> list[Method]:
     return [
         GPTQ(images=_MANY, positions=_POSITIONS * _MANY, behind_activation=True),
         BiasCorrection(images=_MANY),
-        BiasTuning(images=_MANY),
+        BiasTuning(images=_MORE),
     ]
 
 
