@@ -49,6 +49,15 @@ def test_outputs_come_nearer_for_images_that_were_not_seen(
     assert after < 0.9 * before
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "weights"])
+def test_every_mode_gains(
+    small: nn.Module, images: Images, quantized: Callable[..., QuantizedModel], mode: str
+) -> None:
+    x = images(64, 9)
+    before = noise(small, quantized(mode=mode), x)
+    assert noise(small, quantized("bias_tuning", mode=mode), x) < 0.9 * before
+
+
 def test_biases_move_and_nothing_else_does(quantized: Callable[..., QuantizedModel]) -> None:
     before, after = quantized().state_dict(), quantized("bias_tuning").state_dict()
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}

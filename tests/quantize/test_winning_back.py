@@ -16,6 +16,7 @@ from slimkit.errors import InputError
 from slimkit.quantize import Method, QuantizedModel, ptq
 from slimkit.quantize.adaround import AdaRound
 from slimkit.quantize.bias_correction import BiasCorrection
+from slimkit.quantize.bias_tuning import BiasTuning
 from slimkit.quantize.gptq import GPTQ
 from slimkit.quantize.quantizers import WeightQuantizer
 from slimkit.quantize.reconstruction import Reconstruct
@@ -281,7 +282,7 @@ class Twice(nn.Module):
         return self.rare(y) if x.shape[-1] > 16 else y
 
 
-@pytest.mark.parametrize("method", [*ROUNDING, BiasCorrection()], ids=name)
+@pytest.mark.parametrize("method", [*ROUNDING, BiasCorrection(), BiasTuning()], ids=name)
 def test_shared_rare_and_skipped_layers(images: Images, method: Method) -> None:
     torch.manual_seed(0)
     model = Twice().eval()
