@@ -132,6 +132,13 @@ def test_a_network_that_cannot_be_tuned_is_left_alone(
     assert torch.equal(before(images(8, 9)), after(images(8, 9)))
 
 
+def test_without_biases_there_is_nothing_to_do() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False))
+    x = torch.randn(32, 8)
+    before, after = (ptq(model, x[:1], calibration=[x], methods=m) for m in ([], ["bias_tuning"]))
+    assert torch.equal(before(x), after(x))
+
+
 def test_one_image_cannot_be_divided(small: nn.Module, images: Images) -> None:
     with pytest.warns(UserWarning, match="no bias is tuned"):
         ptq(small, images(1), calibration=[images(1)], methods=["bias_tuning"])

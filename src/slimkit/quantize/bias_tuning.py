@@ -43,7 +43,7 @@ class BiasTuning:
     difference from the float network's outputs, relative to these. The last quarter of the images
     is held out: if the outputs on them do not come nearer, the biases stay as they were. That is
     fair where the methods before have not seen them either: let those look at fewer images. Whole
-    images run forwards and backwards.
+    images run forwards and backwards. Layers without a bias stay as they are.
 
     Attributes:
         steps: of Adam.
@@ -77,13 +77,15 @@ class BiasTuning:
             warnings.warn("no bias is tuned: one image cannot be divided", stacklevel=2)
             return
         biases = _biases(work.quantized, seen[0])
+        if not biases:
+            return
         before = [bias.detach().clone() for bias, _ in biases]
         try:
             judge = OutputDistance(work.reference, others)
             noise = judge.noise(work.quantized)
             self._train(work, biases, _Targets(work.reference, seen))
             better = judge.noise(work.quantized) < noise
-        except (SlimkitError, RuntimeError) as error:  # no outputs to compare, or no derivatives
+        except (SlimkitError, RuntimeError, ValueError) as error:  # of shapes, or of derivatives
             warnings.warn(f"no bias is tuned: {error}", stacklevel=2)
             better = False
         if not better:

@@ -122,7 +122,8 @@ def passed_on(
         passes.
     """
     off = (samples.targets - answers(samples, rounded, slice(None))).square().mean(0).sqrt()
-    reach = off.clamp(min=torch.finfo(off.dtype).tiny)
+    least = 1e-3 * samples.targets.abs().amax(0)  # or the difference is lost in the sum
+    reach = off.maximum(least).clamp(min=torch.finfo(off.dtype).tiny)
     above, below = activation(samples.targets + reach), activation(samples.targets - reach)
     slopes = ((above - below) / (2 * reach)).square()
     if bool((slopes - 1).abs().max() < _OPEN):
