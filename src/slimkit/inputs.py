@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,14 @@ class Inputs:
         """How many examples there are, if the first dimension of all tensors counts them."""
         sizes = {tensor.shape[0] if tensor.dim() else None for tensor in self.tensors()}
         return sizes.pop() if len(sizes) == 1 else None
+
+    def split(self, size: int) -> list[Inputs]:
+        """In parts of ``size`` examples; in one piece where they cannot be told apart."""
+        count = self.examples
+        if not count:
+            return [self]
+        starts = range(0, count, size)
+        return [self.map(itemgetter(slice(start, start + size))) for start in starts]
 
     def to(self, device: torch.device | str) -> Inputs:
         """A copy with every tensor on ``device``."""

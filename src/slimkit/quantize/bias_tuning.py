@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +17,7 @@ from slimkit.inputs import Inputs
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.fixed_weights import check
 from slimkit.quantize.layer_calls import SUPPORTED, LayerCall
+from slimkit.quantize.learning import learning_only
 from slimkit.quantize.methods import Work
 from slimkit.quantize.output_distance import OutputDistance, float_tensors
 from slimkit.quantize.scales import TINY
@@ -101,7 +100,7 @@ class BiasTuning:
         course = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         order = _shuffled(len(targets), self.seed)
         with (
-            _learning_only(work.quantized, {id(bias) for bias, _ in biases}),
+            learning_only(work.quantized, [bias for bias, _ in biases]),
             ProgressDisplay(self.steps, 0, label="bias_tuning", enabled=work.progress) as display,
         ):
             for step in range(1, self.steps + 1):
@@ -195,32 +194,11 @@ def _biases(quantized: QuantizedModel, example: Inputs) -> list[tuple[nn.Paramet
     return list(finder.found.values())
 
 
-@contextmanager
-def _learning_only(model: nn.Module, wanted: set[int]) -> Iterator[None]:
-    """Inside, parameters with these identities take part in gradients, and no others."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.requires_grad_(id(parameter) in wanted)
-    try:
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-            parameter.grad = None
-
-
 def _portions(batches: list[Inputs]) -> list[Inputs]:
     """The batches in parts that are small enough, and at least four where that can be."""
     total = sum(batch.examples or 1 for batch in batches)
     size = min(_AT_ONCE, math.ceil(_HELD_OUT * total))
-    return [portion for batch in batches for portion in _parts(batch, size)]
-
-
-def _parts(batch: Inputs, size: int) -> list[Inputs]:
-    if not batch.examples:
-        return [batch]
-    starts = range(0, batch.examples, size)
-    return [batch.map(itemgetter(slice(start, start + size))) for start in starts]
+    return [portion for batch in batches for portion in batch.split(size)]
 
 
 def _shuffled(count: int, seed: int) -> Iterator[int]:

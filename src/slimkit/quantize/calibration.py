@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -338,12 +337,9 @@ class _Parts:
         self._hooks.clear()
 
     def _of(self, inputs: Inputs) -> list[Inputs]:
-        examples = inputs.examples
-        if not self._divisible or not self._largest or not examples:
+        if not self._divisible or not self._largest:
             return [inputs]
-        size = max(1, _LARGEST_ACTIVATION // self._largest)
-        starts = range(0, examples, size)
-        return [inputs.map(itemgetter(slice(start, start + size))) for start in starts]
+        return inputs.split(max(1, _LARGEST_ACTIVATION // self._largest))
 
     def _see(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._largest = max(self._largest, args[0].numel() * args[0].element_size())

@@ -69,8 +69,8 @@ class GPTQ:
             (:func:`~slimkit.quantize.sampled_layers.compensation`), and correct the bias.
         behind_activation: errors count as far as the activation function behind the layer passes
             them on (:func:`~slimkit.quantize.sampled_layers.passed_on`), as in AdaRound's equation
-            25. Every output channel then has a Hessian of its own, which takes about twice as long;
-            those of layers whose sums have more than 384 inputs do not.
+            25. Every output channel then has a Hessian of its own, which takes longer; those of
+            layers whose sums have more than 384 inputs do not.
         widest: layers whose sums have more inputs are rounded to nearest: the Hessian of so many
             inputs takes half a gigabyte, and its inversion minutes.
         seed: of the samples.

@@ -12,7 +12,6 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def estimated_noise(switches: LayerSwitches, batches: Iterable[Inputs]) -> Noise
         RuntimeError: the network cannot be differentiated.
     """
     quantized = switches.quantized
-    singly = (example for batch in batches for example in _singly(batch))
+    singly = (example for batch in batches for example in batch.split(1))
     examples = list(islice(singly, _EXAMPLES))
     with torch.no_grad():
         found = [_power(_outputs(example.call(quantized.model))) for example in examples]
@@ -152,13 +151,6 @@ class _Shares:
             return value + self._factors[name] * error
 
         return added
-
-
-def _singly(batch: Inputs) -> list[Inputs]:
-    """The examples of a batch; the batch where they cannot be told apart."""
-    if not batch.examples:
-        return [batch]
-    return [batch.map(itemgetter(slice(i, i + 1))) for i in range(batch.examples)]
 
 
 def _outputs(found: Any) -> list[Tensor]:

@@ -21,6 +21,7 @@ from slimkit.quantize.fixed_weights import (
     steps_of,
     weight_of,
 )
+from slimkit.quantize.learning import learning_only
 from slimkit.quantize.methods import Work
 from slimkit.quantize.quantizers import ActivationQuantizer
 from slimkit.quantize.soft_rounding import Annealing, SoftRounding, optimise
@@ -158,7 +159,7 @@ class _Reconstruction:
         self._fix(nearest)
         start = self._error({})
         learned = [activation.change for activation in self._activations.values()]
-        with _frozen(self._module):
+        with learning_only(self._module):
             optimise(
                 list(self._roundings.values()),
                 lambda: self._loss() / max(start, 1e-20),
@@ -279,16 +280,3 @@ class _LearnedScale(nn.Module):
         quantizer.scale.copy_(self.scale())
         quantizer.low.copy_((form.qmin - zero) * quantizer.scale)
         quantizer.high.copy_((form.qmax - zero) * quantizer.scale)
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of ``module`` takes part in gradients."""
-    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
