@@ -88,8 +88,7 @@ def test_gates_that_work_in_place_have_gradients(images: Images, hard: bool) -> 
 
 
 def test_noise_behind_gates_is_estimated(quantized: QuantizedModel, images: Images) -> None:
-    outputs = resolve_target("onnxruntime").float_outputs
-    switches = LayerSwitches(quantized, float_outputs=outputs)
+    switches = LayerSwitches(quantized, target=resolve_target("onnxruntime"))
     shares = estimated_noise(switches, [Inputs((images(8),))])
     assert min(shares.of([layer]) for layer in switches.layers) > 0
 
@@ -124,7 +123,7 @@ def test_a_gate_stays_rounded_when_another_layer_goes_back_to_float(images: Imag
     torch.manual_seed(0)
     model = SqueezeExcite(hard=False).eval()
     whole, left = (ptq(model, images(1), calibration=[images(16)], skip=s) for s in ((), "fc"))
-    switches = LayerSwitches(whole, float_outputs=resolve_target("onnxruntime").float_outputs)
+    switches = LayerSwitches(whole, target=resolve_target("onnxruntime"))
     with torch.no_grad(), switches.set(["fc"]) as network:
         assert torch.equal(network(images(4)), left(images(4)))
     assert any(rule.gate for rule in left.plan.calls.values())

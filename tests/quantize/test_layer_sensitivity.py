@@ -17,6 +17,7 @@ from slimkit.errors import ArtifactError, DataError, InputError, PatternError
 from slimkit.quantize import EvaluationError, LayerSensitivity, ptq, sensitivity
 from slimkit.quantize.layer_switches import LayerSwitches
 from slimkit.quantize.partial_plans import integer_layers, leave_in_float
+from slimkit.quantize.targets import resolve_target
 
 Images = Callable[..., Tensor]
 LAYERS = ("conv1", "depthwise", "pointwise", "branch", "fc")
@@ -57,7 +58,7 @@ def test_switching_layers_off_equals_skipping_them(
     torch.manual_seed(1)
     model = small if network == "small" else Heads().eval()
     x = images(4) if network == "small" else torch.randn(16, 6)
-    switches = LayerSwitches(ptq(model, x, calibration=x), float_outputs={"linear"})
+    switches = LayerSwitches(ptq(model, x, calibration=x), target=resolve_target("onnxruntime"))
     for number in (1, len(switches.layers) - 1, len(switches.layers)):
         for off in itertools.combinations(switches.layers, number):
             expected = ptq(model, x, calibration=x, skip=off)
@@ -75,7 +76,7 @@ def test_switching_to_fewer_bits_equals_quantizing_to_them(
     x = images(4)
     q = ptq(small, x, calibration=x)
     before = q(x)
-    switches = LayerSwitches(q, float_outputs={"linear"})
+    switches = LayerSwitches(q, target=resolve_target("onnxruntime"))
     bits = {"conv1": 4, "fc": 3}
     expected = ptq(small, x, calibration=x, weight_bits=bits, skip="branch", methods=[])
     with torch.no_grad(), switches.set(["branch"], bits):

@@ -74,15 +74,24 @@ def test_the_fused_function_equals_its_composition(
     assert mine[0].stride() == x.stride()
 
 
+@pytest.mark.parametrize("zero_points", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_channels_have_gradients_of_their_own(axis: int, layout: torch.memory_format) -> None:
+def test_channels_have_gradients_of_their_own(
+    axis: int, layout: torch.memory_format, zero_points: bool
+) -> None:
     weight = torch.randn(4, 6, 3, 3).to(memory_format=layout).requires_grad_()
     step = (torch.rand(weight.shape[axis]) * 0.3 + 0.1).requires_grad_()
     upstream = torch.randn(4, 6, 3, 3)
-    ours = round_channels(weight, step, scale=step, axis=axis, qmax=3, factor=0.5)
-    per_channel = step.reshape([-1 if d == axis else 1 for d in range(4)])
-    theirs = composed(weight, per_channel, None, -3, 3)
+    shape = [-1 if d == axis else 1 for d in range(4)]
+    low: Tensor | int = -3
+    if zero_points:
+        low = torch.arange(weight.shape[axis], dtype=torch.int32).clamp(max=4) - 4
+    high = low + 6
+    ours = round_channels(weight, step, scale=step, axis=axis, low=low, high=high, factor=0.5)
+    per_channel = step.reshape(shape)
+    low, high = (end.reshape(shape) if isinstance(end, Tensor) else end for end in (low, high))
+    theirs = composed(weight, per_channel, None, low, high)
     torch.testing.assert_close(ours, theirs)
     mine = gradients((ours * upstream).sum(), weight, step)
     autograd = gradients((theirs * upstream).sum(), weight, step)

@@ -18,7 +18,7 @@ from slimkit.quantize.learned_quantizers import (
     LsqWeight,
     PactActivation,
 )
-from slimkit.quantize.scales import mse_weight_scale, pair_sums, weight_scale
+from slimkit.quantize.scales import mse_weight_grid, pair_sums, weight_grid
 from slimkit.quantize.scheme import QuantizerSpec
 from slimkit.runtime import export
 from slimkit.runtime.fake_quantize import quantized_integers
@@ -215,7 +215,7 @@ def test_the_first_weight_scale_has_a_smaller_error_than_the_largest_one(bits: i
         s = scale[:, None]
         return ((weight / s).round().clamp(form.qmin, form.qmax) * s - weight).square().sum(1)
 
-    best, largest = mse_weight_scale(weight, form, 0), weight_scale(weight, form, 0)
+    best, largest = mse_weight_grid(weight, form, 0)[0], weight_grid(weight, form, 0)[0]
     assert (error(best) <= error(largest) * 1.0001).all()
     if bits == 2:
         assert (error(best) < 0.7 * error(largest)).all()

@@ -21,8 +21,7 @@ Images = Callable[..., Tensor]
 
 def switches_of(model: nn.Module, example: Tensor, calibration: Tensor) -> LayerSwitches:
     quantized = ptq(model, example, calibration=[calibration])
-    outputs = resolve_target("onnxruntime").float_outputs
-    return LayerSwitches(quantized, float_outputs=outputs)
+    return LayerSwitches(quantized, target=resolve_target("onnxruntime"))
 
 
 def measured(model: nn.Module, switches: LayerSwitches, x: Tensor) -> dict[str, float]:

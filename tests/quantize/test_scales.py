@@ -13,9 +13,9 @@ from slimkit.quantize.quantizers import WeightQuantizer
 from slimkit.quantize.scales import (
     affine_parameters,
     along,
-    mse_weight_scale,
+    mse_weight_grid,
     pair_sums,
-    weight_scale,
+    weight_grid,
 )
 from slimkit.quantize.targets import NumberFormat, resolve_target
 from slimkit.runtime.fake_quantize import quantized_integers
@@ -59,17 +59,59 @@ def test_a_range_after_relu_has_zero_point_zero() -> None:
 
 def test_weight_scales_per_channel_and_per_tensor() -> None:
     weight = torch.tensor([[1.27, -0.5], [0.1, -2.54]])
-    assert torch.allclose(weight_scale(weight, INT8, 0), torch.tensor([0.01, 0.02]))
-    assert weight_scale(weight, INT8, None) == pytest.approx(0.02)
-    assert torch.allclose(weight_scale(weight, INT8, 1), torch.tensor([0.01, 0.02]))
+    assert torch.allclose(weight_grid(weight, INT8, 0)[0], torch.tensor([0.01, 0.02]))
+    assert weight_grid(weight, INT8, None)[0] == pytest.approx(0.02)
+    assert torch.allclose(weight_grid(weight, INT8, 1)[0], torch.tensor([0.01, 0.02]))
+
+
+def test_grids_with_zero_points_by_hand() -> None:
+    form = NumberFormat(4, signed=True)  # −8 … 7
+    weight = torch.tensor([[0.0, 3.0], [-1.0, 2.0], [0.5, 1.5], [-3.0, -1.5]])
+    scale, zero_point = weight_grid(weight, form, 0)
+    torch.testing.assert_close(scale, torch.tensor([0.2, 0.2, 0.1, 0.2]))
+    assert zero_point.tolist() == [-8, -3, -8, 7]  # 0 is a level, at the end where it can be
+    scale, zero_point = weight_grid(weight, form, None)
+    assert (float(scale), int(zero_point)) == (pytest.approx(0.4), 0)  # −8 + 3 / 0.4 = −0.5
+    scale, zero_point = weight_grid(weight[:2], form, 0, blocks=2)
+    assert scale.shape == zero_point.shape == (2, 2)
+    assert zero_point.tolist()[1] == [7, -8]
+
+
+@pytest.mark.parametrize("axis", [0, None])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_mse_grid_with_a_zero_point_is_about_the_best_of_all(
+    axis: int | None, weighted: bool
+) -> None:
+    form = NumberFormat(4, signed=True)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 100, generator=generator) + torch.linspace(-2, 2, 6)[:, None]
+    importance = torch.rand(6, 100, generator=generator) if weighted else torch.ones(6, 100)
+    scale, zero_point = mse_weight_grid(
+        weight, form, axis, importance=importance if weighted else None
+    )
+    rows = list(zip(weight, importance, strict=True)) if axis == 0 else [(weight, importance)]
+
+    def error(row: int, step: Tensor, zero: Tensor) -> float:
+        values, counts = rows[row]
+        rounded = ((values / step).round() + zero).clamp(-8, 7) - zero
+        return float(((rounded * step - values).square() * counts).sum())
+
+    for row, (step, zero) in enumerate(zip(scale.reshape(-1), zero_point.reshape(-1), strict=True)):
+        steps = torch.linspace(0.2, 1.2, 150) * float(weight_grid(weight, form, axis)[0].max())
+        best = min(error(row, s, torch.tensor(z)) for s in steps for z in range(-8, 8))
+        assert error(row, step, zero) <= 1.03 * best
 
 
 def test_dead_channels_have_finite_scales() -> None:
     weight = torch.zeros(3, 4)
-    assert torch.equal(weight_scale(weight, INT8, 0), torch.ones(3))
+    assert torch.equal(weight_grid(weight, INT8, 0)[0], torch.ones(3))
+    for grid in (weight_grid, mse_weight_grid):
+        scale, zero_point = grid(weight, NumberFormat(4, signed=True), 0)
+        assert torch.equal(scale, torch.ones(3))
+        assert torch.equal(zero_point, torch.full((3,), -8, dtype=torch.int32))
     weight[1] = 1.27
     weight[2] = 1e-30
-    scale = weight_scale(weight, INT8, 0)
+    scale = weight_grid(weight, INT8, 0)[0]
     assert scale[0] == scale[1]
     assert scale[2] == pytest.approx(float(scale[1]) * 2.0**-20)
 
@@ -97,13 +139,13 @@ def test_no_pair_of_products_exceeds_sixteen_bits(
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).exp().pow(spread)
     axis = 0 if per_channel else None
-    scale = weight_scale(weight, INT8, axis, pairs=True)
+    scale = weight_grid(weight, INT8, axis, pairs=True)[0]
     zero = torch.zeros_like(scale, dtype=torch.int32)
     levels = quantized_integers(weight, scale, zero, qmin=-127, qmax=127, axis=axis)
     if weight[0].numel() > 1:
         assert 255 * int(pair_sums(levels).abs().max()) < 2**15
-    assert bool((scale >= weight_scale(weight, INT8, axis) * 0.9999).all())
-    assert bool((scale <= weight_scale(weight, INT8, axis) * 2.02).all())
+    assert bool((scale >= weight_grid(weight, INT8, axis)[0] * 0.9999).all())
+    assert bool((scale <= weight_grid(weight, INT8, axis)[0] * 2.02).all())
 
 
 class Two(nn.Module):
@@ -147,8 +189,8 @@ def test_a_fixed_scale_stays() -> None:
 def test_the_mse_scale_is_the_best_of_a_fine_grid(axis: int | None) -> None:
     form = NumberFormat(4, signed=True, symmetric=True)
     weight = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
-    scale = mse_weight_scale(weight, form, axis)
-    largest = weight_scale(weight, form, axis)
+    scale = mse_weight_grid(weight, form, axis)[0]
+    largest = weight_grid(weight, form, axis)[0]
     rows = zip(weight, scale, largest, strict=True) if axis == 0 else [(weight, scale, largest)]
 
     def error(values: Tensor, step: Tensor) -> float:
@@ -165,8 +207,8 @@ def test_important_weights_are_not_clipped() -> None:
     weight = torch.randn(1, 200, generator=torch.Generator().manual_seed(0))
     largest = weight.abs().amax()
     importance = torch.where(weight.abs() == largest, 1e6, 1.0)
-    steps = mse_weight_scale(weight, form, 0, importance=importance)
-    clipped = mse_weight_scale(weight, form, 0)
+    steps = mse_weight_grid(weight, form, 0, importance=importance)[0]
+    clipped = mse_weight_grid(weight, form, 0)[0]
     assert float(largest / clipped) > 7.7
     assert float(largest / steps) < 7.5
 
@@ -178,8 +220,8 @@ def test_a_clipping_scale_keeps_pairs_within_16_bits(axis: int | None) -> None:
     weight[:, 1] = -14.0
     importance = torch.ones_like(weight)
     importance[:, :2] = 0.0
-    scale = mse_weight_scale(weight, INT8, axis, pairs=True, importance=importance)
-    assert bool((scale < 0.6 * weight_scale(weight, INT8, axis, pairs=True)).all())
+    scale = mse_weight_grid(weight, INT8, axis, pairs=True, importance=importance)[0]
+    assert bool((scale < 0.6 * weight_grid(weight, INT8, axis, pairs=True)[0]).all())
     steps = along(scale, weight, axis)
     for rounded in (torch.floor, torch.ceil):
         levels = rounded(weight / steps).clamp(-127, 127)

@@ -69,6 +69,8 @@ def test_static_scales_need_data(small: nn.Module, images: Images) -> None:
 def test_a_target_is_checked_when_it_is_made() -> None:
     with pytest.raises(InputError, match="weight: weights cannot be asymmetric uint8"):
         Target("odd", weight=NumberFormat(8))
+    with pytest.raises(InputError, match=r"zero_points: 8-bit weights .*of up to 4 bits can"):
+        Target("odd", zero_points=frozenset({4, 8}))
     with pytest.raises(InputError, match="activations: no integer arithmetic is known for gelu"):
         Target("odd", activations=frozenset({"gelu"}))
 

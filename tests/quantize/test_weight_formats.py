@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from slimkit.errors import ExportError, PlanError
 from slimkit.quantize import QuantizedModel, ptq
-from slimkit.quantize.scales import weight_scale
-from slimkit.quantize.targets import NumberFormat
+from slimkit.quantize.scales import weight_grid
+from slimkit.quantize.targets import TARGETS, NumberFormat
 from slimkit.runtime import export, fusion_report, open_session
 from slimkit.runtime.fake_quantize import fake_quantize, on_grid
 from slimkit.runtime.output_parity import parity
@@ -38,7 +39,7 @@ def grouped(**options: int) -> QuantizedModel:
 
 def test_each_group_has_the_scale_of_its_largest_weight() -> None:
     weight = torch.randn(5, 64)
-    scale = weight_scale(weight, FOUR, 0, blocks=2)
+    scale, _ = weight_grid(weight, FOUR, 0, blocks=2)
     expected = weight.reshape(5, 2, 32).abs().amax(2) / 7
     torch.testing.assert_close(scale, expected)
     rounded = fake_quantize(weight, scale, torch.zeros(5, 2), qmin=-7, qmax=7, axis=0)
@@ -55,10 +56,11 @@ def test_groups_are_packed_two_to_a_byte_and_scaled_by_block(tmp_path: Path) -> 
     stored = initializers(tmp_path / "group.onnx")["0.weight"]
     assert stored.data_type == TensorProto.INT4
     assert len(stored.raw_data) == 96 * 40 // 2
-    scale = q.quantizers["0_weight"].scale.numpy().repeat(32, 1)
+    quantizer = q.quantizers["0_weight"]
+    scale, zero = (t.numpy().repeat(32, 1) for t in (quantizer.scale, quantizer.zero_point))
     weight = q.model[0].weight.detach().numpy()
     levels = numpy_helper.to_array(stored).astype(np.int8)
-    np.testing.assert_array_equal(levels, np.clip(np.rint(weight / scale), -7, 7).T)
+    np.testing.assert_array_equal(levels, np.clip(np.rint(weight / scale) + zero, -8, 7).T)
 
 
 def test_the_runtime_multiplies_by_packed_integers(tmp_path: Path) -> None:
@@ -75,6 +77,33 @@ def test_pointwise_convolutions_have_groups_too(images: Images, tmp_path: Path) 
     export(q, tmp_path / "conv.onnx", images(1))
     assert initializers(tmp_path / "conv.onnx")["2.weight"].data_type == TensorProto.INT4
     assert parity(q, tmp_path / "conv.onnx", [images(4, 2)]).sqnr_db >= 60
+
+
+@pytest.mark.parametrize("zero_points", [True, False])
+def test_tables_and_layers_in_float_have_zero_points_too(zero_points: bool, tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.fc = nn.Embedding(50, 24), nn.Linear(24, 16)
+            self.conv = nn.ConvTranspose1d(16, 8, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.conv(self.fc(self.table(ids)).transpose(1, 2))
+
+    torch.manual_seed(0)
+    ids = torch.randint(50, (4, 7))
+    target = TARGETS.get("onnxruntime")
+    target = target if zero_points else replace(target, zero_points=frozenset())
+    model = Net()
+    with torch.no_grad():
+        model.table.weight += 2.0
+    q = ptq(model, ids, mode="weights", weight_bits=4, target=target)
+    noise = (q.quantizers["table_weight"](model.table.weight) - model.table.weight).abs().mean()
+    assert bool(noise < 0.1) == zero_points  # half of the levels are of no use to them without
+    export(q, tmp_path / "four.onnx", ids)
+    kinds = [t.data_type for t in initializers(tmp_path / "four.onnx").values()]
+    assert kinds.count(TensorProto.INT4) == (6 if zero_points else 3)
+    assert parity(q, tmp_path / "four.onnx", [torch.randint(50, (4, 7))]).sqnr_db >= 40
 
 
 @pytest.mark.parametrize("bits", [3, 6])
@@ -111,10 +140,6 @@ def test_four_bits_need_operator_set_21(tmp_path: Path) -> None:
 
 
 def test_activations_of_few_bits_saturate_where_torch_does(images: Images, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from slimkit.quantize.targets import TARGETS
-
     target = replace(TARGETS.get("generic"), activation=NumberFormat(4))
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
     q = ptq(model, images(1), calibration=[0.5 * images(8)], target=target)

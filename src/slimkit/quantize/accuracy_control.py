@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -20,6 +20,7 @@ from slimkit.quantize.layer_switches import LayerSwitches, float_parameters
 from slimkit.quantize.noise_estimate import NoiseShares
 from slimkit.quantize.output_distance import OutputDistance, decibels
 from slimkit.quantize.partial_plans import integer_layers
+from slimkit.quantize.targets import Target
 
 if TYPE_CHECKING:
     from slimkit.quantize.methods import Work
@@ -113,7 +114,7 @@ class AccuracyLimit:
         self,
         work: Work,
         *,
-        float_outputs: Collection[str],
+        target: Target,
         originals: Mapping[str, Tensor],
         repair: Repair | None = None,
     ) -> QuantizedModel:
@@ -133,7 +134,7 @@ class AccuracyLimit:
 
         Args:
             work: what is quantized, in every layer.
-            float_outputs: of the target.
+            target: that it is quantized for.
             originals: parameters that methods adjusted to the rounding, as they were before.
             repair: of a limit of noise; the methods ran on ``work.quantized``.
 
@@ -144,7 +145,7 @@ class AccuracyLimit:
         Raises:
             EvaluationError: its ``model`` is ``work.quantized`` with every layer integer.
         """
-        switches = LayerSwitches(work.quantized, float_outputs=float_outputs, originals=originals)
+        switches = LayerSwitches(work.quantized, target=target, originals=originals)
         trials = _Trials(self, self.score(work), switches)
         most = len(switches.layers) + 2
         try:
@@ -153,7 +154,7 @@ class AccuracyLimit:
                 if not switches.layers or trials.meets(()):
                     return work.quantized
                 if repair is not None:
-                    return self._repaired(work, trials, repair, float_outputs)
+                    return self._repaired(work, trials, repair, target)
                 costs = self._costs(work, switches)
                 found = _fewest(trials, noise_shares(work, switches, file=self.file), costs)
         except EvaluationError as error:
@@ -166,11 +167,11 @@ class AccuracyLimit:
         return network
 
     def _repaired(
-        self, work: Work, trials: _Trials, repair: Repair, float_outputs: Collection[str]
+        self, work: Work, trials: _Trials, repair: Repair, target: Target
     ) -> QuantizedModel:
         """Choose layers on the plain network, and repair what is left; see :meth:`keep`."""
         whole = trials.drops[frozenset()]
-        switches = LayerSwitches(repair.plain, float_outputs=float_outputs)
+        switches = LayerSwitches(repair.plain, target=target)
         plain = _Trials(self, trials.score, switches, show=trials.show)
         plain.meets(())
         costs, shares = self._costs(work, switches), noise_shares(work, switches, file=self.file)
@@ -181,7 +182,7 @@ class AccuracyLimit:
             found = _fewest(plain, shares, costs)
             in_float = plain.best if found is None else found
             network = copy.deepcopy(repair.plain)
-            same = LayerSwitches(network, float_outputs=float_outputs)
+            same = LayerSwitches(network, target=target)
             repair.run(same.leave(in_float, same.plan(in_float, self.reason)))
             drop = self.base - evaluated(trials.score, network, "the repaired network")
             if best is None or drop < best[0]:

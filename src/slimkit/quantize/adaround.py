@@ -12,9 +12,8 @@ from slimkit.progress import ProgressDisplay
 from slimkit.quantize.fixed_weights import (
     ScaleChoice,
     check,
-    choose_scale,
+    choose_grid,
     fix,
-    steps_of,
     weight_of,
 )
 from slimkit.quantize.methods import Work
@@ -119,8 +118,8 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
         centre(samples, original)
         keep_mean(samples, original, weight)
         wanted = answers(samples, weight, slice(None))
-    scale = choose_scale(weight, spec, settings.scale, importance(samples, weight))
-    rounding = SoftRounding(weight, steps_of(scale, weight, spec), spec.form)
+    grid = choose_grid(weight, spec, settings.scale, importance(samples, weight))
+    rounding = SoftRounding(weight, grid)
     targets: Tensor = layer.activation(wanted.clone())
 
     def error(rounded: Tensor, picks: Tensor | slice = slice(None)) -> Tensor:
@@ -137,7 +136,7 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
 
     optimise([rounding], loss, settings.annealing())
     after = error(rounding.levels() * rounding.steps)
-    fix(work.quantized, spec, rounding.levels() if after < before else nearest, scale)
+    fix(work.quantized, spec, rounding.levels() if after < before else nearest, grid)
     if settings.compensate:
         keep_mean(samples, weight, weight_of(work.quantized, spec))
     return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}"

@@ -194,7 +194,7 @@ def mixed_precision(
         skip=skip,
         batches=batches,
     )
-    switches = LayerSwitches(quantized, float_outputs=resolved.float_outputs)
+    switches = LayerSwitches(quantized, target=resolved)
     table = measure_sensitivity(
         switches,
         noise_scorer(quantized.model, data) if evaluate is None else metric_scorer(evaluate),

@@ -170,7 +170,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     if limit is None:
         check = output_check(work)
         if budget is not None:
-            budget.spend(work, float_outputs=resolved.float_outputs)
+            budget.spend(work, target=resolved)
         run_methods(chosen, "after", work)
         if check is not None:
             check.warn(quantized)
@@ -179,8 +179,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     again = limit.evaluate is None and any(method.when == "after" for method in chosen)
     repair = Repair(copy.deepcopy(quantized), adjust) if again else None
     run_methods(chosen, "after", work)
-    outputs = resolved.float_outputs
-    return limit.keep(work, float_outputs=outputs, originals=originals, repair=repair).eval()
+    return limit.keep(work, target=resolved, originals=originals, repair=repair).eval()
 
 
 def attach(

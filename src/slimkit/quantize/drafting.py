@@ -123,12 +123,12 @@ class Draft:
 
     def _weight_spec(self, call: Call, name: str, *, pairs: bool) -> QuantizerSpec:
         shape, axis = self._graph.tensors[call.inputs[1]].shape, self._roles.axis(call)
-        form, module = self._target.weight, self._roles.module(call)
-        bits = self._request.weight_bits.get(module, form.bits)
+        module = self._roles.module(call)
+        bits = self._request.weight_bits.get(module, self._target.weight.bits)
         per_row = self._request.granularity != "tensor" or call.function == "embedding"
         return QuantizerSpec(
             self._of_weight[name],
-            form if bits == form.bits else replace(form, bits=bits),
+            self._target.weight_format(bits),
             parameter=name,
             channels=shape[axis] if per_row else None,
             axis=axis,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,21 +10,46 @@ from torch import Tensor
 
 from slimkit.errors import InputError
 from slimkit.quantize.quantizers import WeightQuantizer
-from slimkit.quantize.scales import along, mse_weight_scale, weight_scale
+from slimkit.quantize.scales import along, mse_weight_grid, weight_grid
 from slimkit.quantize.scheme import QuantizerSpec, named_weights
 from slimkit.quantize.wrapper import QuantizedModel
-from slimkit.runtime.fake_quantize import on_grid
 
-__all__ = ["ScaleChoice", "check", "choose_scale", "fix", "steps_of", "weight_of"]
+__all__ = ["Grid", "ScaleChoice", "check", "choose_grid", "fix", "weight_of"]
 
 ScaleChoice = Literal["mse", "max"]
 """``"max"``: the largest weight gets the largest level; ``"mse"``: smallest squared error."""
 
 
-def choose_scale(
+@dataclass(frozen=True)
+class Grid:
+    """The values that the weights of a layer may have: integers, here called levels, times steps.
+
+    Levels are counted from zero, so that a zero point shows in the smallest and the largest one.
+
+    Attributes:
+        scale: of the quantizer, shape (channels,), () or (channels, blocks).
+        zero_point: int32, of the same shape.
+        steps: the scale of every weight, of the weight's shape.
+        lowest: the smallest level of every weight.
+        highest: the largest.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    steps: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """The levels of ``weight``, integers as float32."""
+        exact = torch.div(weight, self.steps).round_()
+        return exact.maximum(self.lowest).minimum(self.highest)
+
+
+def choose_grid(
     weight: Tensor, spec: QuantizerSpec, choice: ScaleChoice, importance: Tensor | None = None
-) -> Tensor:
-    """A scale for ``weight``, shape (channels,), () or (channels, blocks).
+) -> Grid:
+    """A grid for ``weight``.
 
     Args:
         weight: float.
@@ -32,25 +57,30 @@ def choose_scale(
         choice: how.
         importance: of the weights for the squared error; broadcasts to ``weight``.
     """
+    axis = None if spec.channels is None else spec.axis
+    given = (weight, spec.form, axis)
     if choice == "max":
-        scale = weight_scale(weight, spec.form, _axis(spec), pairs=spec.pairs, blocks=spec.blocks)
+        scale, zero_point = weight_grid(
+            *given, pairs=spec.pairs, blocks=spec.blocks, compact=spec.compact
+        )
     else:
-        rows, counts = weight, importance
-        if spec.blocks is not None:
-            shape = (len(weight) * spec.blocks, -1)
-            rows = weight.reshape(shape)
-            counts = None if importance is None else importance.reshape(shape)
-        scale = mse_weight_scale(rows, spec.form, _axis(spec), pairs=spec.pairs, importance=counts)
-        scale = scale if spec.blocks is None else scale.reshape(-1, spec.blocks)
-    return on_grid(scale) if spec.compact else scale
+        scale, zero_point = mse_weight_grid(
+            *given,
+            pairs=spec.pairs,
+            blocks=spec.blocks,
+            compact=spec.compact,
+            importance=importance,
+        )
 
+    def spread(values: Tensor) -> Tensor:
+        if spec.blocks is None:
+            return along(values, weight, axis).expand_as(weight)
+        wide = values.repeat_interleave(weight.shape[1] // spec.blocks, 1)
+        return wide.reshape(*wide.shape, *[1] * (weight.dim() - 2)).expand_as(weight)
 
-def steps_of(scale: Tensor, weight: Tensor, spec: QuantizerSpec) -> Tensor:
-    """The scale of every weight: ``scale`` shaped so that it broadcasts to ``weight``."""
-    if spec.blocks is None:
-        return along(scale, weight, _axis(spec))
-    wide = scale.repeat_interleave(weight.shape[1] // spec.blocks, 1)
-    return wide.reshape(*wide.shape, *[1] * (weight.dim() - 2))
+    zero = spread(zero_point).to(weight.dtype)
+    lowest, highest = spec.form.qmin - zero, spec.form.qmax - zero
+    return Grid(scale, zero_point, spread(scale), lowest, highest)
 
 
 def weight_of(quantized: QuantizedModel, spec: QuantizerSpec) -> Tensor:
@@ -60,29 +90,25 @@ def weight_of(quantized: QuantizedModel, spec: QuantizerSpec) -> Tensor:
     return named_weights(quantized.model)[spec.parameter].detach()
 
 
-def _axis(spec: QuantizerSpec) -> int | None:
-    """The dimension with a scale each; ``None`` for one scale in all."""
-    return None if spec.channels is None else spec.axis
-
-
 @torch.no_grad()
-def fix(quantized: QuantizedModel, spec: QuantizerSpec, levels: Tensor, scale: Tensor) -> None:
+def fix(quantized: QuantizedModel, spec: QuantizerSpec, levels: Tensor, grid: Grid) -> None:
     """Give a weight its levels, in place and in the plan.
 
-    The weight becomes ``levels · scale`` and the scale stays from now on: rounding to nearest
+    The weight becomes ``levels · steps`` and the grid stays from now on: rounding to nearest
     gives the same levels again, wherever the weight is saved, loaded or exported.
 
     Args:
         quantized: changed in place.
         spec: of the weight's quantizer; in the plan of ``quantized``.
         levels: integers on the grid, of the weight's shape.
-        scale: from :func:`choose_scale`.
+        grid: from :func:`choose_grid`.
     """
     quantizer = quantized.quantizers[spec.name]
     if not isinstance(quantizer, WeightQuantizer):
         raise InputError("it does not round a weight", where=spec.name)
-    weight_of(quantized, spec).copy_(levels * steps_of(scale, levels, spec))
-    quantizer.scale.copy_(scale)
+    weight_of(quantized, spec).copy_(levels * grid.steps)
+    quantizer.scale.copy_(grid.scale)
+    quantizer.zero_point.copy_(grid.zero_point)
     quantizer.fixed = True
     plan = quantized.plan
     specs = (replace(s, scale="fixed") if s.name == spec.name else s for s in plan.quantizers)

@@ -13,6 +13,7 @@ from slimkit.quantize.layer_ranking import multiply_adds, noise_shares
 from slimkit.quantize.layer_switches import LayerSwitches
 from slimkit.quantize.noise_estimate import NoiseShares
 from slimkit.quantize.output_distance import OutputDistance, decibels
+from slimkit.quantize.targets import Target
 
 if TYPE_CHECKING:
     from slimkit.quantize.methods import Work
@@ -36,7 +37,7 @@ class FloatBudget:
 
     share: float
 
-    def spend(self, work: Work, *, float_outputs: Collection[str]) -> None:
+    def spend(self, work: Work, *, target: Target) -> None:
         """Put the layers back to float that the budget is spent on best, in place.
 
         Two selections by the layers' shares in the noise of the outputs are evaluated on
@@ -46,9 +47,9 @@ class FloatBudget:
 
         Args:
             work: calibrated; what is in float already counts.
-            float_outputs: of the target.
+            target: that it is quantized for.
         """
-        switches = LayerSwitches(work.quantized, float_outputs=float_outputs)
+        switches = LayerSwitches(work.quantized, target=target)
         macs = multiply_adds(work)
         integer = set(switches.layers)
         spent = sum(count for layer, count in macs.items() if layer not in integer)

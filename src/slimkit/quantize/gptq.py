@@ -13,9 +13,8 @@ from slimkit.progress import ProgressDisplay
 from slimkit.quantize.fixed_weights import (
     ScaleChoice,
     check,
-    choose_scale,
+    choose_grid,
     fix,
-    steps_of,
     weight_of,
 )
 from slimkit.quantize.layer_calls import grouped
@@ -118,14 +117,14 @@ class GPTQ:
             weight = original + compensation(samples, original)
         if self.behind_activation and weight[0].numel() <= _NARROW:
             samples = self._weighted(layer, samples, original)
-        scale = choose_scale(weight, spec, self.scale, importance(samples, weight))
-        steps = steps_of(scale, weight, spec).expand_as(weight)
-        exact = weight / steps
-        qmin, qmax = spec.form.qmin, spec.form.qmax
-        nearest = exact.round().clamp(qmin, qmax)
-        lowest, highest = torch.full_like(exact, qmin), torch.full_like(exact, qmax)
+        grid = choose_grid(weight, spec, self.scale, importance(samples, weight))
+        steps, lowest, highest = grid.steps, grid.lowest, grid.highest
+        nearest = grid.nearest(weight)
         if spec.pairs and pairs_can_overflow(spec.form):  # with others a pair might overflow
-            lowest, highest = exact.floor().clamp(qmin, qmax), exact.ceil().clamp(qmin, qmax)
+            exact = weight / steps
+            lowest, highest = (
+                end.maximum(lowest).minimum(highest) for end in (exact.floor(), exact.ceil())
+            )
         lowest, highest = lowest.masked_fill(still, 0.0), highest.masked_fill(still, 0.0)
 
         def rounded(seen: Samples) -> Tensor:
@@ -154,16 +153,15 @@ class GPTQ:
             levels = compensated if after < before else nearest
         else:
             found = ", rounded to nearest: too few images"
-        fix(work.quantized, spec, levels, scale)
+        fix(work.quantized, spec, levels, grid)
         if self.compensate:
             centre(samples, original)
             keep_mean(samples, original, weight_of(work.quantized, spec))
         return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}{found}"
 
     def _weighted(self, layer: Layer, samples: Samples, weight: Tensor) -> Samples:
-        scale = choose_scale(weight, layer.weight, self.scale, importance(samples, weight))
-        steps, form = steps_of(scale, weight, layer.weight), layer.weight.form
-        nearest = torch.div(weight, steps).round().clamp(form.qmin, form.qmax) * steps
+        grid = choose_grid(weight, layer.weight, self.scale, importance(samples, weight))
+        nearest = grid.nearest(weight) * grid.steps
         return replace(samples, passed=passed_on(samples, layer.activation, nearest))
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
+from slimkit.quantize.scales import along
 from slimkit.runtime.fake_quantize import fits_half, quantized_integers, room_for_bias
 
 __all__ = ["add", "centred", "fma", "layer", "mean_over_space", "multiply", "plain", "product"]
@@ -68,6 +69,8 @@ def layer(
     integers = quantized_integers(
         raw, scale, weight.zero_point, qmin=form.qmin, qmax=form.qmax, axis=weight.axis
     )
+    if not form.symmetric:
+        integers -= along(weight.zero_point, raw, weight.axis)
     flat = func is not F.linear or x.dim() == 2 or bias is None
     in_float = isinstance(reads, DynamicQuantizer) or not flat  # the bias is added in float
     shared = bias is not None and scale.dim() == 1 and len(scale) != len(bias)

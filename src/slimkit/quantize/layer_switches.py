@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimkit.quantize.partial_plans import integer_layers, leave_in_float, with_weight_bits
 from slimkit.quantize.quantizers import WeightQuantizer
 from slimkit.quantize.scheme import QuantPlan, named_weights
+from slimkit.quantize.targets import Target
 from slimkit.quantize.wrapper import QuantizedModel
 
 __all__ = ["LayerSwitches", "float_parameters"]
@@ -26,7 +27,7 @@ class LayerSwitches:
 
     Args:
         quantized: calibrated, in evaluation mode; its plan is the one with all layers on.
-        float_outputs: of the target; see :func:`~slimkit.quantize.partial_plans.leave_in_float`.
+        target: of its plan.
         originals: parameter name → value that it had before methods adjusted it to rounding,
             which a layer in float gets back.
 
@@ -38,12 +39,12 @@ class LayerSwitches:
         self,
         quantized: QuantizedModel,
         *,
-        float_outputs: Collection[str],
+        target: Target,
         originals: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.quantized = quantized
         self.layers = integer_layers(quantized.plan)
-        self._float_outputs = float_outputs
+        self._target = target
         self._originals = originals or {}
         self._parameters = named_weights(quantized.model)
 
@@ -52,7 +53,7 @@ class LayerSwitches:
         self, in_float: Collection[str] = (), bits: Mapping[str, int] | None = None
     ) -> Iterator[QuantizedModel]:
         """Inside, the layers ``in_float`` are off, and weights have ``bits`` (layer → bits)."""
-        plan = with_weight_bits(self.plan(in_float), bits or {})
+        plan = with_weight_bits(self.plan(in_float), bits or {}, self._target)
         with ExitStack() as stack:
             stack.enter_context(self._weight_quantizers(plan))
             stack.enter_context(self._original_weights(in_float))
@@ -64,7 +65,7 @@ class LayerSwitches:
         if not in_float:
             return self.quantized.plan
         return leave_in_float(
-            self.quantized.plan, in_float, float_outputs=self._float_outputs, reason=reason
+            self.quantized.plan, in_float, float_outputs=self._target.float_outputs, reason=reason
         )
 
     def leave(self, in_float: Collection[str], plan: QuantPlan) -> QuantizedModel:

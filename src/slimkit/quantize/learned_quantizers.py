@@ -23,7 +23,7 @@ from slimkit.quantize.learned_rounding import (
     round_tensor,
 )
 from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
-from slimkit.quantize.scales import TINY, mse_weight_scale, pair_scale, pairs_can_overflow
+from slimkit.quantize.scales import TINY, mse_weight_grid, pair_scale, pairs_can_overflow
 from slimkit.quantize.scheme import QuantizerSpec, QuantPlan
 from slimkit.quantize.targets import NumberFormat
 
@@ -209,11 +209,11 @@ class PactActivation(ActivationQuantizer):
 
 
 class LsqWeight(WeightQuantizer):
-    """Rounds one weight with trained step sizes, symmetrically: zeros stay exactly zero.
+    """Rounds one weight with trained step sizes: zeros stay exactly zero.
 
     LSQ (Esser et al., 2020, https://arxiv.org/abs/1902.08153). At the first call the step sizes
     are those of the least squared error, which also suits 8 bits, unlike the paper's
-    ``2 · mean|w| / sqrt(Qp)``.
+    ``2 · mean|w| / sqrt(Qp)``. Zero points stay what they were then.
 
     Attributes:
         step_size: parameter; ``scale`` is this where it is large enough: positive, no channel's
@@ -236,7 +236,8 @@ class LsqWeight(WeightQuantizer):
     def refresh(self, weight: Tensor) -> Tensor:
         """Bring the scale up to date with the step sizes; returns it."""
         if not self._started and not self.start.any():
-            first = mse_weight_scale(weight, self.form, self.axis, pairs=self._pairs)
+            first, zero_point = mse_weight_grid(weight, self.form, self.axis, pairs=self._pairs)
+            self.zero_point.copy_(zero_point)
             self.start.copy_(first)
             self.step_size.copy_(first)
         self._started = True
@@ -255,8 +256,15 @@ class LsqWeight(WeightQuantizer):
         qmin, qmax = self.form.qmin, self.form.qmax
         factor = gradient_scale(weight.numel() // self.step_size.numel(), qmax)
         if self.axis is not None:
+            zero = 0 if self.form.symmetric else self.zero_point
             return round_channels(
-                weight, self.step_size, scale=scale, axis=self.axis, qmax=qmax, factor=factor
+                weight,
+                self.step_size,
+                scale=scale,
+                axis=self.axis,
+                low=qmin - zero,
+                high=qmax - zero,
+                factor=factor,
             )
         return round_tensor(
             weight,

@@ -76,19 +76,27 @@ def round_tensor(
 
 
 def round_channels(
-    weight: Tensor, step: Tensor, *, scale: Tensor, axis: int, qmax: int, factor: float
+    weight: Tensor,
+    step: Tensor,
+    *,
+    scale: Tensor,
+    axis: int,
+    low: Tensor | int,
+    high: Tensor | int,
+    factor: float,
 ) -> Tensor:
-    """``weight`` rounded to −qmax … qmax with one scale per channel; the gradients are LSQ's.
+    """``weight`` rounded with one scale per channel; the gradients are LSQ's.
 
     Args:
         weight: float32, or a shorter type that is computed in float32.
         step: the parameter behind ``scale``, shape (weight.shape[axis],).
         scale: step widths to round with, > 0.
         axis: dimension of the channels.
-        qmax: largest integer.
+        low: smallest integer minus zero point, of all channels or of each.
+        high: largest integer minus zero point, likewise.
         factor: see :func:`gradient_scale`.
     """
-    result: Tensor = _RoundChannels.apply(weight, step, scale.detach(), axis, qmax, factor)
+    result: Tensor = _RoundChannels.apply(weight, step, scale.detach(), axis, low, high, factor)
     return result
 
 
@@ -144,27 +152,33 @@ class _RoundTensor(torch.autograd.Function):
 class _RoundChannels(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, _step: Tensor, scale: Tensor, axis: int, qmax: int, factor: float
+        ctx: Any,
+        weight: Tensor,
+        _step: Tensor,
+        scale: Tensor,
+        axis: int,
+        low: Tensor | int,
+        high: Tensor | int,
+        factor: float,
     ) -> Tensor:
         shape = [1] * weight.dim()
         shape[axis] = -1
         scale = scale.reshape(shape).clone()
-        y = _multiples(weight, scale, -qmax, qmax).mul_(scale).to(weight.dtype)
+        low, high = (end.reshape(shape) if isinstance(end, Tensor) else end for end in (low, high))
+        y = _multiples(weight, scale, low, high).mul_(scale).to(weight.dtype)
         ctx.save_for_backward(weight, y, scale)
-        ctx.axis, ctx.qmax, ctx.factor = axis, qmax, factor
+        ctx.axis, ctx.ends, ctx.factor = axis, (low, high), factor
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, y, scale = ctx.saved_tensors
         levels = torch.div(weight, scale)
-        inner = torch.ops.aten.hardtanh_backward(
-            grads[0].to(levels.dtype), levels, -ctx.qmax, ctx.qmax
-        )
+        inner = _inside(grads[0].to(levels.dtype), levels, *ctx.ends)
         others = [d for d in range(weight.dim()) if d != ctx.axis]
         whole = (grads[0] * y).sum(others, dtype=torch.float32) / scale.flatten()
         step = whole - levels.mul_(inner).sum(others, dtype=torch.float32)
-        return inner.to(weight.dtype), step * ctx.factor, None, None, None, None
+        return inner.to(weight.dtype), step * ctx.factor, None, None, None, None, None
 
 
 class _RoundClipped(torch.autograd.Function):
@@ -205,17 +219,18 @@ class _Output:
 def _multiples(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
     """Integers minus zero point, as float32."""
     levels = torch.div(x if x.dtype == torch.float32 else x.float(), scale).round_()
-    if isinstance(low, Tensor) and low.device.type == "cpu":
+    if isinstance(low, Tensor) and low.device.type == "cpu" and low.dim() == 0:
         low, high = int(low), int(high)
     return levels.clamp_(low, high)  # type: ignore[arg-type]
 
 
-def _inside(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _inside(grad: Tensor, x: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
     """``grad`` where ``low < x < high``, else 0."""
-    if x.device.type == "cpu":  # one fused pass; reading floats costs nothing
-        inside: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low.item(), high.item())
-        return inside
-    return grad * ((x > low) & (x < high))
+    if isinstance(low, Tensor) and (low.device.type != "cpu" or low.dim()):
+        return grad * ((x > low) & (x < high))
+    # One fused pass; reading a number costs nothing on a CPU.
+    inside: Tensor = torch.ops.aten.hardtanh_backward(grad, x, float(low), float(high))
+    return inside
 
 
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from slimkit.graph.addressing import function_of
 from slimkit.quantize.scheme import CallRule, Decision, QuantPlan
+from slimkit.quantize.targets import Target
 
 __all__ = ["integer_layers", "leave_in_float", "with_weight_bits"]
 
@@ -61,12 +62,13 @@ def leave_in_float(
     return _using(plan, [_with_output(d, wanted) for d in decisions], wanted)
 
 
-def with_weight_bits(plan: QuantPlan, bits: Mapping[str, int]) -> QuantPlan:
+def with_weight_bits(plan: QuantPlan, bits: Mapping[str, int], target: Target) -> QuantPlan:
     """The plan with the weights of some layers in other widths.
 
     Args:
         plan: any.
         bits: module path → 2 … 8.
+        target: of the plan.
 
     Raises:
         InputError: a width that is not supported.
@@ -77,7 +79,7 @@ def with_weight_bits(plan: QuantPlan, bits: Mapping[str, int]) -> QuantPlan:
         if decision.integer and decision.weight is not None and decision.module in bits
     }
     specs = tuple(
-        replace(spec, form=replace(spec.form, bits=of_weight[spec.name]))
+        replace(spec, form=target.weight_format(of_weight[spec.name]))
         if of_weight.get(spec.name, spec.form.bits) != spec.form.bits
         else spec
         for spec in plan.quantizers

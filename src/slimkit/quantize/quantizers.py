@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.quantize.observers import MovingAverage, Observer, new_observer
-from slimkit.quantize.scales import affine_parameters, weight_scale
+from slimkit.quantize.scales import affine_parameters, weight_grid
 from slimkit.quantize.scheme import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
-from slimkit.runtime.fake_quantize import fake_quantize, on_grid
+from slimkit.runtime.fake_quantize import fake_quantize
 
 __all__ = ["ActivationQuantizer", "WeightQuantizer"]
 
@@ -116,18 +116,18 @@ class ActivationQuantizer(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """Rounds one weight symmetrically, so that zeros stay exactly zero.
+    """Rounds one weight; zeros stay exactly zero.
 
     By default the scale follows the weight at every call: there is no state that could lag
-    behind an optimizer step, a pruning step or an averaged copy. The buffer ``scale`` is the one
-    of the last call, for the export. A method that chooses scale and rounding together fixes
-    the scale, and leaves a weight whose nearest levels are the chosen ones.
+    behind an optimizer step, a pruning step or an averaged copy. The buffers ``scale`` and
+    ``zero_point`` are those of the last call, for the export. A method that chooses scale and
+    rounding together fixes them, and leaves a weight whose nearest levels are the chosen ones.
 
     Args:
         spec: of a weight.
 
     Attributes:
-        form: a symmetric number format.
+        form: number format; symmetric ones have no zero point other than 0.
         axis: dimension of the weight that holds output channels; ``None`` for one scale in all.
         blocks: number of scales per output channel, ``None`` for one.
         compact: scales are powers of 2^(1/16).
@@ -154,7 +154,7 @@ class WeightQuantizer(nn.Module):
         self._pairs = spec.pairs
         self.register_buffer("scale", torch.ones(shape))
         zeros = torch.zeros(shape, dtype=torch.int32)
-        self.register_buffer("zero_point", zeros, persistent=False)
+        self.register_buffer("zero_point", zeros, persistent=not self.form.symmetric)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Round ``weight``."""
@@ -175,12 +175,20 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> Tensor:
-        """Bring the scale up to date with ``weight``, unless it is fixed; returns it."""
+        """Bring scale and zero point up to date, unless they are fixed; returns the scale."""
         if self.fixed:
             return self.scale
-        scale = weight_scale(weight, self.form, self.axis, pairs=self._pairs, blocks=self.blocks)
-        scale = on_grid(scale) if self.compact else scale
+        scale, zero_point = weight_grid(
+            weight,
+            self.form,
+            self.axis,
+            pairs=self._pairs,
+            blocks=self.blocks,
+            compact=self.compact,
+        )
         self.scale.copy_(scale)
+        if not self.form.symmetric:
+            self.zero_point.copy_(zero_point)
         return scale
 
     def extra_repr(self) -> str:

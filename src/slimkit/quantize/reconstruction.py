@@ -14,11 +14,11 @@ from slimkit.progress import ProgressDisplay
 from slimkit.quantize.adaround import AdaRound, round_layer
 from slimkit.quantize.blocks import Block
 from slimkit.quantize.fixed_weights import (
+    Grid,
     ScaleChoice,
     check,
-    choose_scale,
+    choose_grid,
     fix,
-    steps_of,
     weight_of,
 )
 from slimkit.quantize.learning import learning_only
@@ -140,14 +140,13 @@ class _Reconstruction:
         self._rounded, self._exact, self._targets = streams.tensors(block)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._roundings: dict[str, SoftRounding] = {}
-        self._scales: dict[str, Tensor] = {}
+        self._grids: dict[str, Grid] = {}
         for layer in layers:
             spec = layer.weight
             weight = weight_of(work.quantized, spec)
-            scale = choose_scale(weight, spec, settings.scale)
-            self._scales[spec.name] = scale
-            steps = steps_of(scale, weight, spec)
-            self._roundings[spec.name] = SoftRounding(weight, steps, spec.form)
+            grid = choose_grid(weight, spec, settings.scale)
+            self._grids[spec.name] = grid
+            self._roundings[spec.name] = SoftRounding(weight, grid)
         self._drop = _Drop(settings.drop, self._targets[0].device, settings.seed)
         self._activations = {
             name: _LearnedScale(quantizer, self._drop) for name, quantizer in self._inside()
@@ -191,7 +190,7 @@ class _Reconstruction:
     def _fix(self, levels: Mapping[str, Tensor]) -> None:
         for layer in self._layers:
             name = layer.weight.name
-            fix(self._quantized, layer.weight, levels[name], self._scales[name])
+            fix(self._quantized, layer.weight, levels[name], self._grids[name])
 
     def _output(self, x: Tensor, replaced: Mapping[str, Rounding]) -> Tensor:
         with self._quantized.attachment(replaced):

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from slimkit.quantize.targets import NumberFormat
+from slimkit.runtime.fake_quantize import on_grid
 
 __all__ = [
     "affine_parameters",
     "along",
-    "mse_weight_scale",
+    "mse_weight_grid",
     "pair_scale",
     "pair_sums",
     "pairs_can_overflow",
-    "weight_scale",
+    "weight_grid",
 ]
 
 TINY = 1e-12
 """No scale is smaller: 1 / scale and bias / scale stay finite."""
 _PAIR_LIMIT = 126
 """Of the sum of two weights before rounding: with both rounded up, 128 · 255 fits 16 bits."""
+_SMALLEST = 5.0
+"""A scale that clips is at most so many times smaller than one that does not."""
+_STEPS, _COMPACT_STEPS = 32, 16
+"""Scales that are tried in every octave; of compact ones there are no more."""
+_BELOW = 1 - 1e-4
+"""Keeps a power of 2^(1/16), rounded, from becoming the next one."""
+_ZERO_POINTS = 5
 
 
 def affine_parameters(low: Tensor, high: Tensor, form: NumberFormat) -> tuple[Tensor, Tensor]:
@@ -50,15 +60,16 @@ def affine_parameters(low: Tensor, high: Tensor, form: NumberFormat) -> tuple[Te
     return scale, point.to(torch.int32)
 
 
-def weight_scale(
+def weight_grid(
     weight: Tensor,
     form: NumberFormat,
     axis: int | None,
     *,
     pairs: bool = False,
     blocks: int | None = None,
-) -> Tensor:
-    """The scale that maps the largest magnitude onto the largest integer.
+    compact: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The finest grid that reaches the largest weights.
 
     Channels without weights (pruned or dead ones) get the scale of the largest channel, and
     no scale is more than 2^20 times smaller than that: the bias, whose step is the product of
@@ -66,69 +77,112 @@ def weight_scale(
 
     Args:
         weight: any shape, output channels first unless ``axis`` says otherwise.
-        form: a symmetric format.
+        form: a symmetric format covers ±max |w|; another one from the smallest weight, or 0, to
+            the largest.
         axis: dimension of the output channels; ``None`` for one scale in all.
         pairs: the runtime sums two products in 16 bits (:func:`pair_sums`): make the scale as
             much larger as it takes for no pair to overflow.
         blocks: of a weight (out, in …): so many scales for each output channel.
+        compact: scales are powers of 2^(1/16), the next larger ones
+            (:func:`~slimkit.runtime.fake_quantize.on_grid`).
 
     Returns:
-        float32, > 0, shape (weight.shape[axis],) or (), or (out, blocks).
+        scale (float32, > 0) and zero point (int32), both of shape (weight.shape[axis],) or (), or
+        (out, blocks).
     """
     values = weight.detach()
     if blocks is not None:
         rows = values.reshape(len(values) * blocks, -1)
-        return weight_scale(rows, form, 0).reshape(-1, blocks)
-    scale = _largest(values, axis) / form.qmax
+        scale, zero_point = weight_grid(rows, form, 0, compact=compact)
+        return scale.reshape(-1, blocks), zero_point.reshape(-1, blocks)
+    low, high = _ends(values, axis)
+    largest = torch.maximum(-low, high)
+    scale = largest / form.qmax if form.symmetric else (high - low) / (form.qmax - form.qmin)
     if pairs and pairs_can_overflow(form):
         scale = torch.maximum(scale, pair_scale(values, axis))
-    largest = scale.amax()
-    largest = torch.where(largest > 0, largest.clamp(min=TINY), torch.ones_like(largest))
-    floored = torch.maximum(scale, largest * 2.0**-20)
-    return torch.where(scale > 0, floored, largest)
+    widest = scale.amax()
+    widest = torch.where(widest > 0, widest.clamp(min=TINY), torch.ones_like(widest))
+    floored = torch.maximum(scale, widest * 2.0**-20)
+    scale = torch.where(scale > 0, floored, widest)
+    scale = on_grid(scale) if compact else scale
+    if form.symmetric:
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    return scale, _zero_point(form.qmin - low / scale, form)
 
 
-def mse_weight_scale(
+def mse_weight_grid(
     weight: Tensor,
     form: NumberFormat,
     axis: int | None,
     *,
     pairs: bool = False,
+    blocks: int | None = None,
+    compact: bool = False,
     importance: Tensor | None = None,
-    candidates: int = 80,
-) -> Tensor:
-    """The scale with the smallest squared rounding error; it may clip the largest weights.
+) -> tuple[Tensor, Tensor]:
+    """The grid with the smallest squared rounding error; it may clip the largest weights.
 
-    It is searched among fractions 0.2 … 1 of :func:`weight_scale`. The fewer the bits, and the
-    more weights share one scale, the more there is to win.
+    Scales are searched from a little above that of :func:`weight_grid` to a fifth of it; with each
+    go several zero points, from the one that reaches the smallest weight to the one that reaches
+    the largest. The fewer the bits, and the more weights share one scale, the more there is to win.
 
     Args:
-        weight: see :func:`weight_scale`.
+        weight: see :func:`weight_grid`.
         form: likewise.
         axis: likewise.
         pairs: likewise; the scale does not fall below what keeps pairs from overflowing.
+        blocks: likewise.
+        compact: likewise; the best of these powers.
         importance: weighs the squared errors; broadcasts to ``weight``.
-        candidates: number of scales to try.
 
     Returns:
-        As :func:`weight_scale`.
+        As :func:`weight_grid`.
     """
     values = weight.detach().float()
-    whole = weight_scale(values, form, axis, pairs=pairs)
-    lowest = (
-        pair_scale(values, axis) if pairs and pairs_can_overflow(form) else torch.zeros_like(whole)
-    )
+    if blocks is not None:
+        shape = (len(values) * blocks, -1)
+        counts = None if importance is None else importance.reshape(shape)
+        scale, zero_point = mse_weight_grid(
+            values.reshape(shape), form, 0, compact=compact, importance=counts
+        )
+        return scale.reshape(-1, blocks), zero_point.reshape(-1, blocks)
+    whole, best_zero = weight_grid(values, form, axis, pairs=pairs, compact=compact)
+    lowest = torch.zeros_like(whole)
+    if pairs and pairs_can_overflow(form):
+        lowest = pair_scale(values, axis)
     others = [d for d in range(values.dim()) if d != axis]
+    low, high = _ends(values, axis)
     best, smallest = whole, torch.full_like(whole, torch.inf)
-    for number in range(candidates):
-        scale = torch.maximum(whole * (1.0 - 0.8 * number / candidates), lowest)
+    per_octave = _COMPACT_STEPS if compact else _STEPS
+    narrower = range(int(per_octave * math.log2(_SMALLEST)) + 1)
+    for number in (*narrower, *range(-per_octave // 8, 0)):
+        scale = torch.maximum(whole * 2.0 ** (-number / per_octave), lowest)
+        scale = on_grid(scale * _BELOW) if compact else scale
         steps = along(scale, values, axis)
-        levels = torch.div(values, steps).round_().clamp_(form.qmin, form.qmax)
-        errors = levels.mul_(steps).sub_(values).square_()
-        error = (errors if importance is None else errors.mul_(importance)).sum(others)
-        best = torch.where(error < smallest, scale, best)
-        smallest = torch.minimum(error, smallest)
-    return best
+        exact = torch.div(values, steps).round_()
+        for zero_point in _zero_points(low / scale, high / scale, form):
+            zero = along(zero_point, values, axis)
+            levels = torch.clamp(exact, form.qmin - zero, form.qmax - zero)
+            errors = levels.mul_(steps).sub_(values).square_()
+            error = (errors if importance is None else errors.mul_(importance)).sum(others)
+            better = error < smallest
+            best = torch.where(better, scale, best)
+            best_zero = torch.where(better, zero_point, best_zero)
+            smallest = torch.minimum(error, smallest)
+    return best, best_zero
+
+
+def _zero_points(low: Tensor, high: Tensor, form: NumberFormat) -> list[Tensor]:
+    """Zero points for weights from ``low`` ≤ 0 to ``high`` ≥ 0 steps, worth being tried."""
+    if form.symmetric:
+        return [torch.zeros_like(low, dtype=torch.int32)]
+    first, last = form.qmin - low, form.qmax - high
+    shares = (k / (_ZERO_POINTS - 1) for k in range(_ZERO_POINTS))
+    return [_zero_point(first + share * (last - first), form) for share in shares]
+
+
+def _zero_point(exact: Tensor, form: NumberFormat) -> Tensor:
+    return exact.round().clamp(form.qmin, form.qmax).to(torch.int32)
 
 
 def along(scale: Tensor, weight: Tensor, axis: int | None) -> Tensor:
@@ -140,7 +194,8 @@ def along(scale: Tensor, weight: Tensor, axis: int | None) -> Tensor:
 
 def pairs_can_overflow(form: NumberFormat) -> bool:
     """Whether two weights of this format, times 255, may exceed 16 bits."""
-    return form.qmax * 2 > _PAIR_LIMIT
+    largest = form.qmax if form.symmetric else form.qmax - form.qmin
+    return largest * 2 > _PAIR_LIMIT
 
 
 def pair_scale(weight: Tensor, axis: int | None) -> Tensor:
@@ -154,13 +209,14 @@ def pair_scale(weight: Tensor, axis: int | None) -> Tensor:
         float32, ≥ 0, shape (weight.shape[axis],) or ().
     """
     sums = pair_sums(weight.detach(), axis or 0)
-    return _largest(sums, None if axis is None else 0) / _PAIR_LIMIT
+    low, high = _ends(sums, None if axis is None else 0)
+    return torch.maximum(-low, high) / _PAIR_LIMIT
 
 
-def _largest(values: Tensor, axis: int | None) -> Tensor:
-    """The largest magnitude; without the copy that ``abs`` would make."""
+def _ends(values: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+    """The smallest value or 0, and the largest or 0."""
     dims = [d for d in range(values.dim()) if d != axis]
-    return torch.maximum(values.amax(dims), values.amin(dims).neg_()).float()
+    return values.amin(dims).float().clamp(max=0.0), values.amax(dims).float().clamp(min=0.0)
 
 
 def pair_sums(weight: Tensor, axis: int = 0) -> Tensor:

@@ -95,7 +95,7 @@ def sensitivity(
         skip=skip,
         batches=batches,
     )
-    switches = LayerSwitches(quantized, float_outputs=resolved.float_outputs)
+    switches = LayerSwitches(quantized, target=resolved)
     return measure_sensitivity(
         switches,
         noise_scorer(quantized.model, data) if evaluate is None else metric_scorer(evaluate),

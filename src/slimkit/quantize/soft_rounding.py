@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slimkit.quantize.targets import NumberFormat
+from slimkit.quantize.fixed_weights import Grid
 
 __all__ = ["Annealing", "SoftRounding", "optimise", "rectified_sigmoid"]
 
@@ -38,22 +38,20 @@ class SoftRounding(nn.Module):
 
     Args:
         weight: float, not changed.
-        steps: the scale of every weight; broadcasts to ``weight``.
-        form: a symmetric number format.
+        grid: of its levels.
 
     Attributes:
         v: what is trained; at first h(v) is where the float weight lies.
-        steps: as given.
+        steps: of the grid.
     """
 
-    def __init__(self, weight: Tensor, steps: Tensor, form: NumberFormat) -> None:
+    def __init__(self, weight: Tensor, grid: Grid) -> None:
         super().__init__()
-        self._form = form
-        self.steps = steps
+        self.steps = grid.steps
         exact = torch.div(weight.detach().float(), self.steps)
         floor = exact.floor()
-        self._moves = (exact != 0) & (floor >= form.qmin) & (floor < form.qmax)
-        self._base = torch.where(self._moves, floor, exact.round().clamp(form.qmin, form.qmax))
+        self._moves = (exact != 0) & (floor >= grid.lowest) & (floor < grid.highest)
+        self._base = torch.where(self._moves, floor, grid.nearest(weight.detach().float()))
         rest = torch.where(self._moves, exact - floor, torch.full_like(exact, 0.5))
         inner = (rest - _GAMMA) / (_ZETA - _GAMMA)
         self.v = nn.Parameter(torch.logit(inner))

@@ -76,6 +76,8 @@ class Target:
         name: for messages and plans.
         activation: format of activations; one scale per tensor.
         weight: format of weights; signed and symmetric.
+        zero_points: bits of those weights that have a zero point for each scale, stored beside it.
+            Of up to 4 bits they are taken off when the file is loaded, and the kernels see int8.
         layers: function with weights → dimension of the weight that holds output channels.
         stored: functions that compute in float but whose weights are kept as integers →
             dimension of the weight that has one scale per entry.
@@ -114,6 +116,7 @@ class Target:
     name: str
     activation: NumberFormat = NumberFormat(8)
     weight: NumberFormat = NumberFormat(8, signed=True, symmetric=True)
+    zero_points: frozenset[int] = frozenset()
     layers: Mapping[str, int] = field(default_factory=_conv_like)
     stored: Mapping[str, int] = field(default_factory=_lookups_and_transposed)
     dynamic: frozenset[str] = frozenset({"linear"})
@@ -160,6 +163,13 @@ class Target:
     def __post_init__(self) -> None:
         if not (self.weight.signed and self.weight.symmetric):
             raise InputError(f"weights cannot be {self.weight}", where="weight", hint="symmetric")
+        wide = sorted(bits for bits in self.zero_points if bits > _PACKED)
+        if wide:
+            raise InputError(
+                f"{wide[0]}-bit weights cannot have zero points",
+                where="zero_points",
+                hint=f"those of up to {_PACKED} bits can",
+            )
         unknown = sorted(self.activations - _ACTIVATIONS)
         if unknown:
             raise InputError(
@@ -167,6 +177,10 @@ class Target:
                 where="activations",
                 hint=f"of {', '.join(sorted(_ACTIVATIONS))}",
             )
+
+    def weight_format(self, bits: int) -> NumberFormat:
+        """Of weights with so many bits."""
+        return replace(self.weight, bits=bits, symmetric=bits not in self.zero_points)
 
     @property
     def summary(self) -> str:
@@ -179,6 +193,8 @@ class Target:
         return f"{self.activation} activations, {self.weight} weights, {sums[self.sums]}."
 
 
+_PACKED = 4
+"""Bits up to which a file holds weights in a type of their own, two to a byte."""
 _ACTIVATIONS = frozenset({"hardsigmoid", "hardswish", "leaky_relu", "sigmoid", "silu"})
 
 TARGETS: Registry[Target] = Registry("quantization target")
@@ -193,6 +209,7 @@ _ONNXRUNTIME = Target(
     activations=frozenset({"hardsigmoid", "hardswish", "leaky_relu", "sigmoid", "silu"}),
     sums="host",
     compact=True,
+    zero_points=frozenset({2, 3, 4}),
 )
 # Its CPU plugin (oneDNN) computes any element-wise function behind a convolution before it rounds.
 _OPENVINO = Target(
@@ -200,6 +217,7 @@ _OPENVINO = Target(
     fused=_CLAMPS | {"hardsigmoid", "hardswish", "leaky_relu", "sigmoid", "silu", "gelu"},
     sums="host",
     compact=True,
+    zero_points=frozenset({2, 3, 4}),
 )
 
 for _target in (_ONNXRUNTIME, _OPENVINO):

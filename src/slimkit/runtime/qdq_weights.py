@@ -1,7 +1,8 @@
 """How a rounded weight is written: integers in the file, in the form that its reader runs best.
 
 * Between integer activations: int8 and a DequantizeLinear, which the runtime fuses away. Weights
-  of up to 4 bits are packed two to a byte and cast to int8, which happens when the file is loaded.
+  of up to 4 bits are packed two to a byte and cast to int8, which happens when the file is loaded,
+  as does the subtraction of their zero points.
 * Under a DynamicQuantizeLinear: MatMulInteger or ConvInteger and a product of both scales.
 * A linear layer on floats: DequantizeLinear, with a scale per channel or per block; ONNX Runtime
   multiplies by the packed integers (MatMulNBits).
@@ -40,6 +41,7 @@ class _Weight:
         source: name of the initialiser that holds the float weight.
         integers: of the narrowest type.
         scale: shape (), (channels,) on ``axis``, or (out, blocks).
+        zero_point: of the shape of ``scale`` and the type of ``integers``; ``None`` if all are 0.
         axis: −1 for one scale in all.
         alone: nothing else reads ``source``.
     """
@@ -47,6 +49,7 @@ class _Weight:
     source: str
     integers: Array
     scale: Array
+    zero_point: Array | None
     axis: int
     alone: bool
 
@@ -63,13 +66,46 @@ class _Weight:
     def transposed(self) -> _Weight:
         """(out, in) as (in, out)."""
         axis = self.axis if self.axis < 0 else 1 - self.axis
-        integers = np.ascontiguousarray(self.integers.T)
-        return _Weight(self.source, integers, np.ascontiguousarray(self.scale.T), axis, self.alone)
+        integers, scale = np.ascontiguousarray(self.integers.T), np.ascontiguousarray(self.scale.T)
+        zero_point = None if self.zero_point is None else np.ascontiguousarray(self.zero_point.T)
+        return _Weight(self.source, integers, scale, zero_point, axis, self.alone)
 
     def store(self, graph: GraphEditor, integers: Array | None = None) -> str:
         """The name of the initialiser with the integers."""
         values = self.integers if integers is None else integers
         return graph.overwrite(self.source, values) if self.alone else graph.shared(values, "w")
+
+    def cast(
+        self, graph: GraphEditor, before: NodeProto, kind: int, *, in_blocks: bool = False
+    ) -> str:
+        """The name of the integers minus zero points as another type, made when loading.
+
+        Args:
+            graph: gets an initialiser, and nodes.
+            before: the nodes will stand before it.
+            kind: of the ONNX types.
+            in_blocks: of shape (out, blocks, …).
+        """
+        from onnx import TensorProto
+
+        integers, zero = self.integers, self.zero_point
+        if in_blocks:
+            integers = integers.reshape(*self.scale.shape, -1)
+            zero = None if zero is None else zero[:, :, None]
+        elif zero is not None:
+            zero = _spread(zero, integers.shape, self.axis)
+        # Not every runtime subtracts integers of 8 bits.
+        wide = TensorProto.INT32 if zero is not None and kind == TensorProto.INT8 else kind
+
+        def added(operator: str, inputs: list[str], **to: int) -> str:
+            node = graph.node(operator, inputs, graph.fresh("w"), before, **to)
+            graph.insert_before(before, node)
+            return str(node.output[0])
+
+        result = added("Cast", [self.store(graph, integers)], to=wide)
+        if zero is not None:
+            result = added("Sub", [result, added("Cast", [graph.shared(zero, "z")], to=wide)])
+        return result if wide == kind else added("Cast", [result], to=kind)
 
 
 @dataclass(frozen=True)
@@ -123,13 +159,16 @@ def _rounded(graph: GraphEditor, node: NodeProto) -> _Weight:
     values, scale, zero_point = (graph.constant(name) for name in node.input[:3])
     if values is None or scale is None or zero_point is None:
         raise ExportError("the scale of a quantizer is not a constant", where=node.input[0])
-    if qmin < -128 or qmax > 127 or zero_point.any():
+    narrow = qmin >= -8 and qmax <= 7
+    if qmin < -128 or qmax > 127 or (zero_point.any() and not narrow):
         raise ExportError(f"no 8-bit type holds {qmin} … {qmax}", where=node.input[0])
     levels = np.rint(values / _spread(scale, values.shape, axis))
-    kind = int4 if qmin >= -8 and qmax <= 7 else np.int8
+    levels += _spread(zero_point, values.shape, axis)
+    kind = int4 if narrow else np.int8
     integers = np.clip(levels, qmin, qmax).astype(kind)
     alone = graph.consumers(node.input[0]) == [node]
-    return _Weight(node.input[0], integers, scale.astype(np.float32), axis, alone)
+    shift = zero_point.astype(kind) if zero_point.any() else None
+    return _Weight(node.input[0], integers, scale.astype(np.float32), shift, axis, alone)
 
 
 def _spread(scale: Array, shape: tuple[int, ...], axis: int) -> Array:
@@ -175,6 +214,8 @@ def _dequantized(graph: GraphEditor, node: NodeProto, weight: _Weight, readers: 
             _set_integer(reader, "transB", 0)
         weight = weight.transposed()
     inputs = [weight.store(graph), graph.shared(weight.scale, "s")]
+    if weight.zero_point is not None:
+        inputs.append(graph.shared(weight.zero_point, "z"))
     block, axis = {}, weight.axis
     if weight.scale.ndim == 2:
         axis = int(weight.scale.shape[0] == weight.integers.shape[0])
@@ -183,22 +224,15 @@ def _dequantized(graph: GraphEditor, node: NodeProto, weight: _Weight, readers: 
 
 
 def _folded(graph: GraphEditor, node: NodeProto, weight: _Weight, readers: _Readers) -> None:
-    """Cast and Mul, which are gone when the file is loaded."""
+    """Casts and products, which are gone when the file is loaded."""
     from onnx import TensorProto
 
-    shape, scale = weight.integers.shape, weight.scale
-    integers = weight.integers
-    if weight.blocks is not None:
-        integers, scale = integers.reshape(*scale.shape, -1), scale[:, :, None]
-    else:
-        scale = _spread(scale, shape, weight.axis)
-    cast, product = graph.fresh("w"), graph.fresh("w")
-    name = weight.store(graph, integers)
-    made = [
-        graph.node("Cast", [name], cast, node, to=TensorProto.FLOAT),
-        graph.node("Mul", [cast, graph.shared(scale, "s")], product, node),
-    ]
-    if weight.blocks is not None:
+    shape, in_blocks = weight.integers.shape, weight.blocks is not None
+    scale = weight.scale[:, :, None] if in_blocks else _spread(weight.scale, shape, weight.axis)
+    cast = weight.cast(graph, node, TensorProto.FLOAT, in_blocks=in_blocks)
+    product = graph.fresh("w")
+    made = [graph.node("Mul", [cast, graph.shared(scale, "s")], product, node)]
+    if in_blocks:
         target = graph.shared(np.asarray(shape, np.int64), "c")
         made.append(graph.node("Reshape", [product, target], graph.fresh("w"), node))
     graph.insert_before(node, *made)
@@ -283,12 +317,7 @@ def _as_int8(graph: GraphEditor, node: NodeProto, weight: _Weight) -> str:
     """The name of the integers as int8: 4-bit ones are stored packed and cast."""
     from onnx import TensorProto
 
-    name = weight.store(graph)
-    if not weight.narrow:
-        return name
-    cast = graph.fresh("w")
-    graph.insert_before(node, graph.node("Cast", [name], cast, node, to=TensorProto.INT8))
-    return cast
+    return weight.cast(graph, node, TensorProto.INT8) if weight.narrow else weight.store(graph)
 
 
 def _dequantize(
