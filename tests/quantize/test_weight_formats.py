@@ -164,7 +164,8 @@ def test_scales_on_the_grid_are_a_little_larger() -> None:
     assert len(snapped.unique()) < 16 * 7 + 30
 
 
-def test_channels_of_hardly_any_weight_keep_their_bias(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_channels_of_hardly_any_weight_keep_their_bias(tmp_path: Path, bits: int) -> None:
     """Their scales become wider in the file, and are looked up there as all others."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1)).eval()
@@ -172,7 +173,7 @@ def test_channels_of_hardly_any_weight_keep_their_bias(tmp_path: Path) -> None:
         model[0].weight[::2] *= 1e-9
         model[0].bias[::2] += 50.0
     x = torch.rand(2, 8, 6, 6) / 100
-    q = ptq(model, x, calibration=[x])
+    q = ptq(model, x, calibration=[x], weight_bits=bits, methods=[])
     export(q, tmp_path / "int8.onnx", x)
     initial = onnx.load(tmp_path / "int8.onnx").graph.initializer
     assert max((math.prod(i.dims) for i in initial if i.data_type == 1), default=0) < 32
@@ -181,7 +182,8 @@ def test_channels_of_hardly_any_weight_keep_their_bias(tmp_path: Path) -> None:
     (runtime,) = open_session(tmp_path / "int8.onnx").run([x.numpy()])
     with torch.no_grad():
         wanted = model(x)
-    assert (torch.from_numpy(runtime) - wanted).abs().max() <= 0.02 * wanted.abs().max()
+    allowed = 0.02 if bits == 8 else 0.05
+    assert (torch.from_numpy(runtime) - wanted).abs().max() <= allowed * wanted.abs().max()
 
 
 def test_a_channel_costs_three_bytes_beside_its_weights(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from slimkit.errors import ExportError
 from slimkit.runtime.fake_quantize import fits_half, room_for_bias
 from slimkit.runtime.onnx_graph import GraphEditor
 from slimkit.runtime.qdq_compact import unpacked, zeros
@@ -91,15 +92,20 @@ def _meets_quantizer(graph: GraphEditor, node: NodeProto) -> bool:
 
 def _requantize(graph: GraphEditor, weight: NodeProto, old: Array, new: Array) -> None:
     """Bring the integers of ``weight`` to coarser scales."""
-    source = weight.input[0]
-    cast = graph.producer(source)
-    source = source if cast is None else cast.input[0]
+    source, zero = weight.input[0], np.zeros(())
+    while (maker := graph.producer(source)) is not None:  # see _Weight.cast in qdq_weights
+        if maker.op_type == "Sub":
+            shift = graph.producer(maker.input[1])
+            stored = None if shift is None else graph.constant(shift.input[0])
+            zero = zero if stored is None else stored.astype(np.float64)
+        source = maker.input[0]
     integers = graph.constant(source)
     if integers is None:
-        return
+        raise ExportError("the integers of a weight are not a constant", where=source)
     shape = (-1, *[1] * (integers.ndim - 1))
     ratio = (old.astype(np.float64) / new).reshape(shape)
-    graph.overwrite(source, np.rint(integers.astype(np.float64) * ratio).astype(integers.dtype))
+    levels = np.rint((integers.astype(np.float64) - zero) * ratio) + zero
+    graph.overwrite(source, levels.astype(integers.dtype))
     weight.input[1] = graph.shared(new, "s")
     graph.link(weight)
 
