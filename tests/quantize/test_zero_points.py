@@ -23,6 +23,7 @@ from slimkit.quantize.reconstruction import Reconstruct
 from slimkit.quantize.targets import TARGETS
 from slimkit.runtime import export, open_session
 from slimkit.runtime.fusion import fusion_report
+from slimkit.runtime.layer_parity import parity_per_layer
 from slimkit.runtime.output_parity import parity
 
 Images = Callable[..., Tensor]
@@ -57,6 +58,9 @@ def test_between_integers_the_kernels_see_int8_and_agree_to_the_bit(
     (out,) = open_session(file).run({"input": x.numpy()})
     with torch.no_grad():
         assert torch.equal(q(x), torch.from_numpy(out))
+    layers = parity_per_layer(file, [x])
+    assert layers.problems() == []
+    assert [layer.name for layer in layers.layers] == ["conv1", "depthwise", "pointwise", "branch"]
     stored = {item.name: item for item in onnx.load(file).graph.initializer}
     assert stored["depthwise.weight"].data_type == TensorProto.INT4
     levels = numpy_helper.to_array(stored["depthwise.weight"]).astype(np.int8)

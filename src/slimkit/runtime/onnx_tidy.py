@@ -223,7 +223,7 @@ def _node_namer(
     made_from = {
         node.output[0]: node.input[0]
         for node in graph.node
-        if node.op_type in ("DequantizeLinear", "Cast", "Mul", "Reshape") and node.input
+        if node.op_type in ("DequantizeLinear", "Cast", "Mul", "Reshape", "Sub") and node.input
     }
     folded: set[str] = set()  # values that depend on constants only
     for node in graph.node:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
-_CONSTANTS = ("Cast", "ConstantOfShape", "Gather", "Mul")
+_CONSTANTS = ("Cast", "ConstantOfShape", "Gather", "Mul", "Sub")
 
 
 def evaluate(node: NodeProto, arguments: list[Array | None]) -> list[Array]:
@@ -67,6 +67,8 @@ def _constant(kind: str, first: Array, last: Array | None, options: Mapping[str,
         return np.zeros(tuple(first), np.int64)
     if kind == "Cast" or last is None:
         return np.asarray(first, helper.tensor_dtype_to_np_dtype(options["to"]))
+    if kind == "Sub":
+        return np.asarray(first - last)
     return np.asarray(first[last] if kind == "Gather" else first * last)
 
 
@@ -97,6 +99,8 @@ def _layer(
         right = weight.T if options.get("transB", 0) else weight
         product: torch.Tensor = options.get("alpha", 1.0) * (left @ right)
         return product if bias is None else product + options.get("beta", 1.0) * bias
+    if kind not in ("Conv", "ConvTranspose"):
+        raise InputError(f"{kind} has no reference", where=kind)
     spatial = x.ndim - 2
     strides = options.get("strides", [1] * spatial)
     dilations = options.get("dilations", [1] * spatial)
