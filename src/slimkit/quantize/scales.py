@@ -202,7 +202,7 @@ def pair_scale(weight: Tensor, axis: int | None) -> Tensor:
     """The smallest scale of 8-bit weights at which no pair of products exceeds 16 bits.
 
     Args:
-        weight: as for :func:`weight_scale`.
+        weight: as for :func:`weight_grid`.
         axis: likewise.
 
     Returns:
