@@ -54,7 +54,8 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
         typer.Option(
             help="What else to do, in this order; see: slimkit list methods; repeatable; none for "
             "nothing.",
-            show_default="gptq, bias_correction for coarse weights, else none",
+            show_default="gptq, bias_correction, with few bits bias_tuning, for coarse weights; "
+            "else none",
         ),
     ] = None,
     max_drop: Annotated[
