@@ -30,6 +30,7 @@ from benchmarks.tables import ROOT, markdown, write_page
 
 OURS = ("minmax", "moving_average", "mean_of_maxima", "percentile", "kl", "mse")
 PEERS = ("ORT MinMax", "NNCF")
+_REPEATS = 3
 
 
 def one(label: str, images: int) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=300)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=_REPEATS)
     parser.add_argument(
         "--entropy", action="store_true", help="ONNX Runtime's too: minutes, and 20 GB of memory"
     )
@@ -100,6 +101,7 @@ def main() -> None:
         spread = f"{statistics.median(seconds):.1f} s ({min(seconds):.1f} … {max(seconds):.1f})"
         rows.append([label, spread, f"{max(r['peak'] for r in records):.0f} MB"])
     flags = " --entropy" if options.entropy else ""
+    flags += f" --repeats {options.repeats}" if options.repeats != _REPEATS else ""
     page = write_page(
         "quantize_calibration",
         "What calibration takes",
