@@ -56,8 +56,7 @@ def affine_parameters(low: Tensor, high: Tensor, form: NumberFormat) -> tuple[Te
     scale = torch.where(scale > 0, scale.clamp(min=TINY), torch.ones_like(scale))
     if form.symmetric:
         return scale, zero.to(torch.int32)
-    point = (form.qmin - low / scale).round().clamp(form.qmin, form.qmax)
-    return scale, point.to(torch.int32)
+    return scale, _zero_point(form.qmin - low / scale, form)
 
 
 def weight_grid(

@@ -76,8 +76,8 @@ class Target:
         name: for messages and plans.
         activation: format of activations; one scale per tensor.
         weight: format of weights; signed and symmetric.
-        zero_points: bits of those weights that have a zero point for each scale, stored beside it.
-            Of up to 4 bits they are taken off when the file is loaded, and the kernels see int8.
+        zero_points: bits, up to 4, of those weights that have a zero point for each scale. It is
+            stored beside it and taken off when the file is loaded: the kernels see int8.
         layers: function with weights → dimension of the weight that holds output channels.
         stored: functions that compute in float but whose weights are kept as integers →
             dimension of the weight that has one scale per entry.

@@ -75,21 +75,20 @@ class _Weight:
         values = self.integers if integers is None else integers
         return graph.overwrite(self.source, values) if self.alone else graph.shared(values, "w")
 
-    def cast(
-        self, graph: GraphEditor, before: NodeProto, kind: int, *, in_blocks: bool = False
-    ) -> str:
+    def cast(self, graph: GraphEditor, before: NodeProto, kind: int) -> str:
         """The name of the integers minus zero points as another type, made when loading.
+
+        With blocks they are of shape (out, blocks, …).
 
         Args:
             graph: gets an initialiser, and nodes.
             before: the nodes will stand before it.
             kind: of the ONNX types.
-            in_blocks: of shape (out, blocks, …).
         """
         from onnx import TensorProto
 
         integers, zero = self.integers, self.zero_point
-        if in_blocks:
+        if self.blocks is not None:
             integers = integers.reshape(*self.scale.shape, -1)
             zero = None if zero is None else zero[:, :, None]
         elif zero is not None:
@@ -229,7 +228,7 @@ def _folded(graph: GraphEditor, node: NodeProto, weight: _Weight, readers: _Read
 
     shape, in_blocks = weight.integers.shape, weight.blocks is not None
     scale = weight.scale[:, :, None] if in_blocks else _spread(weight.scale, shape, weight.axis)
-    cast = weight.cast(graph, node, TensorProto.FLOAT, in_blocks=in_blocks)
+    cast = weight.cast(graph, node, TensorProto.FLOAT)
     product = graph.fresh("w")
     made = [graph.node("Mul", [cast, graph.shared(scale, "s")], product, node)]
     if in_blocks:
