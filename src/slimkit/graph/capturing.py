@@ -150,6 +150,7 @@ class Graph:
         self.aliases: dict[str, list[str]] = {}
         self.attributes: list[tuple[str, str, int]] = []
         self.fixed: list[Powers] = []
+        self.table: Any = None
         self._producer: dict[int, Op] = {}
         self._consumers: dict[int, list[Op]] = {}
         self._call_producer: dict[int, Call] = {}
@@ -244,12 +245,13 @@ def _captured(model: nn.Module, example_inputs: ExampleInputs, *, values: bool) 
         except (SlimkitError, ValuesNeededError):
             raise
         except Exception as error:
-            path = calls.module_path
+            path = calls.failed or calls.module_path
             raise CaptureError(
                 f"the forward failed with {type(error).__name__}: {error}",
                 where=path or type(model).__name__,
                 hint="check that model(*example_inputs) runs in evaluation mode",
             ) from error
+        recorder.graph.table = calls.recorded
         recorder.graph.outputs = tuple(recorder.value(tensor) for tensor in tensors_in(result))
     return recorder.graph
 

@@ -222,7 +222,8 @@ def attach(
         graph = capture(folded, example_inputs)
     folds = tuple(batch_norm_pairs(folded, graph))
     FusePlan(folds).apply_to(folded)
-    layout = lay_out(capture(folded, example_inputs), chosen, request, skipped=skipped)
+    graph = capture(folded, example_inputs)
+    layout = lay_out(graph, chosen, request, skipped=skipped)
     plan = QuantPlan(
         target=chosen.name,
         granularity=granularity,
@@ -236,6 +237,7 @@ def attach(
         opset=chosen.opset,
         biases="float16" if chosen.compact else chosen.biases,
         plain=plain,
+        table=graph.table,
     )
     quantized = apply(original, with_scales(plan, scales))
     if not isinstance(quantized, QuantizedModel):  # what QuantPlan.apply_to returns

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimkit.errors import PlanError, nearest
+from slimkit.graph.addressing import CallTable
 from slimkit.graph.computed_weights import make_plain
 from slimkit.graph.folding import FusePlan
 from slimkit.plan import Plan
@@ -167,10 +168,12 @@ class QuantPlan(Plan):
     opset: int = 18
     biases: str = "int32"
     plain: tuple[str, ...] = ()
+    table: CallTable | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON-able values."""
-        data = asdict(self)
+        data = asdict(replace(self, table=None))
+        data["table"] = None if self.table is None else self.table.to_json()
         data["folds"] = [list(pair) for pair in self.folds]
         data["quantizers"] = [asdict(spec) for spec in self.quantizers]
         data["decisions"] = [asdict(decision) for decision in self.decisions]
@@ -200,6 +203,7 @@ class QuantPlan(Plan):
             opset=int(data.get("opset", 18)),
             biases=str(data.get("biases", "int32")),
             plain=tuple(data.get("plain", ())),
+            table=CallTable.from_json(data["table"]) if data.get("table") else None,
         )
 
     def explain(self) -> str:

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
-from slimkit.graph.addressing import AddressMode, function_of
+from slimkit.errors import SlimkitError
+from slimkit.graph.addressing import RECOMPUTERS, AddressMode, _tensors, function_of, paths_of
+from slimkit.graph.addressing import hold_hooks
 from slimkit.plan import applied_plans
 from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
 from slimkit.quantize.integer_activations import GATES
@@ -20,6 +24,10 @@ from slimkit.quantize.scheme import CallRule, QuantPlan, named_weights
 from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
 
 __all__ = ["QuantizedModel", "Rounding"]
+
+class AddressError(SlimkitError, RuntimeError):
+    """The forward makes other calls than the captured one."""
+
 
 Rounding = Callable[[Tensor], Tensor]
 """Takes a tensor, gives the rounded one."""
@@ -72,8 +80,28 @@ class QuantizedModel(nn.Module):
         if exact:  # a kernel needs the scale of its output before that is rounded
             for quantizer in self.activation_quantizers().values():
                 quantizer.refresh()
-        with _Attachment(self, self._called, exact=exact):
-            return self.model(*args, **kwargs)
+        mode = _Attachment(self, self._called, exact=exact)
+        with mode:
+            result = self.model(*args, **kwargs)
+        mode.check()
+        return result
+
+    def recomputation(self, module: nn.Module, args: Any) -> AddressMode | None:
+        """For a module that runs in backward, because its activations were not kept."""
+        found = paths_of(self.model).get(id(module.__dict__))
+        runs = self.__dict__.get("_runs", {}).get(found[1]) if found else None
+        if not runs:
+            return None
+        first = next(_tensors(args), None)
+        label = runs.get(_place(first))
+        if label is None:
+            if len(set(runs.values())) > 1:
+                raise AddressError(
+                    f"{len(runs)} runs, and it is not known which of them is computed again",
+                    where=found[1],
+                )
+            label = next(iter(runs.values()))
+        return _Recomputation(self, label)
 
     def attachment(
         self,
@@ -218,11 +246,20 @@ class _Attachment(AddressMode):
         replaced: Mapping[str, Rounding] | None = None,
         followed: Sequence[tuple[str, nn.Module]] | None = None,
     ) -> None:
-        super().__init__(quantized.model, followed)
+        super().__init__(quantized.model, followed, quantized.plan.table)
         self._called = called
+        self._quantized = quantized
+        self._partial = followed is not None
+        self._noting = (
+            quantized.training and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        )
+        self._region = _region() if self._noting else None
         self._rules = quantized.plan.calls
         self._quantizers: dict[str, Rounding] = {**quantized.quantizers, **(replaced or {})}
         self._integer = quantized.integer_calls() if exact else {}
+        self._round: dict[str, Rounding] = {
+            name: q for name, q in self._quantizers.items()
+        }
 
     def on_call(
         self,
@@ -237,6 +274,11 @@ class _Attachment(AddressMode):
         integer = self._integer.get(address)
         if rule is None and integer is None:
             return func(*args, **kwargs)
+        if self._noting and _region() != self._frame.region and _in_checkpoint():
+            raise AddressError(
+                "it runs inside of torch.utils.checkpoint, but no module of its own does: "
+                "checkpoint a module", where=address,
+            )
         inputs, outputs = (rule.inputs, rule.outputs) if rule is not None else ({}, {})
         if rule is not None and rule.gate is not None:
             return self._rounded(self._gated(address, func, (args, kwargs), rule), outputs)
@@ -251,6 +293,71 @@ class _Attachment(AddressMode):
             result = func(*args, **kwargs)
         return self._rounded(result, outputs)
 
+    def on_extra(self, address: str, why: str) -> None:
+        if address in self._rules:
+            raise AddressError(
+                f"the forward makes other calls than the captured one: {why}", where=address
+            )
+
+    def check(self) -> None:
+        """Every planned call ran once, or did not run and nothing else ran in its place."""
+        table = self._table
+        if table is None:
+            return
+        left = self._rules.keys() - self._met
+        wanting = {(table.calls[a][0], function_of(a)) for a in left}
+        suspects = [
+            (run, a)
+            for run, a in self._tainted
+            if a in self._rules or (run, function_of(a)) in wanting
+        ]
+        if suspects and self._unknown:
+            unknown_ = {(run, function) for run, function, _ in self._unknown}
+            unmet = {(table.calls[a][0], function_of(a)) for a in table.calls.keys() - self._met if table.calls[a][2]}
+            runs = {run for run, _ in unknown_ & unmet}
+            for run, address in suspects:
+                if run in runs:
+                    raise AddressError("other calls than captured ran before it", where=address)
+        if self._extra_runs:
+            for path in self._extra_runs:
+                prefix = path + "."
+                for address in self._rules:
+                    if address.startswith((path + ":", prefix)):
+                        raise AddressError("its module runs more often than captured", where=address)
+        if not left:
+            return
+        unknown = {(run, function): ops for run, function, ops in self._unknown}
+        for address in left:
+            run, operands, *_ = table.calls[address]
+            function = function_of(address)
+            alike = table.by_key[run, function, operands]
+            if any(other in self._met for other, _ in alike):
+                raise AddressError("only some of several equal calls ran", where=address)
+            if (run, function) in unknown:
+                raise AddressError(
+                    f"captured on {operands}, but this forward calls {function} on "
+                    f"{unknown[run, function]}", where=address,
+                )
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        super()._enter_module(module, args)
+        if self._noting:
+            self._frame.region = _region()
+
+    def _label(self, caller: str, path: str, operands: tuple[str, ...], args: Any) -> str:
+        label = super()._label(caller, path, operands, args)
+        if self._noting and _region() != self._region and _in_checkpoint():
+            owner = self._quantized
+            if owner not in RECOMPUTERS:
+                RECOMPUTERS.add(owner)
+                hold_hooks(+1)
+                weakref.finalize(owner, hold_hooks, -1)
+            runs = owner.__dict__.setdefault("_runs", {}).setdefault(path, {})
+            if len(runs) > 64:
+                del runs[next(iter(runs))]
+            runs[_place(next(_tensors(args), None))] = label
+        return label
+
     def _gated(
         self, address: str, func: Callable[..., Any], arguments: Any, rule: CallRule
     ) -> Tensor:
@@ -262,7 +369,7 @@ class _Attachment(AddressMode):
         if result is None:
             curve = GATES[function_of(address)]
             x = args[0].clone() if in_place else args[0]  # gradients need it as it was
-            result = x * self._quantizers[str(rule.gate)](curve(x))
+            result = x * self._round[str(rule.gate)](curve(x))
         return args[0].copy_(result) if in_place else result
 
     def _is_data(self, name: str) -> bool:
@@ -272,7 +379,7 @@ class _Attachment(AddressMode):
         if not names:
             return values
         if isinstance(values, Tensor):
-            return self._quantizers[names[0]](values) if 0 in names else values
+            return self._round[names[0]](values) if 0 in names else values
         position = -1
 
         def walk(value: Any) -> Any:
@@ -280,7 +387,7 @@ class _Attachment(AddressMode):
             if isinstance(value, Tensor):
                 position += 1
                 name = names.get(position)
-                return value if name is None else self._quantizers[name](value)
+                return value if name is None else self._round[name](value)
             if isinstance(value, tuple | list):
                 items = [walk(item) for item in value]
                 return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -289,3 +396,59 @@ class _Attachment(AddressMode):
             return value
 
         return walk(values)
+
+
+def _region() -> Any:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.is_grad_enabled(), None if hooks is None else id(hooks[0])
+
+
+def _in_checkpoint() -> bool:
+    """Whether the innermost change of the gradient mode or of the saved tensors is a checkpoint."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code in _CHECKPOINTS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+import sys
+import torch.utils.checkpoint as _cp
+
+_CHECKPOINTS = {_cp.CheckpointFunction.forward.__code__, _cp._checkpoint_impl.__code__}
+
+
+def _place(tensor: Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    with torch._C.DisableTorchFunction():  # hooks run under the mode
+        return tensor.data_ptr(), tuple(tensor.shape)
+
+
+class _Recomputation(_Attachment):
+    """A part of a training forward once more, in backward: ranges are not observed again."""
+
+    def __init__(self, quantized: QuantizedModel, label: str) -> None:
+        super().__init__(quantized, None, exact=False)
+        self._noting = False
+        self._first: str | None = label
+        self._observing: list[Any] = []
+
+    def _label(self, caller: str, path: str, operands: tuple[str, ...], args: Any) -> str:
+        if self._first is not None:
+            label, self._first = self._first, None
+            return label
+        return super()._label(caller, path, operands, args)
+
+    def __enter__(self) -> AddressMode:
+        found = self._quantized.activation_quantizers().values()
+        self._observing = [q for q in found if q.observing]
+        for quantizer in self._observing:
+            quantizer.observing = False
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for quantizer in self._observing:
+            quantizer.observing = True
