@@ -27,8 +27,8 @@ from benchmarks.mobilenet import RECIPE, variation
 from benchmarks.tables import ROOT, markdown, mean_spread, write_page
 from slimkit.models import load_checkpoint
 from slimkit.recipe import Recipe, load_recipe, run_recipe
-from slimkit.recipe.stages import STAGES, StageContext, StageResult
-from slimkit.recipe.training_stage import TrainStage, train_model, training_facts
+from slimkit.recipe.stages.interface import STAGES, StageContext, StageResult
+from slimkit.recipe.stages.training import TrainStage, train_model, training_facts
 from slimkit.train import StepContext
 
 DATA = Path(os.environ.get("SLIMKIT_DATA", ROOT.parent / "shared" / "data"))

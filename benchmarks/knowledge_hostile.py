@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
-from slimkit.distill.knowledge.asking import MAX_NOTE_BYTES, Ask, pack_ask
-from slimkit.distill.knowledge.schema import KnowledgeSchema
-from slimkit.distill.knowledge.tokens import issue_token
+from slimkit.distill.knowledge.format.asking import MAX_NOTE_BYTES, Ask, pack_ask
+from slimkit.distill.knowledge.format.schema import KnowledgeSchema
+from slimkit.distill.knowledge.online.tokens import issue_token
 
 __all__ = ["HOSTILE", "Target", "good_question"]
 

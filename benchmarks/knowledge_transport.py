@@ -24,7 +24,7 @@ from pyarrow import flight
 
 from benchmarks.tables import markdown, write_page
 from slimkit.distill.knowledge import KeySpec, KnowledgeSchema, OnlineTeacher, Question, serve
-from slimkit.distill.knowledge.encoding import encode
+from slimkit.distill.knowledge.format.encoding import encode
 
 CLASSES = 1000
 READY = 60.0

@@ -30,7 +30,7 @@ import slimkit as sk
 from benchmarks.networks import LARGEST, build, names_of, records_of, shake, supervise, work
 from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.graph.equivalence import check_equivalence
-from slimkit.prune.allocation import uniform
+from slimkit.prune.allocation.ranking import uniform
 from slimkit.prune.targets import Target
 
 RATIO = 0.3

@@ -33,8 +33,8 @@ from benchmarks.arms import finished_arms, where
 from benchmarks.tables import ROOT, markdown, mean_spread, write_page
 from slimkit.distill import KD
 from slimkit.distill.knowledge import Knowledge, KnowledgeDistiller, NetworkTeacher, dump
-from slimkit.recipe.pruning_stage import PruneStage
-from slimkit.recipe.stages import StageContext
+from slimkit.recipe.stages.interface import StageContext
+from slimkit.recipe.stages.pruning import PruneStage
 from slimkit.tasks import ClassificationTask
 from slimkit.tasks.data import Splits, load_data
 from slimkit.tasks.data.samples import training_samples

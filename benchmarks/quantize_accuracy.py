@@ -28,9 +28,9 @@ import slimkit as sk
 from benchmarks.efficientnet_lite0 import answers, calibration_images, labelled_images, network
 from benchmarks.quantize_peers import nncf_onnx, ort_static
 from benchmarks.tables import ROOT, markdown, write_page
-from slimkit.quantize.bias_correction import BiasCorrection
-from slimkit.quantize.bias_tuning import BiasTuning
-from slimkit.quantize.gptq import GPTQ
+from slimkit.quantize.methods.bias_correction import BiasCorrection
+from slimkit.quantize.methods.bias_tuning import BiasTuning
+from slimkit.quantize.methods.gptq import GPTQ
 from slimkit.quantize.targets import TARGETS
 from slimkit.runtime.surroundings import saturates_int8_pairs
 

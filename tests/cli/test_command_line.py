@@ -229,7 +229,7 @@ def test_quantize_takes_bits_methods_a_target_and_a_limit(
 def test_ctrl_c_says_that_the_next_run_goes_on(
     cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slimkit.recipe.training_stage import TrainStage
+    from slimkit.recipe.stages.training import TrainStage
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt

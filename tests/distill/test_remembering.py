@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.distill import KD, L1, Distiller, Mimic, Record
-from slimkit.distill.remembering import AnswerCache
+from slimkit.distill.recording.remembering import AnswerCache
 from slimkit.errors import InputError
 from slimkit.inputs import Inputs, as_inputs
 

@@ -13,7 +13,7 @@ from slimkit.distill import CONNECTORS, DISTILL_LOSSES, GENERATION
 from slimkit.prune import ALLOCATIONS, CRITERIA
 from slimkit.quantize import METHODS, OBSERVERS
 from slimkit.recipe import STAGES, load_recipe, parse_recipe, run_recipe
-from slimkit.recipe.schema import (
+from slimkit.recipe.schema.recipe import (
     BackendSettings,
     MeasureSettings,
     ModelSettings,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimkit.graph.groups import Group
-from slimkit.prune.allocation import ALLOCATIONS, GlobalRanking
+from slimkit.prune.allocation.ranking import ALLOCATIONS, GlobalRanking
 from slimkit.prune.fitting import allowed_counts, fit_counts, rounded
 from slimkit.prune.targets import Target
 

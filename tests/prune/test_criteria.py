@@ -8,7 +8,7 @@ import torch
 
 from slimkit.errors import InputError, PlanError, UnknownNameError
 from slimkit.graph.groups import Group, Slot
-from slimkit.prune.criteria import (
+from slimkit.prune.criteria.scores import (
     CRITERIA,
     FPGM,
     BatchNormScale,

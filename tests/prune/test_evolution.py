@@ -8,7 +8,7 @@ from torch import nn
 
 import slimkit as sk
 from slimkit.errors import InputError, PlanError, UnknownNameError
-from slimkit.prune.evolution import Annealing, Genetic, evolve
+from slimkit.prune.allocation.evolution import Annealing, Genetic, evolve
 from slimkit.prune.targets import Target
 
 IMAGE = torch.zeros(1, 3, 8, 8)

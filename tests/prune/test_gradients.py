@@ -15,8 +15,8 @@ from slimkit.graph.capturing import capture
 from slimkit.graph.groups import dependency_groups
 from slimkit.inputs import as_inputs
 from slimkit.prune.batches import samples_of
-from slimkit.prune.fisher import GroupFisher
-from slimkit.prune.gradients import OBD, Taylor
+from slimkit.prune.criteria.fisher import GroupFisher
+from slimkit.prune.criteria.gradients import OBD, Taylor
 from slimkit.prune.planning import space
 
 

@@ -162,7 +162,7 @@ def test_criteria_that_look_at_data_are_asked_in_every_step(model):
         seen.append(outputs.shape)
         return F.cross_entropy(outputs, targets)
 
-    from slimkit.prune.gradients import Taylor
+    from slimkit.prune.criteria.gradients import Taylor
 
     iterate(model, X, steps=2, train=idle, ratio=0.5, criterion=Taylor(batches, loss))
     assert len(seen) >= 3

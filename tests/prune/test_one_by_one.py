@@ -11,7 +11,7 @@ from torch import nn
 
 import slimkit as sk
 from slimkit.errors import InputError, PlanError
-from slimkit.prune.fisher import GroupFisher
+from slimkit.prune.criteria.fisher import GroupFisher
 from slimkit.prune.fisher_pruning import one_by_one
 from slimkit.prune.planning import space
 

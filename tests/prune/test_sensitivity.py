@@ -15,8 +15,8 @@ from torch import nn
 
 import slimkit as sk
 from slimkit.errors import ArtifactError, InputError, PlanError
-from slimkit.prune.curves import SensitivityCurves, UnitCurve, merge_sensitivities
-from slimkit.prune.sensitivity import Sensitivity, measure_sensitivity
+from slimkit.prune.allocation.curves import SensitivityCurves, UnitCurve, merge_sensitivities
+from slimkit.prune.allocation.sensitivity import Sensitivity, measure_sensitivity
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 

@@ -14,7 +14,7 @@ from slimkit.errors import InputError, PatternError, PlanError
 from slimkit.graph.capturing import capture
 from slimkit.graph.groups import dependency_groups
 from slimkit.inputs import as_inputs
-from slimkit.prune.criteria import channel_rows
+from slimkit.prune.criteria.scores import channel_rows
 from slimkit.prune.sparse_training import BatchNormL1, GroupLasso
 from slimkit.train import Callback, StepContext, TrainSettings, fit
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import slimkit as sk
 from slimkit.errors import InputError
 from slimkit.quantize import METHODS, EvaluationError, LayerSensitivity, ptq
-from slimkit.quantize.accuracy_control import AccuracyLimit, _fewest, _Trials
-from slimkit.quantize.noise_estimate import NoiseShares
-from slimkit.quantize.output_distance import OutputDistance, decibels
-from slimkit.quantize.partial_plans import integer_layers
+from slimkit.quantize.layer_choice.accuracy_control import AccuracyLimit, _fewest, _Trials
+from slimkit.quantize.outputs.distance import OutputDistance, decibels
+from slimkit.quantize.outputs.noise_estimate import NoiseShares
+from slimkit.quantize.planning.partial_plans import integer_layers
 
 Images = Callable[..., Tensor]
 LAYERS = ("conv1", "depthwise", "pointwise", "branch", "fc")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import slimkit as sk
 from slimkit.errors import InputError
 from slimkit.quantize import QuantizedModel, ptq
-from slimkit.quantize.bias_tuning import BiasTuning
-from slimkit.quantize.methods import Work
+from slimkit.quantize.methods.bias_tuning import BiasTuning
+from slimkit.quantize.methods.interface import Work
 from slimkit.runtime import export
 from slimkit.runtime.output_parity import parity
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import slimkit as sk
 from slimkit.errors import DataError, InputError, PlanError
 from slimkit.quantize import BitAllocation, mixed_precision, ptq, qat, sensitivity
-from slimkit.quantize.choice_knapsack import choose_within
-from slimkit.recipe.quantization_stages import PtqStage
+from slimkit.quantize.layer_choice.choice_knapsack import choose_within
+from slimkit.recipe.stages.quantization import PtqStage
 
 Images = Callable[..., Tensor]
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimkit.inputs import Inputs
-from slimkit.quantize.blocks import Outline, outline
+from slimkit.quantize.methods.blocks import Outline, outline
 
 
 class Residual(nn.Module):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimkit.quantize.clipping import KL, MSE, divergences, squared_errors
+from slimkit.quantize.observers.clipping import KL, MSE, divergences, squared_errors
 from slimkit.quantize.scales import affine_parameters
 from slimkit.quantize.targets import NumberFormat
 from slimkit.runtime.fake_quantize import fake_quantize

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimkit.quantize import Method, QuantizedModel, ptq, qat, sensitivity
-from slimkit.quantize.adaround import AdaRound
-from slimkit.quantize.gptq import GPTQ
-from slimkit.quantize.observers import OBSERVERS
-from slimkit.quantize.reconstruction import Reconstruct
+from slimkit.quantize.methods.adaround import AdaRound
+from slimkit.quantize.methods.gptq import GPTQ
+from slimkit.quantize.methods.reconstruction import Reconstruct
+from slimkit.quantize.observers.ranges import OBSERVERS
 from slimkit.runtime import export
 from slimkit.runtime.output_parity import parity
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimkit.errors import InputError
 from slimkit.graph.capturing import capture
 from slimkit.quantize import METHODS, QuantizedModel, ptq
-from slimkit.quantize.equalization import Equalize, links
+from slimkit.quantize.methods.equalization import Equalize, links
 
 Images = Callable[..., Tensor]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import slimkit as sk
 from slimkit.errors import InputError
 from slimkit.quantize import ptq
-from slimkit.quantize.float_budget import best_within, worst_within
-from slimkit.quantize.noise_estimate import NoiseShares
-from slimkit.quantize.output_distance import OutputDistance
-from slimkit.quantize.partial_plans import integer_layers
+from slimkit.quantize.layer_choice.float_budget import best_within, worst_within
+from slimkit.quantize.outputs.distance import OutputDistance
+from slimkit.quantize.outputs.noise_estimate import NoiseShares
+from slimkit.quantize.planning.partial_plans import integer_layers
 
 Images = Callable[..., Tensor]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.quantize import ptq
-from slimkit.quantize.gptq import GPTQ, _alike, _suits_others, compensated_levels
-from slimkit.quantize.sampled_layers import Samples, answers, hessian
+from slimkit.quantize.methods.gptq import GPTQ, _alike, _suits_others, compensated_levels
+from slimkit.quantize.methods.sampled_layers import Samples, answers, hessian
 
 
 def one_by_one(
@@ -81,7 +81,7 @@ def test_columns_in_chunks_give_the_same_as_one_after_the_other() -> None:
 def test_channels_have_hessians_of_their_own_behind_an_activation(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimkit.quantize.gptq._MOST_ELEMENTS", most)
+    monkeypatch.setattr("slimkit.quantize.methods.gptq._MOST_ELEMENTS", most)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 30, 5, generator=generator)  # two groups of three outputs
     passed = torch.rand(30, 6, generator=generator)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimkit.errors import InputError
-from slimkit.quantize.histograms import Histogram
+from slimkit.quantize.observers.histograms import Histogram
 
 Batches = list[list[float]]
 VALUES = st.floats(-(2.0**20), 2.0**20, width=32, allow_subnormal=False)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimkit.quantize.layer_calls import LayerCall, grouped
+from slimkit.quantize.methods.layer_calls import LayerCall, grouped
 
 CASES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 7)),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.quantize import ptq
-from slimkit.quantize.layer_noise import layer_noise
+from slimkit.quantize.outputs.layer_noise import layer_noise
 
 Images = Callable[..., Tensor]
 

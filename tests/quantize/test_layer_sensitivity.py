@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import slimkit as sk
 from slimkit.errors import ArtifactError, DataError, InputError, PatternError
 from slimkit.quantize import EvaluationError, LayerSensitivity, ptq, sensitivity
-from slimkit.quantize.layer_switches import LayerSwitches
-from slimkit.quantize.partial_plans import integer_layers, leave_in_float
+from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
+from slimkit.quantize.planning.partial_plans import integer_layers, leave_in_float
 from slimkit.quantize.targets import resolve_target
 
 Images = Callable[..., Tensor]

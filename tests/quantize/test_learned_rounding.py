@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimkit.quantize.learned_rounding import (
+from slimkit.quantize.quantizers.learned_scales import (
     gradient_scale,
     round_channels,
     round_clipped,

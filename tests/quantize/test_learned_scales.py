@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import slimkit as sk
 from slimkit.errors import UnknownNameError
 from slimkit.quantize import NumberFormat, QuantizedModel, Target, qat
-from slimkit.quantize.learned_quantizers import (
+from slimkit.quantize.quantizers.learned import (
     LsqActivation,
     LsqWeight,
     PactActivation,

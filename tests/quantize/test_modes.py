@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.quantize import QuantizedModel, ptq, qat
-from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
+from slimkit.quantize.quantizers.dynamic import DynamicQuantizer
 from slimkit.quantize.targets import TARGETS, NumberFormat
 from slimkit.runtime import export, fusion_report, open_session
 from slimkit.runtime.output_parity import parity

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import slimkit as sk
-from slimkit.quantize import noise_estimate, ptq
-from slimkit.quantize.layer_switches import LayerSwitches
-from slimkit.quantize.noise_estimate import NoiseShares, estimated_noise
-from slimkit.quantize.output_distance import OutputDistance
+from slimkit.quantize import ptq
+from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
+from slimkit.quantize.outputs import noise_estimate
+from slimkit.quantize.outputs.distance import OutputDistance
+from slimkit.quantize.outputs.noise_estimate import NoiseShares, estimated_noise
 from slimkit.quantize.targets import resolve_target
 
 Images = Callable[..., Tensor]

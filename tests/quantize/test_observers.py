@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimkit.errors import InputError
 from slimkit.quantize import KL, MSE
-from slimkit.quantize.observers import (
+from slimkit.quantize.observers.ranges import (
     OBSERVERS,
     MeanOfMaxima,
     MinMax,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimkit.quantize.sampled_layers import (
+from slimkit.quantize.methods.sampled_layers import (
     Samples,
     answers,
     centre,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from slimkit.quantize import TARGETS, ptq
-from slimkit.quantize.quantizers import WeightQuantizer
+from slimkit.quantize.quantizers.fixed import WeightQuantizer
 from slimkit.quantize.scales import (
     affine_parameters,
     along,

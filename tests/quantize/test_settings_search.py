@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import slimkit as sk
 from slimkit.errors import DataError, InputError
 from slimkit.quantize import METHODS, OBSERVERS, ptq, search_settings
-from slimkit.quantize.output_distance import OutputDistance, decibels
+from slimkit.quantize.outputs.distance import OutputDistance, decibels
 from slimkit.quantize.settings_search import arguments_of, settings_space
 from slimkit.search import Choice, SearchError
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from slimkit.errors import InputError
 from slimkit.graph.capturing import capture
 from slimkit.quantize import ptq
-from slimkit.quantize.smoothing import SmoothQuant, norms
+from slimkit.quantize.methods.smoothing import SmoothQuant, norms
 
 
 class WrittenOut(nn.Module):

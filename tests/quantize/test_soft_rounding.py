@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimkit.quantize.fixed_weights import Grid
-from slimkit.quantize.soft_rounding import Annealing, SoftRounding, optimise, rectified_sigmoid
+from slimkit.quantize.methods.fixed_weights import Grid
+from slimkit.quantize.methods.soft_rounding import (
+    Annealing,
+    SoftRounding,
+    optimise,
+    rectified_sigmoid,
+)
 
 
 def int4(weight: Tensor, scale: Tensor) -> Grid:

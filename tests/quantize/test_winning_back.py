@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import slimkit as sk
 from slimkit.errors import InputError
 from slimkit.quantize import Method, QuantizedModel, ptq
-from slimkit.quantize.adaround import AdaRound
-from slimkit.quantize.bias_correction import BiasCorrection
-from slimkit.quantize.bias_tuning import BiasTuning
-from slimkit.quantize.gptq import GPTQ
-from slimkit.quantize.quantizers import WeightQuantizer
-from slimkit.quantize.reconstruction import Reconstruct
+from slimkit.quantize.methods.adaround import AdaRound
+from slimkit.quantize.methods.bias_correction import BiasCorrection
+from slimkit.quantize.methods.bias_tuning import BiasTuning
+from slimkit.quantize.methods.gptq import GPTQ
+from slimkit.quantize.methods.reconstruction import Reconstruct
+from slimkit.quantize.methods.streams import Streams
+from slimkit.quantize.quantizers.fixed import WeightQuantizer
 from slimkit.quantize.scales import pair_sums
-from slimkit.quantize.streams import Streams
 from slimkit.runtime import export
 from slimkit.runtime.fake_quantize import on_grid, quantized_integers
 from slimkit.runtime.output_parity import parity
@@ -371,8 +371,8 @@ def test_settings_that_make_no_sense_are_named(make: Callable[[], Any], field: s
 
 
 def test_recipes_name_them_with_their_settings() -> None:
-    from slimkit.recipe.methods import build_method
-    from slimkit.recipe.quantization_stages import METHOD, PtqStage
+    from slimkit.recipe.schema.methods import build_method
+    from slimkit.recipe.stages.quantization import METHOD, PtqStage
 
     given = ["bias_correction", {"type": "gptq", "images": 32}, {"type": "reconstruct", "drop": 0}]
     stage = PtqStage.model_validate({"type": "ptq", "methods": given})

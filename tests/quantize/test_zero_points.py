@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.quantize import QuantizedModel, ptq, qat
-from slimkit.quantize.adaround import AdaRound
-from slimkit.quantize.quantizers import WeightQuantizer
-from slimkit.quantize.reconstruction import Reconstruct
+from slimkit.quantize.methods.adaround import AdaRound
+from slimkit.quantize.methods.reconstruction import Reconstruct
+from slimkit.quantize.quantizers.fixed import WeightQuantizer
 from slimkit.quantize.targets import TARGETS
 from slimkit.runtime import export, open_session
 from slimkit.runtime.fusion import fusion_report

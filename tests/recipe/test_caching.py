@@ -180,7 +180,7 @@ def test_a_stage_that_returns_something_else_is_told_so(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from slimkit.errors import SlimkitError
-    from slimkit.recipe.training_stage import TrainStage
+    from slimkit.recipe.stages.training import TrainStage
 
     run: Callable[..., Any] = lambda stage, model, context: model  # noqa: E731
     monkeypatch.setattr(TrainStage, "run", run)

@@ -13,7 +13,7 @@ from slimkit.recipe import load_recipe, parse_recipe, preview_run, run_recipe
 from slimkit.recipe.chains import resolve_steps
 from slimkit.recipe.keys import Keys
 from slimkit.recipe.loading import dump_recipe
-from slimkit.recipe.schema import recipe_schema
+from slimkit.recipe.schema.recipe import recipe_schema
 
 EMBEDDING = {"module": "fc", "part": "input"}
 

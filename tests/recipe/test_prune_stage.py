@@ -16,13 +16,13 @@ import slimkit as sk
 from slimkit.cli.narration import Narrator
 from slimkit.errors import DataError, PlanError, RecipeError
 from slimkit.measure import layer_latency
-from slimkit.prune import sensitivity
+from slimkit.prune.allocation import sensitivity
 from slimkit.prune.latency_target import Bench
 from slimkit.recipe import parse_recipe, preview_run, recipe_schema, run_recipe
 from slimkit.recipe.cache import Cache
 from slimkit.recipe.keys import essence
-from slimkit.recipe.pruning_stage import PruneStage, TrainingBatches
-from slimkit.recipe.stages import StageContext
+from slimkit.recipe.stages.interface import StageContext
+from slimkit.recipe.stages.pruning import PruneStage, TrainingBatches
 from slimkit.recipe.workbench import Workbench
 
 

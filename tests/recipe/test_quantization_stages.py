@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from slimkit.errors import DataError
 from slimkit.models import build_model
-from slimkit.quantize.partial_plans import integer_layers
-from slimkit.recipe.quantization_stages import PtqStage, QatStage, ValidationMetric
-from slimkit.recipe.stages import StageContext
+from slimkit.quantize.planning.partial_plans import integer_layers
+from slimkit.recipe.stages.interface import StageContext
+from slimkit.recipe.stages.quantization import PtqStage, QatStage, ValidationMetric
 from slimkit.tasks import ClassificationTask
 from slimkit.tasks.data import load_data
 from slimkit.tasks.data.settings import DataSettings

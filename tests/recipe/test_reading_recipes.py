@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from slimkit.quantize.observers import describe_observer
+from slimkit.quantize.observers.ranges import describe_observer
 from slimkit.recipe import dump_recipe, load_recipe, parse_recipe, recipe_schema
-from slimkit.recipe.quantization_stages import QuantizeOptions
+from slimkit.recipe.stages.quantization import QuantizeOptions
 
 
 def test_a_resolved_recipe_reads_back_as_the_same_recipe(values: dict[str, Any]) -> None:

@@ -96,13 +96,13 @@ def _backends() -> Rows:
 
 _KINDS: dict[str, Callable[[], Rows]] = {
     "models": _models,
-    "stages": _registered("slimkit.recipe.stages:STAGES"),
-    "criteria": _registered("slimkit.prune.criteria:CRITERIA"),
-    "allocations": _registered("slimkit.prune.allocation:ALLOCATIONS"),
+    "stages": _registered("slimkit.recipe.stages.interface:STAGES"),
+    "criteria": _registered("slimkit.prune.criteria.scores:CRITERIA"),
+    "allocations": _registered("slimkit.prune.allocation.ranking:ALLOCATIONS"),
     "losses": _registered("slimkit.distill:DISTILL_LOSSES"),
     "connectors": _registered("slimkit.distill:CONNECTORS"),
     "data_free": _registered("slimkit.distill:GENERATION"),
-    "observers": _registered("slimkit.quantize.observers:OBSERVERS"),
+    "observers": _registered("slimkit.quantize.observers.ranges:OBSERVERS"),
     "methods": _registered("slimkit.quantize:METHODS"),
     "targets": _registered("slimkit.quantize.targets:TARGETS"),
     "data": _registered("slimkit.tasks.data:SOURCES"),

@@ -146,7 +146,7 @@ def token_command(
 
 
 def _secret(path: Path) -> bytes:
-    from slimkit.distill.knowledge.serving import read_file
+    from slimkit.distill.knowledge.online.serving import read_file
 
     return read_file(path).strip()
 
@@ -160,7 +160,7 @@ def _teacher(
     options: dict[str, Any],
 ) -> NetworkTeacher:
     from slimkit.recipe import load_recipe
-    from slimkit.recipe.remote_teachers import recipe_teacher
+    from slimkit.recipe.stages.knowledge import recipe_teacher
 
     chosen = {"keys": keys or ["logits"], "devices": devices or ["cpu"], **options}
     return recipe_teacher(load_recipe(recipe, overrides or ()), name, **chosen)

@@ -16,14 +16,10 @@ Features need example inputs, so that connectors exist before the optimizer is b
 
 from __future__ import annotations
 
-from slimkit.distill.connectors import CONNECTORS, ConnectorSettings
 from slimkit.distill.data_free import DAFL, DFAD, GENERATION, ZSKT, GeneratedBatches
-from slimkit.distill.delivering import Delivery
 from slimkit.distill.distilling import Distiller
-from slimkit.distill.mutual import MutualLearning
-from slimkit.distill.records import Record, RecordPath
-from slimkit.distill.schedules import WeightSchedule
-from slimkit.distill.settings import (
+from slimkit.distill.losses.connectors import CONNECTORS, ConnectorSettings
+from slimkit.distill.losses.every_loss import (
     BYOT,
     CRD,
     CWD,
@@ -49,6 +45,10 @@ from slimkit.distill.settings import (
     SoftCrossEntropy,
     parse_losses,
 )
+from slimkit.distill.losses.schedules import WeightSchedule
+from slimkit.distill.mutual import MutualLearning
+from slimkit.distill.recording.delivering import Delivery
+from slimkit.distill.recording.records import Record, RecordPath
 
 __all__ = [
     "BYOT",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.distill.delivering import Side
-from slimkit.distill.interface import DistillLoss, Shape
-from slimkit.distill.records import OUTPUT, Record, Tap, find_taps
+from slimkit.distill.losses.interface import DistillLoss, Shape
+from slimkit.distill.recording.delivering import Side
+from slimkit.distill.recording.records import OUTPUT, Record, Tap, find_taps
 from slimkit.errors import InputError, ModelError, nearest
 
 __all__ = ["Comparison", "Given", "Term"]

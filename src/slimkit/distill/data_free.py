@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from slimkit import losses
-from slimkit.distill.connecting import seeded
-from slimkit.distill.recording import Recorder, main_tensor
-from slimkit.distill.records import Record, RecordPath, find_taps
+from slimkit.distill.losses.connecting import seeded
+from slimkit.distill.recording.recorder import Recorder, main_tensor
+from slimkit.distill.recording.records import Record, RecordPath, find_taps
 from slimkit.errors import CheckpointError, InputError, ModelError
 from slimkit.registry import Registry
 from slimkit.train.callbacks import Callback

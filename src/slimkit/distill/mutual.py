@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimkit.distill.comparing import Comparison, Given
-from slimkit.distill.interface import DistillLoss, parse_losses
-from slimkit.distill.recording import Recorder, main_tensor, probing, run
-from slimkit.distill.records import OUTPUT
+from slimkit.distill.losses.interface import DistillLoss, parse_losses
+from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
+from slimkit.distill.recording.records import OUTPUT
 from slimkit.distill.weighting import Teachers, named_teachers
 from slimkit.errors import InputError
 from slimkit.inputs import ExampleInputs, as_inputs

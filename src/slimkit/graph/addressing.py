@@ -14,8 +14,8 @@ import sys
 import threading
 import types
 import weakref
-from dataclasses import dataclass, field
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -116,7 +116,9 @@ class CallTable:
         self.by_run: dict[tuple[Any, ...], list[str]] = {}
         for label, (caller, path, operands, _, position) in self.runs.items():
             base = caller.partition("@")[0]
-            self.order[caller, label[len(base) + 1 :] if base and label.startswith(base + ".") else label] = position
+            self.order[
+                caller, label[len(base) + 1 :] if base and label.startswith(base + ".") else label
+            ] = position
             self.by_path.setdefault(path, []).append(label)
             self.by_run.setdefault((caller, path, operands), []).append(label)
         for run, function, operands, entry in self._entries:
@@ -366,7 +368,12 @@ class AddressMode(TorchFunctionMode):
             result = self.on_call(address, func, args, kwargs)
             new = result is not first or _version(first) != version
             if next(_tensors((result,)), None) is not None:
-                self.recorded.calls[address] = (frame.label, operands, new, len(self.recorded.calls) + len(self.recorded.runs))
+                self.recorded.calls[address] = (
+                    frame.label,
+                    operands,
+                    new,
+                    len(self.recorded.calls) + len(self.recorded.runs),
+                )
             if not new:
                 return result
         else:
@@ -426,7 +433,9 @@ class AddressMode(TorchFunctionMode):
                 self.on_extra(
                     entries[-1][0], f"its weight is used on {operands[0]}, which was not captured"
                 )
-        if sum(o[0] not in "./_=" for o in operands) > 1:  # a layer was skipped: the newest operand says where we are
+        if (
+            sum(o[0] not in "./_=" for o in operands) > 1
+        ):  # a layer was skipped: the newest operand says where we are
             latest = table.latest(frame.label, operands)
             if latest is not None:
                 entries = table.by_latest.get((frame.label, function, latest), ())
@@ -481,7 +490,13 @@ class AddressMode(TorchFunctionMode):
             count = self._counts.get(path, 0)
             self._counts[path] = count + 1
             label = f"{path}@{count}" if count else path
-            self.recorded.runs[label] = (caller, path, operands, True, len(self.recorded.calls) + len(self.recorded.runs))
+            self.recorded.runs[label] = (
+                caller,
+                path,
+                operands,
+                True,
+                len(self.recorded.calls) + len(self.recorded.runs),
+            )
             return label
         labels = self._table.by_path.get(path, ())
         if len(labels) != 1:
@@ -500,11 +515,11 @@ class AddressMode(TorchFunctionMode):
             if not depth:
                 return
         else:
-          for depth in range(len(frames) - 1, 0, -1):
-            if frames[depth].module.__dict__ is module.__dict__:
-                break
-          else:
-            return
+            for depth in range(len(frames) - 1, 0, -1):
+                if frames[depth].module.__dict__ is module.__dict__:
+                    break
+            else:
+                return
         frame = frames[depth]
         del frames[depth:]
         self._frame = caller = frames[-1]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from slimkit.prune.allocation import (
+from slimkit.prune.allocation.curves import SensitivityCurves, merge_sensitivities
+from slimkit.prune.allocation.evolution import Annealing, Genetic, evolve
+from slimkit.prune.allocation.ranking import (
     ALLOCATIONS,
     Allocation,
     GivenRatios,
     GlobalRanking,
     IsomorphicRanking,
 )
-from slimkit.prune.criteria import (
+from slimkit.prune.allocation.sensitivity import Sensitivity, measure_sensitivity
+from slimkit.prune.criteria.fisher import GroupFisher
+from slimkit.prune.criteria.gradients import OBD, Taylor
+from slimkit.prune.criteria.scores import (
     CRITERIA,
     FPGM,
     BatchNormScale,
@@ -19,16 +24,11 @@ from slimkit.prune.criteria import (
     Normalised,
     Random,
 )
-from slimkit.prune.curves import SensitivityCurves, merge_sensitivities
 from slimkit.prune.edits import PrunePlan
-from slimkit.prune.evolution import Annealing, Genetic, evolve
-from slimkit.prune.fisher import GroupFisher
 from slimkit.prune.fisher_pruning import one_by_one
-from slimkit.prune.gradients import OBD, Taylor
 from slimkit.prune.iterative import iterate
 from slimkit.prune.planning import plan, space
-from slimkit.prune.sensitivity import Sensitivity, measure_sensitivity
-from slimkit.prune.space import PruneSpace
+from slimkit.prune.prune_space import PruneSpace
 from slimkit.prune.sparse_training import BatchNormL1, GroupLasso
 from slimkit.prune.targets import Target
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from slimkit.errors import InputError
 from slimkit.inputs import ExampleInputs
 from slimkit.prune.batches import Batch, Batches, Loss, each_batch, evaluated_copy
-from slimkit.prune.criteria import Random, check_choice
-from slimkit.prune.fisher import ChannelMasks, Saving
+from slimkit.prune.criteria.fisher import ChannelMasks, Saving
+from slimkit.prune.criteria.scores import Random, check_choice
 from slimkit.prune.planning import space
 from slimkit.prune.targets import Target, checked_target, is_number
 
 if TYPE_CHECKING:
     from slimkit.graph.groups import Group
     from slimkit.prune.edits import PrunePlan
-    from slimkit.prune.space import PruneSpace
+    from slimkit.prune.prune_space import PruneSpace
 
 __all__ = ["one_by_one"]
 
@@ -43,7 +43,7 @@ def one_by_one(
 ) -> PrunePlan:
     """Mask one channel after the other until the target is met (Liu et al. 2021, algorithm 1).
 
-    Fisher information of the shared masks (:class:`slimkit.prune.fisher.GroupFisher`) is added
+    Fisher information of the shared masks (:class:`slimkit.prune.criteria.fisher.GroupFisher`) is added
     up over ``every`` batches; the channel with the least of it per cost is masked, and the sum
     starts anew. What a channel costs is counted in the network that is left. In the end one
     plan removes what is masked; where ``round_to`` asks for it a few channels come back, the
@@ -62,7 +62,7 @@ def one_by_one(
         optimizer: trains ``model`` in train mode on each batch, as the paper does; afterwards
             ``slimkit.apply(model, plan, optimizer=optimizer)`` and train on. Without it the
             weights stay, and a copy in evaluation mode is looked at.
-        options: of :func:`slimkit.prune.space`: ignore, only, round_to, limits …
+        options: of :func:`slimkit.prune.prune_space`: ignore, only, round_to, limits …
 
     Raises:
         InputError, PatternError, CaptureError, PlanError: as for :func:`slimkit.prune.plan`;

@@ -23,7 +23,7 @@ from slimkit.errors import ExportError, PlanError
 if TYPE_CHECKING:
     from torch import nn
 
-    from slimkit.prune.space import Proposal, PruneSpace
+    from slimkit.prune.prune_space import Proposal, PruneSpace
     from slimkit.prune.targets import Target
 
 __all__ = ["Bench", "fit_latency"]

@@ -19,11 +19,11 @@ from slimkit.graph.capturing import capture
 from slimkit.graph.groups import ATTENTION, AttentionPart, Group, dependency_groups
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, as_inputs
-from slimkit.prune.allocation import ALLOCATIONS, Allocation, GivenRatios
-from slimkit.prune.criteria import CRITERIA, Criterion, scored
+from slimkit.prune.allocation.ranking import ALLOCATIONS, Allocation, GivenRatios
+from slimkit.prune.criteria.scores import CRITERIA, Criterion, scored
 from slimkit.prune.edits import PrunePlan
 from slimkit.prune.fitting import allowed_counts
-from slimkit.prune.space import Evaluate, PruneSpace, checked_evaluation, units_of
+from slimkit.prune.prune_space import Evaluate, PruneSpace, checked_evaluation, units_of
 from slimkit.prune.targets import checked_target, is_number
 
 __all__ = ["plan", "space"]
@@ -65,8 +65,8 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         latency: of the milliseconds that the network takes in ``backend``, measured on pruned
             copies until it is met; see :mod:`slimkit.prune.latency_target`.
         criterion: a name (``"l1"``, ``"l2"``, ``"fpgm"``, ``"bn_scale"``, ``"random"``) or a
-            callable; see :mod:`slimkit.prune.criteria`.
-        allocation: a name, a callable (see :mod:`slimkit.prune.allocation`), or a mapping
+            callable; see :mod:`slimkit.prune.criteria.scores`.
+        allocation: a name, a callable (see :mod:`slimkit.prune.allocation.ranking`), or a mapping
             from patterns of layers to the fraction that each loses.
         ignore: patterns of module paths or class names, or classes, whose *output*
             channels all stay; their inputs follow the layers before them.

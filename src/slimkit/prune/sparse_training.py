@@ -21,7 +21,7 @@ from slimkit.graph.capturing import capture
 from slimkit.graph.groups import AttentionPart, Group, Slot, dependency_groups
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, as_inputs
-from slimkit.prune.criteria import weight_slots
+from slimkit.prune.criteria.scores import weight_slots
 
 if TYPE_CHECKING:
     from slimkit.train.callbacks import StepContext

@@ -10,10 +10,11 @@ from __future__ import annotations
 from slimkit.quantize.aware_training import qat
 from slimkit.quantize.bit_allocation import BitAllocation, mixed_precision
 from slimkit.quantize.calibration import ptq
-from slimkit.quantize.clipping import KL, MSE
 from slimkit.quantize.evaluating import EvaluationError
-from slimkit.quantize.methods import METHODS, Method
-from slimkit.quantize.observers import (
+from slimkit.quantize.layer_choice.sensitivity_table import LayerSensitivity
+from slimkit.quantize.methods.interface import METHODS, Method
+from slimkit.quantize.observers.clipping import KL, MSE
+from slimkit.quantize.observers.ranges import (
     OBSERVERS,
     MeanOfMaxima,
     MinMax,
@@ -23,7 +24,6 @@ from slimkit.quantize.observers import (
 )
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.sensitivity_analysis import sensitivity
-from slimkit.quantize.sensitivity_table import LayerSensitivity
 from slimkit.quantize.settings_search import SettingsSearch, search_settings
 from slimkit.quantize.targets import TARGETS, NumberFormat, Target
 from slimkit.quantize.wrapper import QuantizedModel

@@ -12,7 +12,7 @@ from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.calibration import WeightBits, attach, calibrate
-from slimkit.quantize.observers import Observer
+from slimkit.quantize.observers.ranges import Observer
 from slimkit.quantize.targets import Target
 from slimkit.quantize.wrapper import QuantizedModel
 

@@ -15,20 +15,20 @@ from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs
 from slimkit.measure.profiling import profile
 from slimkit.measure.tables import human_bytes, percent, rendered
-from slimkit.quantize.choice_knapsack import choose_within
 from slimkit.quantize.evaluating import Evaluate, refuse_test_data
-from slimkit.quantize.layer_sensitivity import (
+from slimkit.quantize.layer_choice.choice_knapsack import choose_within
+from slimkit.quantize.layer_choice.layer_sensitivity import (
     measure_sensitivity,
     metric_scorer,
     noise_scorer,
     units_of,
 )
-from slimkit.quantize.layer_switches import LayerSwitches
-from slimkit.quantize.observers import Observer
-from slimkit.quantize.output_distance import decibels
+from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
+from slimkit.quantize.layer_choice.sensitivity_table import LayerSensitivity
+from slimkit.quantize.observers.ranges import Observer
+from slimkit.quantize.outputs.distance import decibels
 from slimkit.quantize.scheme import QuantPlan, named_weights
 from slimkit.quantize.sensitivity_analysis import calibrated
-from slimkit.quantize.sensitivity_table import LayerSensitivity
 from slimkit.quantize.targets import Target, resolve_target
 
 __all__ = ["BitAllocation", "LayerBits", "mixed_precision"]

@@ -18,16 +18,22 @@ from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import apply
-from slimkit.quantize.accuracy_control import Repair, accuracy_limit
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.evaluating import Evaluate
-from slimkit.quantize.float_budget import float_budget
-from slimkit.quantize.learned_quantizers import with_scales
-from slimkit.quantize.methods import Method, Work, resolve_methods, run_methods, usual_methods
-from slimkit.quantize.observers import Observer, describe_observer, new_observer
-from slimkit.quantize.output_check import output_check
-from slimkit.quantize.planning import lay_out
-from slimkit.quantize.requests import check_request
+from slimkit.quantize.layer_choice.accuracy_control import Repair, accuracy_limit
+from slimkit.quantize.layer_choice.float_budget import float_budget
+from slimkit.quantize.methods.interface import (
+    Method,
+    Work,
+    resolve_methods,
+    run_methods,
+    usual_methods,
+)
+from slimkit.quantize.observers.ranges import Observer, describe_observer, new_observer
+from slimkit.quantize.outputs.check import output_check
+from slimkit.quantize.planning.laying_out import lay_out
+from slimkit.quantize.planning.requests import check_request
+from slimkit.quantize.quantizers.learned import with_scales
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.targets import Target, resolve_target
 from slimkit.quantize.wrapper import QuantizedModel
@@ -81,14 +87,14 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             inputs divide into groups; the other layers per channel; only ``mode="weights"``).
         group_size: inputs of one group; 32 by default.
         observer: how ranges of activations are found: a name in
-            :data:`~slimkit.quantize.observers.OBSERVERS`, or an observer with settings such as
+            :data:`~slimkit.quantize.observers.ranges.OBSERVERS`, or an observer with settings such as
             ``Percentile(percentile=99.9)``.
         skip: modules that stay in float: patterns on module paths or class names.
         batches: use so many batches; all by default.
         weight_bits: 2 to 8 for all weights, or module pattern → bits (the first that matches);
             what is not named has the target's.
         methods: what else to do, in this order: names in
-            :data:`~slimkit.quantize.methods.METHODS`, or methods with settings of their own. By
+            :data:`~slimkit.quantize.methods.interface.METHODS`, or methods with settings of their own. By
             default, if there is calibration data, ``gptq`` and ``bias_correction`` for weights with
             one scale per tensor; for fewer than 8 bits these, behind the activation function,
             and ``bias_tuning``; else nothing.

@@ -14,15 +14,15 @@ from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.calibration import attach, calibrate
 from slimkit.quantize.evaluating import Evaluate, refuse_test_data
-from slimkit.quantize.layer_sensitivity import (
+from slimkit.quantize.layer_choice.layer_sensitivity import (
     measure_sensitivity,
     metric_scorer,
     noise_scorer,
     units_of,
 )
-from slimkit.quantize.layer_switches import LayerSwitches
-from slimkit.quantize.observers import Observer
-from slimkit.quantize.sensitivity_table import LayerSensitivity
+from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
+from slimkit.quantize.layer_choice.sensitivity_table import LayerSensitivity
+from slimkit.quantize.observers.ranges import Observer
 from slimkit.quantize.targets import Target, resolve_target
 from slimkit.quantize.wrapper import QuantizedModel
 

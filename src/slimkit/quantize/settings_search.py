@@ -19,10 +19,10 @@ from slimkit.measure.tables import rendered
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.calibration import WeightBits, ptq
 from slimkit.quantize.evaluating import Evaluate, evaluated, refuse_test_data
-from slimkit.quantize.float_budget import float_budget
-from slimkit.quantize.methods import METHODS
-from slimkit.quantize.observers import OBSERVERS
-from slimkit.quantize.output_distance import OutputDistance, decibels
+from slimkit.quantize.layer_choice.float_budget import float_budget
+from slimkit.quantize.methods.interface import METHODS
+from slimkit.quantize.observers.ranges import OBSERVERS
+from slimkit.quantize.outputs.distance import OutputDistance, decibels
 from slimkit.quantize.targets import Target, resolve_target
 from slimkit.search import Candidate, Choice, IntRange, Parameter, SearchResult, search
 from slimkit.search.parameters import Parameters, SearchSpace

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-import weakref
 
 import torch
 from torch import Tensor, nn
 
 from slimkit.errors import SlimkitError
-from slimkit.graph.addressing import RECOMPUTERS, AddressMode, _tensors, function_of, paths_of
-from slimkit.graph.addressing import hold_hooks
+from slimkit.graph.addressing import (
+    RECOMPUTERS,
+    AddressMode,
+    _tensors,
+    function_of,
+    hold_hooks,
+    paths_of,
+)
 from slimkit.plan import applied_plans
-from slimkit.quantize.dynamic_quantizer import DynamicQuantizer
-from slimkit.quantize.integer_activations import GATES
-from slimkit.quantize.integer_calls import IntegerCall, integer_call
-from slimkit.quantize.learned_quantizers import build_quantizer
-from slimkit.quantize.quantizers import ActivationQuantizer, WeightQuantizer
+from slimkit.quantize.integer.activations import GATES
+from slimkit.quantize.integer.calls import IntegerCall, integer_call
+from slimkit.quantize.quantizers.dynamic import DynamicQuantizer
+from slimkit.quantize.quantizers.fixed import ActivationQuantizer, WeightQuantizer
+from slimkit.quantize.quantizers.learned import build_quantizer
 from slimkit.quantize.scheme import CallRule, QuantPlan, named_weights
 from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
 
 __all__ = ["QuantizedModel", "Rounding"]
+
 
 class AddressError(SlimkitError, RuntimeError):
     """The forward makes other calls than the captured one."""
@@ -72,7 +78,7 @@ class QuantizedModel(nn.Module):
         """The network's result on rounded weights and activations.
 
         In evaluation mode and without gradients it is computed with the arithmetic of integer
-        kernels (:mod:`slimkit.quantize.integer_arithmetic`).
+        kernels (:mod:`slimkit.quantize.integer.arithmetic`).
         """
         if self.training and not torch.compiler.is_exporting():
             self._count_step()
@@ -257,9 +263,7 @@ class _Attachment(AddressMode):
         self._rules = quantized.plan.calls
         self._quantizers: dict[str, Rounding] = {**quantized.quantizers, **(replaced or {})}
         self._integer = quantized.integer_calls() if exact else {}
-        self._round: dict[str, Rounding] = {
-            name: q for name, q in self._quantizers.items()
-        }
+        self._round: dict[str, Rounding] = {name: q for name, q in self._quantizers.items()}
 
     def on_call(
         self,
@@ -277,7 +281,8 @@ class _Attachment(AddressMode):
         if self._noting and _region() != self._frame.region and _in_checkpoint():
             raise AddressError(
                 "it runs inside of torch.utils.checkpoint, but no module of its own does: "
-                "checkpoint a module", where=address,
+                "checkpoint a module",
+                where=address,
             )
         inputs, outputs = (rule.inputs, rule.outputs) if rule is not None else ({}, {})
         if rule is not None and rule.gate is not None:
@@ -313,7 +318,11 @@ class _Attachment(AddressMode):
         ]
         if suspects and self._unknown:
             unknown_ = {(run, function) for run, function, _ in self._unknown}
-            unmet = {(table.calls[a][0], function_of(a)) for a in table.calls.keys() - self._met if table.calls[a][2]}
+            unmet = {
+                (table.calls[a][0], function_of(a))
+                for a in table.calls.keys() - self._met
+                if table.calls[a][2]
+            }
             runs = {run for run, _ in unknown_ & unmet}
             for run, address in suspects:
                 if run in runs:
@@ -323,7 +332,9 @@ class _Attachment(AddressMode):
                 prefix = path + "."
                 for address in self._rules:
                     if address.startswith((path + ":", prefix)):
-                        raise AddressError("its module runs more often than captured", where=address)
+                        raise AddressError(
+                            "its module runs more often than captured", where=address
+                        )
         if not left:
             return
         unknown = {(run, function): ops for run, function, ops in self._unknown}
@@ -336,7 +347,8 @@ class _Attachment(AddressMode):
             if (run, function) in unknown:
                 raise AddressError(
                     f"captured on {operands}, but this forward calls {function} on "
-                    f"{unknown[run, function]}", where=address,
+                    f"{unknown[run, function]}",
+                    where=address,
                 )
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
@@ -414,6 +426,7 @@ def _in_checkpoint() -> bool:
 
 
 import sys
+
 import torch.utils.checkpoint as _cp
 
 _CHECKPOINTS = {_cp.CheckpointFunction.forward.__code__, _cp._checkpoint_impl.__code__}

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from slimkit.recipe.loading import dump_recipe, load_recipe, parse_recipe
 from slimkit.recipe.runner import preview_run, run_recipe
-from slimkit.recipe.schema import Recipe, recipe_schema
-from slimkit.recipe.stages import STAGES, Stage, StageContext, StageResult
+from slimkit.recipe.schema.recipe import Recipe, recipe_schema
+from slimkit.recipe.stages.interface import STAGES, Stage, StageContext, StageResult
 
 __all__ = [
     "STAGES",

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from slimkit.errors import RecipeError
-from slimkit.recipe.schema import Recipe
-from slimkit.recipe.stages import UNPRUNED, Stage
+from slimkit.recipe.schema.recipe import Recipe
+from slimkit.recipe.stages.interface import UNPRUNED, Stage
 
 __all__ = ["Chain", "Step", "check_teachers", "resolve_steps", "teacher_chain"]
 

@@ -22,8 +22,8 @@ from pydantic import BaseModel
 from slimkit.artifact import content_hash
 from slimkit.errors import ArtifactError
 from slimkit.recipe.chains import Chain, Step
-from slimkit.recipe.schema import ModelSettings, Recipe
-from slimkit.recipe.stages import Stage
+from slimkit.recipe.schema.recipe import ModelSettings, Recipe
+from slimkit.recipe.stages.interface import Stage
 from slimkit.registry import import_object
 
 __all__ = ["Keys", "essence"]

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 import slimkit
 from slimkit.artifact import PathLike
 from slimkit.errors import RecipeError, nearest
-from slimkit.recipe.explaining import explain_problems
-from slimkit.recipe.schema import Recipe
+from slimkit.recipe.schema.explaining import explain_problems
+from slimkit.recipe.schema.recipe import Recipe
 
 __all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
 

@@ -15,12 +15,12 @@ from slimkit.artifact import PathLike, write_json, write_text
 from slimkit.errors import ArtifactError, GateError
 from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import Chain
-from slimkit.recipe.gates import check_gates, missed_text
 from slimkit.recipe.loading import dump_recipe
 from slimkit.recipe.preview import Preview, preview_recipe
 from slimkit.recipe.proving import Proof, measure_latency, prove, speed_warnings
-from slimkit.recipe.schema import Recipe
-from slimkit.recipe.stages import ignore_event
+from slimkit.recipe.schema.gates import check_gates, missed_text
+from slimkit.recipe.schema.recipe import Recipe
+from slimkit.recipe.stages.interface import ignore_event
 from slimkit.recipe.workbench import Workbench
 
 __all__ = ["SCHEMA_VERSION", "preview_run", "run_recipe"]

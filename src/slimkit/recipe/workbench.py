@@ -19,9 +19,9 @@ from slimkit.plan import load
 from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import Chain, Step, resolve_steps
 from slimkit.recipe.keys import Keys
-from slimkit.recipe.places import at
-from slimkit.recipe.schema import ModelSettings, Recipe
-from slimkit.recipe.stages import StageContext, StageResult, ignore_event
+from slimkit.recipe.schema.places import at
+from slimkit.recipe.schema.recipe import ModelSettings, Recipe
+from slimkit.recipe.stages.interface import StageContext, StageResult, ignore_event
 from slimkit.registry import import_object
 from slimkit.tasks import ClassificationTask
 from slimkit.tasks.data import Splits, load_data, synthetic_data

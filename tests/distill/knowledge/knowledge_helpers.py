@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from slimkit.distill.knowledge.encoding import encode
-from slimkit.distill.knowledge.schema import KeySpec, KnowledgeSchema
+from slimkit.distill.knowledge.format.encoding import encode
+from slimkit.distill.knowledge.format.schema import KeySpec, KnowledgeSchema
 from slimkit.tasks.data import AugmentSettings, DataSettings, Splits, load_data
 
 

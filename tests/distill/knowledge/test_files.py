@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from knowledge_helpers import ToyTeacher, digits_splits, network
 
 from slimkit.distill.knowledge import Knowledge, KnowledgeFiles, NetworkTeacher, dump
-from slimkit.distill.knowledge.encoding import columns_of, decode, encode
-from slimkit.distill.knowledge.schema import KeySpec, KnowledgeSchema
-from slimkit.distill.knowledge.store import KnowledgeWriter
+from slimkit.distill.knowledge.format.encoding import columns_of, decode, encode
+from slimkit.distill.knowledge.format.schema import KeySpec, KnowledgeSchema
+from slimkit.distill.knowledge.format.store import KnowledgeWriter
 from slimkit.errors import ArtifactError, DataError
 from slimkit.tasks.data.samples import training_samples
 

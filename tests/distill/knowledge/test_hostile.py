@@ -27,9 +27,9 @@ from slimkit.distill.knowledge import (
     serve,
     serving,
 )
-from slimkit.distill.knowledge.asking import Ask, pack_ask, read_ask
-from slimkit.distill.knowledge.encoding import columns_of, encode, ids_of
-from slimkit.distill.knowledge.schema import KnowledgeSchema
+from slimkit.distill.knowledge.format.asking import Ask, pack_ask, read_ask
+from slimkit.distill.knowledge.format.encoding import columns_of, encode, ids_of
+from slimkit.distill.knowledge.format.schema import KnowledgeSchema
 from slimkit.errors import DataError, SlimkitError, TeacherError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -29,7 +29,7 @@ from slimkit.distill.knowledge import (
     issue_token,
     serve,
 )
-from slimkit.distill.knowledge.connecting import Connection
+from slimkit.distill.knowledge.online.connecting import Connection
 from slimkit.distill.knowledge.proxy import Proxy
 from slimkit.errors import ArtifactError, DataError, InputError, TeacherError
 

@@ -14,19 +14,19 @@ several of them through one iterator::
 
 from __future__ import annotations
 
-from slimkit.distill.knowledge.asking import Question
-from slimkit.distill.knowledge.connecting import Patience, Trust
 from slimkit.distill.knowledge.distilling import KnowledgeDistiller
 from slimkit.distill.knowledge.dumping import dump
-from slimkit.distill.knowledge.fetching import Source
+from slimkit.distill.knowledge.format.asking import Question
+from slimkit.distill.knowledge.format.schema import KeySpec, KnowledgeSchema
 from slimkit.distill.knowledge.mixing import Knowledge
-from slimkit.distill.knowledge.online import OnlineTeacher
-from slimkit.distill.knowledge.pooling import TeacherPool, ray_pool
+from slimkit.distill.knowledge.online.connecting import Patience, Trust
+from slimkit.distill.knowledge.online.fetching import Source
+from slimkit.distill.knowledge.online.pooling import TeacherPool, ray_pool
+from slimkit.distill.knowledge.online.serving import TeacherServer, TLSFiles, serve
+from slimkit.distill.knowledge.online.source import OnlineTeacher
+from slimkit.distill.knowledge.online.tokens import issue_token
 from slimkit.distill.knowledge.reading import KnowledgeFiles
-from slimkit.distill.knowledge.schema import KeySpec, KnowledgeSchema
-from slimkit.distill.knowledge.serving import TeacherServer, TLSFiles, serve
 from slimkit.distill.knowledge.teaching import NetworkTeacher, Samples, Teacher
-from slimkit.distill.knowledge.tokens import issue_token
 
 __all__ = [
     "KeySpec",

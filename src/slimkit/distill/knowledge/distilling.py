@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.distill.comparing import Comparison, Given
-from slimkit.distill.interface import DistillLoss, parse_losses, unique_names
+from slimkit.distill.knowledge.format.schema import LOGITS
 from slimkit.distill.knowledge.mixing import Knowledge
-from slimkit.distill.knowledge.schema import LOGITS
-from slimkit.distill.recording import Recorder, main_tensor, probing, run
-from slimkit.distill.records import OUTPUT
+from slimkit.distill.losses.interface import DistillLoss, parse_losses, unique_names
+from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
+from slimkit.distill.recording.records import OUTPUT
 from slimkit.errors import CheckpointError, DataError, InputError
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.plan import load_weights

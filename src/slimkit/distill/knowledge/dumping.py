@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pyarrow as pa
 
 from slimkit.artifact import PathLike
-from slimkit.distill.knowledge.store import Index, KnowledgeWriter, Shard
+from slimkit.distill.knowledge.format.store import Index, KnowledgeWriter, Shard
 from slimkit.distill.knowledge.teaching import NetworkTeacher
 from slimkit.errors import InputError
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimkit.distill.knowledge.asking import Question
-from slimkit.distill.knowledge.connecting import Patience, Trust
-from slimkit.distill.knowledge.fetching import Fetching, Source
+from slimkit.distill.knowledge.format.asking import Question
 from slimkit.distill.knowledge.merging import Merge, check_merge, merge
-from slimkit.distill.knowledge.online import OnlineTeacher
+from slimkit.distill.knowledge.online.connecting import Patience, Trust
+from slimkit.distill.knowledge.online.fetching import Fetching, Source
+from slimkit.distill.knowledge.online.source import OnlineTeacher
 from slimkit.distill.knowledge.reading import KnowledgeFiles
 from slimkit.errors import DataError, InputError, TeacherError, nearest
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from slimkit.artifact import tensors_hash
-from slimkit.distill.knowledge.encoding import encode
-from slimkit.distill.knowledge.schema import LOGITS, KeySpec, KnowledgeSchema
+from slimkit.distill.knowledge.format.encoding import encode
+from slimkit.distill.knowledge.format.schema import LOGITS, KeySpec, KnowledgeSchema
 from slimkit.distill.teacher import FrozenTeacher, TeacherPrecision
 from slimkit.errors import DataError, InputError
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs

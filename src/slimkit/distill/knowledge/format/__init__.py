@@ -1,0 +1,1 @@
+"""What knowledge looks like in memory, in files and on the wire."""

@@ -1,0 +1,1 @@
+"""What a recipe says about distillation losses, and what stands between features."""

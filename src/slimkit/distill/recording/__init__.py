@@ -1,0 +1,1 @@
+"""Which tensors of a forward are compared, and how they are recorded."""

@@ -1,0 +1,1 @@
+"""Allocations: how a target is divided among the groups."""

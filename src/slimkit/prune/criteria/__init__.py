@@ -1,0 +1,1 @@
+"""Criteria: which channels matter."""

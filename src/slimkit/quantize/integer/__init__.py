@@ -1,0 +1,1 @@
+"""What an integer kernel computes, bit by bit, in floating point."""

@@ -1,0 +1,1 @@
+"""Which layers stay in float, and how many bits each layer has."""

@@ -1,0 +1,1 @@
+"""Methods that win back what rounding costs, without training."""

@@ -1,0 +1,294 @@
+"""Calibration data on its way through the float and the quantized network, side by side.
+
+A method that repairs layer after layer asks for each of them what reaches it in the quantized
+network, where all before it is repaired already, and what it should answer, which the float
+network says. Held in memory are the inputs of one block (:mod:`slimkit.quantize.methods.blocks`) on both
+sides, for as many images as the method asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.graph.addressing import AddressMode, function_of
+from slimkit.inputs import Inputs
+from slimkit.quantize.methods.blocks import Block, outline
+from slimkit.quantize.methods.interface import Work
+from slimkit.quantize.methods.layer_calls import SUPPORTED, LayerCall
+from slimkit.quantize.methods.sampled_layers import Samples
+from slimkit.quantize.scheme import QuantizerSpec
+
+__all__ = ["Layer", "Streams"]
+
+_MOST_ELEMENTS = 1 << 25
+"""Of the sampled inputs of one layer: 128 MiB."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that is rounded, and the calls that use it.
+
+    Attributes:
+        weight: of its quantizer.
+        addresses: of the calls, in order; several if the module runs several times.
+        module: path.
+        activation: the activation function that is part of the integer operator.
+    """
+
+    weight: QuantizerSpec
+    addresses: tuple[str, ...]
+    module: str
+    activation: Callable[[Tensor], Any]
+
+
+class Streams:
+    """Both networks and what flows through them.
+
+    Args:
+        work: what the method got.
+        images: use so many calibration examples (whole batches); all by default.
+        largest: see :func:`~slimkit.quantize.methods.blocks.outline`.
+
+    Attributes:
+        layers: convolutions and linear layers whose weights are rounded, in order of execution.
+    """
+
+    def __init__(self, work: Work, images: int | None = None, *, largest: int = 8) -> None:
+        quantized, reference = work.quantized, work.reference
+        addresses: dict[str, list[str]] = {}
+        for decision in quantized.plan.decisions:
+            rule, weight = quantized.plan.calls.get(decision.address), decision.weight
+            if rule is not None and weight is not None and weight in rule.inputs.values():
+                addresses.setdefault(weight, []).append(decision.address)
+        calls = {address for used in addresses.values() for address in used}
+        self._work, self._images = work, images
+        self._outline = outline(reference, work.example, calls, largest=largest)
+        self.layers = [
+            self._layer(name, tuple(used))
+            for name, used in addresses.items()
+            if all(function_of(address) in SUPPORTED for address in used)
+        ]
+        self._float = _Side(reference, lambda _: nullcontext())
+        self._quantized = _Side(
+            quantized.model, lambda followed: quantized.attachment(followed=followed)
+        )
+        self._block: Block | None = None
+
+    def calls(self, layer: Layer) -> Iterator[tuple[LayerCall, LayerCall]]:
+        """Its calls in the (quantized, float) network, batch after batch.
+
+        Inputs of the quantized network are rounded, weights are not.
+        """
+        block = self.around(layer)
+        if block is not None:
+            self._enter(block)
+        for number in self._float.inputs if block else range(len(self._batches())):
+            start = None if block else self._batches()[number]
+            rounded = self._quantized.watch(layer.addresses, block, number, start)
+            exact = self._float.watch(layer.addresses, block, number, start)
+            for address in layer.addresses:
+                if address in rounded and address in exact:
+                    call = rounded[address]
+                    yield replace(call, x=self._rounded(address, call.x)), exact[address]
+
+    def around(self, layer: Layer) -> Block | None:
+        """The block that the layer runs in."""
+        return self._outline.around(set(layer.addresses))
+
+    @torch.no_grad()
+    def draw(self, layer: Layer, positions: int, generator: torch.Generator) -> Samples | None:
+        """Sample about so many positions, evenly from all batches.
+
+        Returns:
+            ``None`` for a layer that no batch has reached.
+        """
+        inputs: list[Tensor] = []
+        targets: list[Tensor] = []
+        examples: list[Tensor] = []
+        bias: Tensor | None = None
+        for rounded, exact in self.calls(layer):
+            if inputs and rounded.bias is not bias:
+                continue  # two layers share a weight but not the bias: the first one counts
+            width = rounded.weight[0].numel() * rounded.groups
+            wanted = min(positions, _MOST_ELEMENTS // width)
+            share = max(1, wanted // (len(self._batches()) * len(layer.addresses)))
+            picks = torch.randperm(rounded.positions(), generator=generator)[:share]
+            picks = picks.sort().values.to(rounded.x.device)
+            inputs.append(rounded.patches(rounded.x, picks))
+            targets.append(exact.picked(exact.output(exact.x, exact.weight), picks))
+            before = int(examples[-1].max()) + 1 if examples else 0
+            examples.append(rounded.examples(picks) + before)
+            bias = rounded.bias
+        if not inputs:
+            return None
+        return Samples(torch.cat(inputs, 1), torch.cat(targets), bias, torch.cat(examples))
+
+    def tensors(self, block: Block) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Inputs in the quantized and in the float network, and outputs of the float one."""
+        self._enter(block)
+        numbers = sorted(self._float.inputs)
+        outputs = [self._float.run(block, self._float.inputs[n]) for n in numbers]
+        rounded, exact = (
+            [side.inputs[n] for n in numbers] for side in (self._quantized, self._float)
+        )
+        return rounded, exact, outputs
+
+    def _layer(self, name: str, addresses: tuple[str, ...]) -> Layer:
+        plan = self._work.quantized.plan
+        spec = next(spec for spec in plan.quantizers if spec.name == name)
+        decisions = [d for d in plan.decisions if d.address in addresses]
+        made = {a: rule.outputs.values() for a, rule in plan.calls.items()}
+        behind = [next((a for a in made if d.writes in made[a]), d.address) for d in decisions]
+        functions = [
+            self._outline.functions.get(address, _same) if address != d.address else _same
+            for address, d in zip(behind, decisions, strict=True)
+        ]
+        alike = len({function_of(address) for address in behind}) == 1
+        return Layer(spec, addresses, decisions[0].module, functions[0] if alike else _same)
+
+    def _rounded(self, address: str, x: Tensor) -> Tensor:
+        rule = self._work.quantized.plan.calls.get(address)
+        if rule is None or 0 not in rule.inputs:
+            return x  # rounded where it was made
+        rounded: Tensor = self._work.quantized.quantizers[rule.inputs[0]](x)
+        return rounded
+
+    def _batches(self) -> list[Inputs]:
+        if not hasattr(self, "_read"):
+            self._read = list(self._work.inputs(self._images))
+        return self._read
+
+    def _enter(self, block: Block) -> None:
+        """Have the inputs of ``block`` on both sides: from the block before, or from the start."""
+        if self._block == block:
+            return
+        way: list[Block] = []
+        source = block.reads
+        while source is not None and self._block is not None and source != self._block.path:
+            way.insert(0, self._outline.blocks[source])
+            source = way[0].reads
+        for side in (self._quantized, self._float):
+            if source is not None and self._block is not None:
+                for step in (self._block, *way):
+                    side.inputs = {n: side.run(step, x) for n, x in side.inputs.items()}
+            else:
+                found = ((n, side.arrive(block, batch)) for n, batch in enumerate(self._batches()))
+                side.inputs = {n: x for n, x in found if x is not None}
+        both = self._float.inputs.keys() & self._quantized.inputs.keys()
+        for side in (self._quantized, self._float):
+            side.inputs = {n: side.inputs[n] for n in sorted(both)}
+        self._block = block
+
+
+class _Reached(Exception):  # noqa: N818 - no error: the forward has shown what it was run for
+    """Ends a forward."""
+
+
+class _Side:
+    """One of the two networks.
+
+    Args:
+        model: what runs.
+        mode: a context in which it computes as it should, given the modules that will run.
+
+    Attributes:
+        inputs: number of a batch → what reaches the current block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: Callable[[Sequence[tuple[str, nn.Module]]], AbstractContextManager[Any]],
+    ) -> None:
+        self._model, self._mode = model, mode
+        self._named = list(model.named_modules())
+        self._within: tuple[Block | None, list[tuple[str, nn.Module]]] = (None, self._named)
+        self.inputs: dict[int, Tensor] = {}
+
+    def _followed(self, block: Block | None) -> list[tuple[str, nn.Module]]:
+        """The modules inside of a block, or all, with their paths."""
+        if block is None:
+            return self._named
+        if self._within[0] != block:
+            inside = set(self._model.get_submodule(block.path).modules())
+            self._within = (block, [(path, m) for path, m in self._named if m in inside])
+        return self._within[1]
+
+    @torch.no_grad()
+    def run(self, block: Block, x: Tensor) -> Tensor:
+        """The output of a block."""
+        with self._mode(self._followed(block)):
+            output: Tensor = self._model.get_submodule(block.path)(x.clone())
+        return output
+
+    @torch.no_grad()
+    def arrive(self, block: Block, batch: Inputs) -> Tensor | None:
+        """What reaches a block, if anything does."""
+        found: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
+            raise _Reached
+
+        handle = self._model.get_submodule(block.path).register_forward_pre_hook(stop)
+        try:
+            with self._mode(self._named):
+                batch.call(self._model)
+        except _Reached:
+            return found[0]
+        finally:
+            handle.remove()
+        return None
+
+    @torch.no_grad()
+    def watch(
+        self, addresses: tuple[str, ...], block: Block | None, number: int, start: Inputs | None
+    ) -> Mapping[str, LayerCall]:
+        """What is called at these addresses when a block, or all of the network, runs."""
+        followed = self._followed(block)
+        watch = _Watch(self._model, frozenset(addresses), followed)
+        try:
+            with self._mode(followed), watch:
+                if block is not None:
+                    self._model.get_submodule(block.path)(self.inputs[number].clone())
+                elif start is not None:
+                    start.call(self._model)
+        except _Reached:
+            pass
+        return watch.seen
+
+
+class _Watch(AddressMode):
+    def __init__(
+        self,
+        model: nn.Module,
+        addresses: frozenset[str],
+        followed: Sequence[tuple[str, nn.Module]],
+    ) -> None:
+        super().__init__(model, followed)
+        self._wanted = addresses
+        self.seen: dict[str, LayerCall] = {}
+
+    def on_call(
+        self,
+        address: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        if address in self._wanted:
+            self.seen[address] = LayerCall.read(args, kwargs)
+            if len(self.seen) == len(self._wanted):
+                raise _Reached
+            args = (args[0].clone(), *args[1:]) if args else args  # the network may change it
+        return func(*args, **kwargs)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

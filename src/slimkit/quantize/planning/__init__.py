@@ -1,0 +1,1 @@
+"""From a captured graph to a quantization plan: what is rounded where."""

@@ -1,0 +1,1 @@
+"""Quantizers: modules that hold scales and round one tensor."""

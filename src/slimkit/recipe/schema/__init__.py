@@ -1,0 +1,1 @@
+"""The typed recipe: every key that a YAML file may have."""

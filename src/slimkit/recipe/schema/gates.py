@@ -1,0 +1,92 @@
+"""``require:``: what the last variant must keep of the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from slimkit.recipe.schema.recipe import RequireSettings
+
+__all__ = ["check_gates", "missed_text"]
+
+Variant = Mapping[str, Any]
+AT_LEAST = {"min_accuracy", "sqnr_db", "top1_agreement", "integer_convs"}
+
+
+def check_gates(require: RequireSettings, first: Variant, last: Variant) -> list[dict[str, Any]]:
+    """Every gate of the recipe with its measured value.
+
+    Args:
+        require: the recipe's limits.
+        first: the baseline's entry in the report.
+        last: the final variant's.
+
+    Returns:
+        ``{"name", "limit", "value", "passed"}`` for each limit that is set. A value that was
+        not measured is None and has not passed.
+    """
+    gates = []
+    for name in RequireSettings.model_fields:
+        limit = getattr(require, name)
+        if limit is None:
+            continue
+        value = _VALUES[name](first, last)
+        passed = value is not None and (value >= limit if name in AT_LEAST else value <= limit)
+        gates.append({"name": name, "limit": limit, "value": value, "passed": passed})
+    return gates
+
+
+def missed_text(gates: list[dict[str, Any]]) -> str:
+    """The missed gates in one line; empty if all hold."""
+    told = []
+    for gate in gates:
+        if gate["passed"]:
+            continue
+        word = "at least" if gate["name"] in AT_LEAST else "at most"
+        value = "not measured" if gate["value"] is None else f"{gate['value']:.4g}"
+        told.append(f"{gate['name']} is {value}, required is {word} {gate['limit']:g}")
+    return "; ".join(told)
+
+
+def _accuracy_drop(first: Variant, last: Variant) -> float | None:
+    return float(first["metrics"]["accuracy"] - last["metrics"]["accuracy"])
+
+
+def _cost_ratio(name: str) -> Callable[[Variant, Variant], float | None]:
+    def ratio(first: Variant, last: Variant) -> float | None:
+        return float(last["cost"][name] / first["cost"][name])
+
+    return ratio
+
+
+def _latency_ratio(first: Variant, last: Variant) -> float | None:
+    if not first["latency"] or not last["latency"]:
+        return None
+    return float(last["latency"][0]["median_ms"] / first["latency"][0]["median_ms"])
+
+
+def _parity(name: str) -> Callable[[Variant, Variant], float | None]:
+    def value(_: Variant, last: Variant) -> float | None:
+        found = last["parity"].get(name)
+        return None if found is None else float(found)
+
+    return value
+
+
+def _integer_convs(_: Variant, last: Variant) -> float | None:
+    fusion = last.get("fusion") or {}
+    return fusion["integer_convs"] / fusion["convs"] if fusion.get("convs") else None
+
+
+_VALUES: dict[str, Callable[[Variant, Variant], float | None]] = {
+    "accuracy_drop": _accuracy_drop,
+    "min_accuracy": lambda _, last: float(last["metrics"]["accuracy"]),
+    "bytes_ratio": _cost_ratio("bytes"),
+    "latency_ratio": _latency_ratio,
+    "params_ratio": _cost_ratio("params"),
+    "macs_ratio": _cost_ratio("macs"),
+    "sqnr_db": _parity("sqnr_db"),
+    "top1_agreement": _parity("top1_agreement"),
+    "max_abs_diff": _parity("max_abs_diff"),
+    "integer_convs": _integer_convs,
+}

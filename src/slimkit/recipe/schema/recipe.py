@@ -1,0 +1,171 @@
+"""The typed recipe: every key that a YAML file may have, its type, range and default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from slimkit.errors import nearest
+from slimkit.recipe.schema.fields import OneOf, TypedBy, wrong
+from slimkit.recipe.stages.interface import UNPRUNED, Stage
+from slimkit.tasks.data.settings import DataSettings
+
+__all__ = [
+    "BackendSettings",
+    "MeasureSettings",
+    "ModelSettings",
+    "Recipe",
+    "RequireSettings",
+    "TeacherSettings",
+    "recipe_schema",
+]
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
+"""Of stages, teachers and variants: part of paths and folder names, so no dots or slashes."""
+
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Settings):
+    """A network and its weights.
+
+    Attributes:
+        name: ``slimkit:resnet20``, ``torchvision:…``, ``timm:…`` or ``package.module:factory``.
+        args: keyword arguments of the factory.
+        checkpoint: a safetensors file; None starts from what the factory returns.
+    """
+
+    name: str
+    args: dict[str, Any] = {}
+    checkpoint: str | None = None
+
+
+class TeacherSettings(ModelSettings):
+    """A trained network to learn from."""
+
+
+class BackendSettings(Settings):
+    """One way of measuring latency.
+
+    Attributes:
+        name: a runtime, see ``slimkit list backends``.
+        threads: threads inside one inference.
+        batch: images per inference.
+    """
+
+    name: Annotated[str, OneOf("slimkit.runtime.sessions:BACKENDS")] = "onnxruntime"
+    threads: int = Field(default=1, ge=1)
+    batch: int = Field(default=1, ge=1)
+
+
+class MeasureSettings(Settings):
+    """What is measured of every variant.
+
+    Attributes:
+        backends: latency is measured on each; the first also evaluates the accuracy and is
+            the one that ``latency_ratio`` compares.
+        seconds: time per variant and backend.
+        parity_batches: test batches that torch and runtime are compared on.
+    """
+
+    backends: Annotated[tuple[BackendSettings, ...], Field(min_length=1)] = (BackendSettings(),)
+    seconds: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    parity_batches: int = Field(default=4, ge=1)
+
+
+class RequireSettings(Settings):
+    """Gates on the last variant against the first; a missed one ends the run with exit code 1.
+
+    Attributes:
+        accuracy_drop: at most so many points below the baseline.
+        min_accuracy: at least this accuracy, in percent.
+        bytes_ratio: size of the deployed file, relative to the baseline, at most.
+        latency_ratio: median latency on the first backend, relative, at most.
+        params_ratio, macs_ratio: relative, at most.
+        sqnr_db: signal-to-noise ratio of the runtime's outputs against torch's, at least.
+        top1_agreement: fraction of images with the same class in torch and runtime, at least.
+        max_abs_diff: of the outputs of torch and runtime, at most (for float variants).
+        integer_convs: fraction of convolutions that the runtime runs as integer, at least.
+    """
+
+    accuracy_drop: float | None = Field(default=None, allow_inf_nan=False)
+    min_accuracy: float | None = Field(default=None, ge=0, le=100)
+    bytes_ratio: Ratio | None = None
+    latency_ratio: Ratio | None = None
+    params_ratio: Ratio | None = None
+    macs_ratio: Ratio | None = None
+    sqnr_db: float | None = Field(default=None, allow_inf_nan=False)
+    top1_agreement: Fraction | None = None
+    max_abs_diff: Ratio | None = None
+    integer_convs: Fraction | None = None
+
+
+class Recipe(Settings):
+    """One experiment: data, a network, stages, and the chains of them that are compared.
+
+    Attributes:
+        name: of the experiment; the default output folder is ``runs/NAME``.
+        seed: of initial weights, order of images, and everything else that is random.
+        task: what the network does.
+        data: where images come from.
+        model: the network that every variant starts from.
+        teachers: trained networks that stages can name as their ``teacher``.
+        stages: stage name → typed settings.
+        variants: variant name → chain of stage names. The first is the baseline, the last the
+            final one; common beginnings run once. An empty chain is the model as it is.
+        measure: what is measured.
+        require: gates.
+    """
+
+    name: Name
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    task: Literal["classification"] = "classification"
+    data: DataSettings
+    model: ModelSettings
+    teachers: dict[Name, TeacherSettings] = {}
+    stages: dict[Name, Annotated[Stage, TypedBy("slimkit.recipe.stages.interface:STAGES")]] = {}
+    variants: Annotated[dict[Name, tuple[str, ...]], Field(min_length=1)]
+    measure: MeasureSettings = MeasureSettings()
+    require: RequireSettings = RequireSettings()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        for variant, chain in self.variants.items():
+            for number, stage in enumerate(chain):
+                if stage not in self.stages:
+                    raise wrong(
+                        f"there is no stage {stage!r}",
+                        nearest(stage, self.stages),
+                        path=f"variants.{variant}.{number}",
+                    )
+        for name in self.teachers:
+            if name in self.stages:
+                raise wrong("a stage has the same name", "rename one", path=f"teachers.{name}")
+        for name, stage_settings in self.stages.items():
+            known = [*self.teachers, *self.stages, UNPRUNED]
+            for teacher, place in stage_settings.teacher_names().items():
+                if teacher not in known:
+                    raise wrong(
+                        f"there is no teacher and no stage called {teacher!r}",
+                        nearest(teacher, known),
+                        path=f"stages.{name}.{place}",
+                    )
+        return self
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of recipes, for editors and validators.
+
+    Stages and distillation losses are the registered ones; a class of one's own is accepted
+    by its ``package.module:Class``.
+    """
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
