@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from slimkit.distill.records import Record, Tap, find_taps
 from torch import Tensor, nn
 
-from slimkit.distill.recording import Recorder
+from slimkit.distill.recording.recorder import Recorder
+from slimkit.distill.recording.records import Record, Tap, find_taps
 from slimkit.distill.teacher import FrozenTeacher
 from slimkit.errors import ModelError, UnknownNameError
 from slimkit.inputs import as_inputs

@@ -25,11 +25,11 @@ from slimkit.distill.knowledge import (
     Trust,
     issue_token,
     serve,
-    serving,
 )
 from slimkit.distill.knowledge.format.asking import Ask, pack_ask, read_ask
 from slimkit.distill.knowledge.format.encoding import columns_of, encode, ids_of
 from slimkit.distill.knowledge.format.schema import KnowledgeSchema
+from slimkit.distill.knowledge.online import serving
 from slimkit.errors import DataError, SlimkitError, TeacherError
 
 ROOT = Path(__file__).resolve().parents[3]
