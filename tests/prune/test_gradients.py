@@ -12,7 +12,7 @@ from torch import nn
 import slimkit as sk
 from slimkit.errors import DataError, InputError, PlanError
 from slimkit.graph.capturing import capture
-from slimkit.graph.groups import dependency_groups
+from slimkit.graph.grouping import dependency_groups
 from slimkit.inputs import as_inputs
 from slimkit.prune.batches import samples_of
 from slimkit.prune.criteria.fisher import GroupFisher

@@ -12,7 +12,7 @@ from torch import nn
 import slimkit as sk
 from slimkit.errors import InputError, PatternError, PlanError
 from slimkit.graph.capturing import capture
-from slimkit.graph.groups import dependency_groups
+from slimkit.graph.grouping import dependency_groups
 from slimkit.inputs import as_inputs
 from slimkit.prune.criteria.scores import channel_rows
 from slimkit.prune.sparse_training import BatchNormL1, GroupLasso

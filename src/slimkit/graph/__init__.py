@@ -7,7 +7,8 @@ from slimkit.graph.capturing import Call, Graph, Op, Ref, TensorInfo, capture
 from slimkit.graph.channels import rule
 from slimkit.graph.equivalence import Equivalence, check_equivalence
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
-from slimkit.graph.groups import Group, Slot, dependency_groups
+from slimkit.graph.grouping import dependency_groups
+from slimkit.graph.groups import Group, Slot
 from slimkit.graph.masking import masked_outputs
 from slimkit.graph.patterns import match_modules
 from slimkit.graph.tracking import track

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from slimkit.errors import InputError, PlanError, nearest
 from slimkit.graph.capturing import capture
-from slimkit.graph.groups import ATTENTION, AttentionPart, Group, dependency_groups
+from slimkit.graph.grouping import dependency_groups
+from slimkit.graph.groups import ATTENTION, AttentionPart, Group
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.prune.allocation.ranking import ALLOCATIONS, Allocation, GivenRatios

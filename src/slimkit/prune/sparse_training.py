@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from slimkit.errors import InputError, PlanError
 from slimkit.graph.capturing import capture
-from slimkit.graph.groups import AttentionPart, Group, Slot, dependency_groups
+from slimkit.graph.grouping import dependency_groups
+from slimkit.graph.groups import AttentionPart, Group, Slot
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.prune.criteria.scores import weight_slots

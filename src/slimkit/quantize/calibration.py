@@ -22,12 +22,12 @@ from slimkit.quantize.batches import Batches
 from slimkit.quantize.evaluating import Evaluate
 from slimkit.quantize.layer_choice.accuracy_control import Repair, accuracy_limit
 from slimkit.quantize.layer_choice.float_budget import float_budget
+from slimkit.quantize.methods.default_choice import usual_methods
 from slimkit.quantize.methods.interface import (
     Method,
     Work,
     resolve_methods,
     run_methods,
-    usual_methods,
 )
 from slimkit.quantize.observers.ranges import Observer, describe_observer, new_observer
 from slimkit.quantize.outputs.check import output_check
@@ -87,17 +87,17 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             inputs divide into groups; the other layers per channel; only ``mode="weights"``).
         group_size: inputs of one group; 32 by default.
         observer: how ranges of activations are found: a name in
-            :data:`~slimkit.quantize.observers.ranges.OBSERVERS`, or an observer with settings such as
-            ``Percentile(percentile=99.9)``.
+            :data:`~slimkit.quantize.observers.ranges.OBSERVERS`, or an observer with settings
+            such as ``Percentile(percentile=99.9)``.
         skip: modules that stay in float: patterns on module paths or class names.
         batches: use so many batches; all by default.
         weight_bits: 2 to 8 for all weights, or module pattern → bits (the first that matches);
             what is not named has the target's.
         methods: what else to do, in this order: names in
-            :data:`~slimkit.quantize.methods.interface.METHODS`, or methods with settings of their own. By
-            default, if there is calibration data, ``gptq`` and ``bias_correction`` for weights with
-            one scale per tensor; for fewer than 8 bits these, behind the activation function,
-            and ``bias_tuning``; else nothing.
+            :data:`~slimkit.quantize.methods.interface.METHODS`, or methods with settings of their
+            own. By default, if there is calibration data, ``gptq`` and ``bias_correction`` for
+            weights with one scale per tensor; for fewer than 8 bits these, behind the activation
+            function, and ``bias_tuning``; else nothing.
         evaluate: network → metric on validation data, higher is better; for ``max_drop``.
         max_drop: as few layers stay in float as it takes for the metric to fall by no more than
             this, in its own unit (0.5 points of a metric in percent); the plan names them.

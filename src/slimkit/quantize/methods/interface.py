@@ -35,16 +35,9 @@ from slimkit.quantize.batches import Batches
 from slimkit.registry import Registry
 
 if TYPE_CHECKING:
-    from slimkit.quantize.scheme import QuantPlan
     from slimkit.quantize.wrapper import QuantizedModel
 
-__all__ = ["METHODS", "Method", "Work", "resolve_methods", "run_methods", "usual_methods"]
-
-_FEW, _MANY, _MORE = 128, 192, 256
-"""Images that the usual methods look at: a few minutes for a small network on two cores. Few bits
-deserve more, and bias tuning holds out those that no other method has seen."""
-_POSITIONS = 64
-"""Of each image."""
+__all__ = ["METHODS", "Method", "Work", "resolve_methods", "run_methods"]
 
 METHODS: Registry[type[Method]] = Registry("quantization method")
 """Name → class of a method that needs no argument."""
@@ -123,29 +116,6 @@ def resolve_methods(methods: Iterable[str | Method]) -> list[Method]:
             raise InputError(f"{entry!r} is not a quantization method", where=where)
         found.append(method)
     return found
-
-
-def usual_methods(plan: QuantPlan) -> list[Method]:
-    """What :func:`~slimkit.quantize.ptq` does when nobody says what to do.
-
-    Weights that are rounded coarsely, with one scale per tensor or in fewer than 8 bits, make a
-    network useless (EfficientNet-Lite0: ``python -m benchmarks.quantize_accuracy``) unless
-    their errors are made up for; others do without.
-    """
-    weights = [spec for spec in plan.quantizers if spec.parameter is not None]
-    if plan.granularity != "tensor" and all(spec.form.bits >= 8 for spec in weights):
-        return []
-    from slimkit.quantize.methods.bias_correction import BiasCorrection
-    from slimkit.quantize.methods.bias_tuning import BiasTuning
-    from slimkit.quantize.methods.gptq import GPTQ
-
-    if all(spec.form.bits >= 8 for spec in weights):
-        return [GPTQ(images=_FEW, positions=_POSITIONS * _FEW), BiasCorrection(images=_FEW)]
-    return [
-        GPTQ(images=_MANY, positions=_POSITIONS * _MANY, behind_activation=True),
-        BiasCorrection(images=_MANY),
-        BiasTuning(images=_MORE),
-    ]
 
 
 def run_methods(methods: Sequence[Method], when: Literal["before", "after"], work: Work) -> None:
