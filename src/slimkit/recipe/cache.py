@@ -17,16 +17,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from slimkit.artifact import PathLike, atomic_directory, atomic_file, read_json, write_json
 from slimkit.errors import ArtifactError
+from slimkit.locking import file_lock
 from slimkit.plan import save
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Cache", "default_cache"]
+
+_OTHER_FOLDER = "SLIMKIT_CACHE chooses another folder for the cache"
 
 
 def default_cache() -> Path:
@@ -112,11 +115,7 @@ class Cache:
             waiting: called when another process holds it, before waiting for that one.
         """
         path = self.root / "locks" / f"{key}.lock"
-        with _storing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
-        with file:
-            _acquire(file, waiting)
+        with file_lock(path, waiting=waiting, hint=_OTHER_FOLDER):
             yield
 
     def note(self, kind: str, key: str) -> Any:
@@ -151,20 +150,6 @@ class Cache:
         return self.root / "stages" / key[:2] / key
 
 
-def _acquire(file: IO[str], waiting: Callable[[], None]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs of one stage then do the work twice, no harm done
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        waiting()
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks
-        return
-
-
 @contextlib.contextmanager
 def _storing(path: Path) -> Iterator[None]:
     try:
@@ -175,5 +160,5 @@ def _storing(path: Path) -> Iterator[None]:
         raise ArtifactError(
             f"cannot write: {error.strerror or error}",
             where=str(path),
-            hint="SLIMKIT_CACHE chooses another folder for the cache",
+            hint=_OTHER_FOLDER,
         ) from error

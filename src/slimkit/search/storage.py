@@ -11,12 +11,12 @@ import contextlib
 import datetime as dt
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 from slimkit.errors import ArtifactError, InputError
+from slimkit.locking import file_lock
 from slimkit.search.values import Direction, Trial
 
 if TYPE_CHECKING:
@@ -78,10 +78,18 @@ def open_record(
     file = Path(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab+") as handle:
-            locked = _lock(handle, file)
+        with (
+            file.open("ab+") as handle,
+            file_lock(
+                file.with_name(f".{file.name}.lock"),
+                patience=_PATIENCE,
+                busy="another search is writing it",
+                where=file,
+                hint="give another file",
+            ),
+        ):
             _cut_torn_line(handle, file)
-            yield _Journal(file, space, direction, settings, locked=locked)
+            yield _Journal(file, space, direction, settings)
     except ArtifactError:
         raise
     except OSError as error:
@@ -97,14 +105,12 @@ class _Journal:
         space: SearchSpace,
         direction: Direction,
         settings: Mapping[str, Any],
-        *,
-        locked: bool,
     ) -> None:
         self._file = file
         self._distributions = {name: p.distribution() for name, p in space.items()}
         self._direction = direction
         with quiet_optuna(), _readable(file):
-            self._study = _study(file, direction, locked=locked)
+            self._study = _study(file, direction)
             self._check_settings(settings)
             self.trials = [self._read(trial) for trial in self._study.get_trials(deepcopy=False)]
 
@@ -209,39 +215,17 @@ class _Locked:
         return None
 
 
-def _study(file: Path, direction: Direction, *, locked: bool) -> optuna.Study:
+def _study(file: Path, direction: Direction) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    backend = JournalFileBackend(str(file), lock_obj=cast("Any", _Locked()) if locked else None)
+    backend = JournalFileBackend(str(file), lock_obj=cast("Any", _Locked()))
     storage = JournalStorage(backend)
     try:  # optuna's own load_if_exists would add a line each time
         return optuna.load_study(study_name=_STUDY, storage=storage)
     except KeyError:
         return optuna.create_study(study_name=_STUDY, storage=storage, direction=direction)
-
-
-def _lock(handle: IO[bytes], file: Path) -> bool:
-    """Lock the file until it is closed; False where files cannot be locked."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return False
-    end = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise ArtifactError(
-                    "another search is writing it", where=str(file), hint="give another file"
-                ) from None
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            return False
-        else:
-            return True
 
 
 def _cut_torn_line(handle: IO[bytes], file: Path) -> None:

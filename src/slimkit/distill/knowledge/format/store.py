@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimkit.artifact import PathLike, atomic_file, content_hash, read_json, write_json
 from slimkit.distill.knowledge.format.schema import KnowledgeSchema
-from slimkit.errors import ArtifactError, DataError
+from slimkit.errors import DataError
+from slimkit.locking import file_lock
 
 __all__ = ["INDEX", "Index", "KnowledgeWriter", "Shard", "ShardFile", "read_index"]
 
@@ -168,16 +169,8 @@ class KnowledgeWriter:
         Raises:
             ArtifactError: one is at work.
         """
-        path = self.folder / ".lock"
-        try:
-            handle = path.open("w")
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write: {error.strerror or error}", where=str(path)
-            ) from error
-        with handle:
-            if not _taken(handle):
-                raise ArtifactError("another process writes into it", where=str(self.folder))
+        busy = "another process writes into it"
+        with file_lock(self.folder / ".lock", patience=0, busy=busy, where=self.folder):
             yield
 
     def write(self, shard: Shard, batches: Iterable[pa.RecordBatch]) -> None:
@@ -251,21 +244,6 @@ class KnowledgeWriter:
                 hint="choose another folder, or delete this one",
             )
         return found
-
-
-def _taken(handle: IO[str]) -> bool:
-    """Take a lock that ends with the process; True where there are no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def _identity(index: Index) -> dict[str, Any]:
