@@ -26,6 +26,9 @@ MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
 MODELS.register_lazy("resnet20", "slimkit.models.resnet:resnet20")
 MODELS.register_lazy("resnet56", "slimkit.models.resnet:resnet56")
 MODELS.register_lazy("mobilenet_v1", "slimkit.models.mobilenet:mobilenet_v1")
+MODELS.register_lazy("picodet_l", "slimkit.models.picodet:picodet_l")
+MODELS.register_lazy("picodet_m", "slimkit.models.picodet:picodet_m")
+MODELS.register_lazy("picodet_s", "slimkit.models.picodet:picodet_s")
 MODELS.register_lazy("vgg16_bn", "slimkit.models.vgg:vgg16_bn")
 
 

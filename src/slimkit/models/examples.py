@@ -28,7 +28,8 @@ def example_input(name: str, model: nn.Module, *, in_channels: int = 3) -> Any:
     """
     source, _, short = name.partition(":")
     if source == "slimkit":
-        size = 32 if min(getattr(getattr(model, "stem", None), "stride", (1,))) == 1 else 224
+        small = min(getattr(getattr(model, "stem", None), "stride", (1,))) == 1
+        size = getattr(model, "image_size", 32 if small else 224)
         return torch.zeros(1, in_channels, size, size)
     if source == "timm":
         size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))

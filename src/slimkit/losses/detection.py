@@ -1,0 +1,128 @@
+"""Losses and label assignment of one-stage detectors: VFL, DFL, GIoU, SimOTA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import box_iou, generalized_box_iou, generalized_box_iou_loss
+
+__all__ = ["distribution_focal", "giou", "simota", "varifocal"]
+
+
+def varifocal(
+    logits: Tensor, targets: Tensor, *, alpha: float = 0.75, gamma: float = 2.0
+) -> Tensor:
+    """Varifocal loss, elementwise (Zhang et al. 2021, "VarifocalNet", equation 2).
+
+    Cross-entropy with a target quality q, weighted by q where q > 0 and by α · pᵞ elsewhere.
+
+    Args:
+        logits: class scores before the sigmoid.
+        targets: quality (IoU) of each class, 0 … 1; 0 for what is not there.
+        alpha: factor of the weight of negatives.
+        gamma: its exponent; easy negatives count less.
+
+    Returns:
+        Of the shape of ``logits``; the paper divides the sum by the number of positives.
+    """
+    negatives = alpha * logits.detach().sigmoid().pow(gamma)
+    weight = torch.where(targets > 0, targets, negatives)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return weight * loss
+
+
+def distribution_focal(logits: Tensor, targets: Tensor) -> Tensor:
+    """Distribution focal loss (Li et al. 2020, "Generalized Focal Loss", equation 6).
+
+    The cross-entropy of the two whole distances around each target, weighted by nearness.
+
+    Args:
+        logits: (P, 4 · bins).
+        targets: distances in strides, (P, 4), at least 0 and below ``bins − 1``.
+
+    Returns:
+        (P,), the mean over the four sides.
+    """
+    by_side = logits.reshape(-1, logits.shape[-1] // 4)
+    wanted = targets.flatten()
+    lower = wanted.floor().long()
+    nearness = wanted - lower
+    low = F.cross_entropy(by_side, lower, reduction="none")
+    high = F.cross_entropy(by_side, lower + 1, reduction="none")
+    return (low * (1 - nearness) + high * nearness).view(-1, 4).mean(1)
+
+
+def giou(boxes: Tensor, targets: Tensor) -> Tensor:
+    """``1 − GIoU`` of boxes (P, 4) and their targets, (P,) (Rezatofighi et al. 2019)."""
+    loss: Tensor = generalized_box_iou_loss(boxes, targets)
+    return loss
+
+
+@torch.no_grad()
+def simota(
+    logits: Tensor,
+    boxes: Tensor,
+    centres: Tensor,
+    strides: Tensor,
+    truth_boxes: Tensor,
+    truth_labels: Tensor,
+    *,
+    radius: float = 2.5,
+    top: int = 10,
+    iou_weight: float = 6.0,
+) -> Tensor:
+    """Which cell predicts which object: SimOTA (Ge et al. 2021, "YOLOX", section 2.1).
+
+    Candidates are cells inside a box or near its centre. Each object takes as many of them as
+    the sum of its ``top`` best IoUs says, those of least cost; a cell that several want goes to
+    the one of least cost. The cost is PicoDet's: varifocal loss + ``iou_weight`` · (1 − GIoU),
+    and 10⁸ outside of box and centre.
+
+    Args:
+        logits: class scores before the sigmoid, (A, classes).
+        boxes: predicted, x1, y1, x2, y2 in pixels, (A, 4).
+        centres: of the cells in pixels, (A, 2).
+        strides: of the cells in pixels, (A,).
+        truth_boxes: (G, 4).
+        truth_labels: int64 (G,).
+        radius: of the centre region, in strides.
+        top: IoUs that decide how many cells an object gets.
+        iou_weight: of GIoU in the cost.
+
+    Returns:
+        Number of the object of each cell, −1 for background, int64 (A,).
+    """
+    assigned = torch.full((len(boxes),), -1, dtype=torch.long, device=boxes.device)
+    if not len(truth_boxes):
+        return assigned
+    inside = _inside(centres, truth_boxes)
+    middle = (truth_boxes[:, :2] + truth_boxes[:, 2:]) / 2
+    near = (centres[:, None] - middle).abs().amax(-1) < radius * strides[:, None]
+    candidates = (inside | near).any(1).nonzero().flatten()
+    if not len(candidates):
+        return assigned
+    candidate_boxes, scores = boxes[candidates], logits[candidates]
+    overlap = box_iou(candidate_boxes, truth_boxes)
+    wanted = F.one_hot(truth_labels, logits.shape[1]).to(scores.dtype)
+    quality = wanted[None] * overlap[..., None]
+    cost = varifocal(scores[:, None].expand_as(quality), quality).sum(-1)
+    cost = cost + iou_weight * (1 - generalized_box_iou(candidate_boxes, truth_boxes))
+    cost = cost + 1e8 * ~(inside & near)[candidates]
+    shares = overlap.topk(min(top, len(candidates)), dim=0).values.sum(0).int().clamp(min=1)
+    matched = torch.zeros_like(cost, dtype=torch.bool)
+    for number, share in enumerate(shares.tolist()):
+        matched[cost[:, number].topk(share, largest=False).indices, number] = True
+    several = matched.sum(1) > 1
+    best = cost[several].argmin(1)
+    matched[several] = F.one_hot(best, len(truth_boxes)).bool()
+    taken = matched.any(1)
+    assigned[candidates[taken]] = matched[taken].int().argmax(1)
+    return assigned
+
+
+def _inside(points: Tensor, boxes: Tensor) -> Tensor:
+    """(A, 2) points in (G, 4) boxes → bool (A, G)."""
+    before = points[:, None] > boxes[None, :, :2]
+    behind = points[:, None] < boxes[None, :, 2:]
+    return (before & behind).all(-1)

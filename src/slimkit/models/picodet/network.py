@@ -1,0 +1,181 @@
+"""PicoDet: backbone, neck and head together, and the loss that trains them.
+
+Yu et al. 2021, "PP-PicoDet: A Better Real-Time Object Detector on Mobile Devices"
+(https://arxiv.org/abs/2111.00902).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from slimkit.errors import InputError
+from slimkit.losses.detection import distribution_focal, giou, simota, varifocal
+from slimkit.models.cells import boxes_at, cells_of, distances_to, mean_distances
+from slimkit.models.initialisation import initialise
+from slimkit.models.picodet.csp_pan import CSPPAN
+from slimkit.models.picodet.esnet import ESNet
+from slimkit.models.picodet.head import CellPredictions, PicoHead
+
+__all__ = ["PicoDet", "picodet_l", "picodet_m", "picodet_s"]
+
+_RATIOS_S = (0.875, 0.5, 0.5, 0.5, 0.625, 0.5, 0.625, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
+_RATIOS_M = (0.875, 0.5, 1.0, 0.625, 0.5, 0.75, 0.625, 0.625, 0.5, 0.625, 1.0, 0.625, 0.75)
+"""Inner widths of ESNet's blocks, which a search found (section 3.1 and the released settings)."""
+
+_LOSS_WEIGHTS = {"varifocal": 1.0, "giou": 2.0, "distribution": 0.25}
+"""Section 3.4, equation 1."""
+
+
+class PicoDet(nn.Module):
+    """An anchor-free one-stage detector.
+
+    Args:
+        num_classes: of objects.
+        scale: width of the backbone.
+        ratios: inner widths of its 13 blocks.
+        neck: channels of the neck and the head.
+        layers: depthwise separable convolutions per level in the head.
+        in_channels: of the image.
+
+    Attributes:
+        image_size: pixels a side that the published networks were trained with; any other works.
+        strides: of the four levels, in pixels.
+        bins: whole distances that a side is spread over.
+
+    Raises:
+        ModelError: a width is impossible.
+    """
+
+    image_size: int = 320
+    strides: tuple[int, ...] = (8, 16, 32, 64)
+    bins: int = 8
+
+    def __init__(
+        self,
+        num_classes: int = 80,
+        scale: float = 1.0,
+        ratios: Sequence[float] = _RATIOS_M,
+        neck: int = 128,
+        layers: int = 4,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = ESNet(scale, ratios, in_channels)
+        self.neck = CSPPAN(self.backbone.channels, neck)
+        self.head = PicoHead(neck, len(self.strides), num_classes, layers, self.bins)
+        initialise(self)
+        self.head.initialise()
+
+    def forward(self, images: Tensor) -> CellPredictions:
+        """Normalised images (N, in_channels, H, W) → predictions of all cells."""
+        predictions: CellPredictions = self.head(self.neck(self.backbone(images)))
+        return predictions
+
+    def decode(
+        self, predictions: CellPredictions, image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes and scores of every cell, before non-maximum suppression.
+
+        Args:
+            predictions: of :meth:`forward`.
+            image_size: height and width of the images in pixels.
+
+        Returns:
+            Boxes x1, y1, x2, y2 in pixels (N, cells, 4), and probabilities (N, cells, classes).
+        """
+        logits, distances = predictions
+        cells = cells_of(image_size, self.strides, device=logits.device)
+        return boxes_at(cells, mean_distances(distances)), logits.sigmoid()
+
+    def loss(
+        self,
+        predictions: CellPredictions,
+        targets: Sequence[Mapping[str, Any]],
+        image_size: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """Varifocal, GIoU and distribution focal loss of cells that SimOTA assigns.
+
+        Args:
+            predictions: of :meth:`forward`.
+            targets: per image ``boxes``, x1, y1, x2, y2 in pixels (G, 4), and ``labels``, int64
+                (G,); both may be empty.
+            image_size: height and width in pixels.
+
+        Returns:
+            The three terms by name, weighted; their sum is to be minimised.
+
+        Raises:
+            InputError: not one target per image, or a label that is no class.
+        """
+        logits, distances = (part.float() for part in predictions)
+        if len(targets) != len(logits):
+            raise InputError(f"{len(targets)} targets for {len(logits)} images", where="targets")
+        cells = cells_of(image_size, self.strides, device=logits.device)
+        boxes = boxes_at(cells, mean_distances(distances))
+        quality = torch.zeros_like(logits)
+        terms: dict[str, list[Tensor]] = {"giou": [], "distribution": []}
+        weights: list[Tensor] = []
+        for number, target in enumerate(targets):
+            truth, labels = _checked(target, self.num_classes, number)
+            assigned = simota(
+                logits[number].detach(), boxes[number].detach(), cells.centres, cells.strides,
+                truth, labels,
+            )  # fmt: skip
+            positive = (assigned >= 0).nonzero().flatten()
+            if not len(positive):
+                continue
+            wanted = truth[assigned[positive]]
+            found = boxes[number, positive]
+            overlap = box_iou(found.detach(), wanted).diagonal()
+            quality[number, positive, labels[assigned[positive]]] = overlap
+            weight = logits[number, positive].detach().sigmoid().amax(1)
+            here = type(cells)(cells.centres[positive], cells.strides[positive])
+            aims = distances_to(here, wanted, largest=self.bins - 1 - 0.01)
+            terms["giou"].append(giou(found, wanted) * weight)
+            terms["distribution"].append(
+                distribution_focal(distances[number, positive], aims) * weight
+            )
+            weights.append(weight)
+        positives = max(1, sum(len(weight) for weight in weights))
+        total = torch.cat(weights).sum().clamp(min=1e-6) if weights else logits.new_ones(())
+        losses = {"varifocal": varifocal(logits, quality).sum() / positives}
+        for name, parts in terms.items():
+            # nothing to place: still a term of the graph, so that every weight has a gradient
+            summed = torch.cat(parts).sum() if parts else distances.sum() * 0
+            losses[name] = summed / total
+        return {name: _LOSS_WEIGHTS[name] * value for name, value in losses.items()}
+
+
+def _checked(target: Mapping[str, Any], num_classes: int, number: int) -> tuple[Tensor, Tensor]:
+    boxes: Tensor = target["boxes"].reshape(-1, 4).float()
+    labels: Tensor = target["labels"].reshape(-1).long()
+    if len(boxes) != len(labels):
+        raise InputError(f"{len(boxes)} boxes but {len(labels)} labels", where=f"targets[{number}]")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise InputError(
+            f"labels {int(labels.min())} … {int(labels.max())}, but the network has "
+            f"{num_classes} classes",
+            where=f"targets[{number}].labels",
+        )
+    return boxes, labels
+
+
+def picodet_s(num_classes: int = 80, in_channels: int = 3) -> PicoDet:
+    """PicoDet-S: 0.99 M parameters with 80 classes."""
+    return PicoDet(num_classes, 0.75, _RATIOS_S, 96, 2, in_channels)
+
+
+def picodet_m(num_classes: int = 80, in_channels: int = 3) -> PicoDet:
+    """PicoDet-M: 2.15 M parameters with 80 classes."""
+    return PicoDet(num_classes, 1.0, _RATIOS_M, 128, 4, in_channels)
+
+
+def picodet_l(num_classes: int = 80, in_channels: int = 3) -> PicoDet:
+    """PicoDet-L: 3.31 M parameters with 80 classes."""
+    return PicoDet(num_classes, 1.25, _RATIOS_M, 160, 4, in_channels)
