@@ -13,7 +13,6 @@ too, so that the generator is part of the checkpoint::
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from slimkit.distill.losses.connecting import seeded
 from slimkit.distill.recording.recorder import Recorder, main_tensor
 from slimkit.distill.recording.records import Record, RecordPath, find_taps
 from slimkit.errors import CheckpointError, InputError, ModelError
+from slimkit.modules import copy_module, evaluation
 from slimkit.registry import Registry
 from slimkit.train.callbacks import Callback
 
@@ -211,7 +211,7 @@ class GeneratedBatches(Callback):
     ) -> None:
         self.student, self.settings = student, settings
         self.batch_size, self.steps = batch_size, steps
-        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.teacher = copy_module(teacher, where="teacher").eval().requires_grad_(False)
         self.generator = generator or ImageGenerator(settings.latent, shape, settings.width)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=settings.lr)
         self.objectives: list[float] = []
@@ -287,13 +287,8 @@ class GeneratedBatches(Callback):
 
 def _answer(student: nn.Module, images: Tensor) -> Tensor:
     """The student's logits in eval mode, with gradient into the images."""
-    flags = {module: module.training for module in student.modules()}
-    student.eval()
-    try:
+    with evaluation(student):
         return main_tensor(student(images), where="student")
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 def _features(settings: Generation, teacher: nn.Module) -> str | Record:

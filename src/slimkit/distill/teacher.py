@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,6 +17,7 @@ from slimkit.errors import CaptureError, InputError, ModelError, PlanError, near
 from slimkit.graph.capturing import capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.inputs import Inputs
+from slimkit.modules import copy_module
 from slimkit.runtime.surroundings import multiplies_bf16
 
 __all__ = ["FrozenTeacher", "TeacherPrecision"]
@@ -179,11 +179,7 @@ class FrozenTeacher:
 
 
 def _frozen_copy(teacher: nn.Module) -> nn.Module:
-    try:
-        clone = copy.deepcopy(teacher)
-    except Exception as error:  # a user's own __deepcopy__ may raise anything
-        raise ModelError(f"the teacher cannot be copied: {error}", where="teacher") from error
-    return clone.eval().requires_grad_(False)
+    return copy_module(teacher, where="teacher").eval().requires_grad_(False)
 
 
 def _folded(model: nn.Module, inputs: Inputs, taps: Iterable[Tap]) -> nn.Module:
@@ -211,7 +207,7 @@ def _runner(model: nn.Module, precision: str, channels_last: bool) -> _Runner:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     layout = torch.channels_last if channels_last else torch.preserve_format
     if precision == "bf16":
-        model = copy.deepcopy(model).to(dtype)
+        model = copy_module(model, where="teacher").to(dtype)
     return _Runner(model.to(memory_format=layout), precision, channels_last)
 
 

@@ -7,7 +7,6 @@ parameters alone, so a plain layer with that weight gives the same outputs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from slimkit.errors import PlanError, nearest
 from slimkit.graph.capturing import Graph
+from slimkit.modules import copy_module
 
 __all__ = ["SamePadConv2d", "computed_weights", "make_plain"]
 
@@ -74,7 +74,7 @@ def _plain(layer: nn.Module) -> nn.Module | None:
     """A layer with the same outputs in evaluation mode and a weight of its own, if there is one."""
     if layer._forward_hooks:
         return None
-    trial = copy.deepcopy(layer).eval()
+    trial = copy_module(layer).eval()
     try:
         inputs = _inputs(trial)
         with _Weights() as seen:

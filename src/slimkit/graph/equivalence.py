@@ -10,7 +10,6 @@ survive), both numbers are compared and the original's decision is taken over.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from slimkit.graph.decisions import Decisions, largest_difference
 from slimkit.graph.isolation import own_inputs, undisturbed
 from slimkit.graph.masking import PruningPlan, masked_outputs
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.modules import copy_module
 
 __all__ = ["Equivalence", "check_equivalence"]
 
@@ -127,13 +127,13 @@ def _captured_copy(
 ) -> tuple[nn.Module, Inputs, Graph, bool]:
     """A copy of the model, its inputs and its capture, in float64 where that runs."""
     if double:
-        original = copy.deepcopy(model).double()
+        original = copy_module(model).double()
         precise = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
         try:
             return original, precise, capture(original, precise), True
         except CaptureError:  # raised again below unless its own precision is what it needs
             pass
-    original = copy.deepcopy(model)
+    original = copy_module(model)
     return original, inputs, capture(original, inputs), False
 
 

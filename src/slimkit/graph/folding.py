@@ -9,7 +9,6 @@ and an activation function as children. What is left of such a module are its ch
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from slimkit.errors import PlanError, nearest
 from slimkit.graph.capturing import Call, Graph
+from slimkit.modules import copy_module
 from slimkit.plan import Plan
 
 __all__ = ["FusePlan", "batch_norm_pairs"]
@@ -85,7 +85,7 @@ def _is_norm_then_children(norm: nn.Module, shape: tuple[int, ...]) -> bool:
         return True
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *shape[1:], generator=generator).to(cast("Tensor", norm.running_mean))
-    trial = copy.deepcopy(norm).eval()
+    trial = copy_module(norm).eval()
     plain = F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
     )

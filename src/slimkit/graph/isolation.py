@@ -13,6 +13,7 @@ from torch import nn
 
 from slimkit.graph.sizes import TrackedInt, attribute_origin
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.modules import evaluation
 
 if TYPE_CHECKING:
     from slimkit.graph.capturing import Graph
@@ -52,7 +53,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     What the forward keeps in attributes (a cache of attention biases, say) is forgotten:
     channels that leave afterwards would not leave the cache.
     """
-    training = [(module, module.training) for module in model.modules()]
     attributes = [_Attributes(vars(module)) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -62,17 +62,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     random_state = torch.get_rng_state()
-    model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with evaluation(model):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.set_rng_state(random_state)
         for held in attributes:
             held.restore()
-        for module, flag in training:
-            module.training = flag
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
                 if not torch.equal(buffer, saved):

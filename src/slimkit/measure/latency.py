@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.modules import evaluation
 from slimkit.runtime.sessions import Session, TensorSpec, open_session
-from slimkit.runtime.structure import evaluation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

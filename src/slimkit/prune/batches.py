@@ -7,7 +7,6 @@ tensor, a tuple of arguments, a mapping of keywords or :class:`slimkit.Inputs`. 
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from slimkit.errors import DataError, InputError, SlimkitError
 from slimkit.graph.isolation import undisturbed
 from slimkit.inputs import Inputs
+from slimkit.modules import copy_module
 
 __all__ = [
     "Batch",
@@ -45,7 +45,7 @@ Loss = Callable[[Any, Any], Tensor]
 @contextmanager
 def evaluated_copy(model: nn.Module) -> Iterator[nn.Module]:
     """A copy in evaluation mode whose parameters need no gradients; random state restored."""
-    twin = copy.deepcopy(model).requires_grad_(False)
+    twin = copy_module(model).requires_grad_(False)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with (
         undisturbed(twin),

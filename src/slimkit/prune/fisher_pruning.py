@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimkit.errors import InputError
 from slimkit.inputs import ExampleInputs
+from slimkit.modules import restored_flags
 from slimkit.prune.batches import Batch, Batches, Loss, each_batch, evaluated_copy
 from slimkit.prune.criteria.fisher import ChannelMasks, Saving
 from slimkit.prune.criteria.scores import Random, check_choice
@@ -43,9 +44,9 @@ def one_by_one(
 ) -> PrunePlan:
     """Mask one channel after the other until the target is met (Liu et al. 2021, algorithm 1).
 
-    Fisher information of the shared masks (:class:`slimkit.prune.criteria.fisher.GroupFisher`) is added
-    up over ``every`` batches; the channel with the least of it per cost is masked, and the sum
-    starts anew. What a channel costs is counted in the network that is left. In the end one
+    Fisher information of the shared masks (:class:`slimkit.prune.criteria.fisher.GroupFisher`) is
+    added up over ``every`` batches; the channel with the least of it per cost is masked, and the
+    sum starts anew. What a channel costs is counted in the network that is left. In the end one
     plan removes what is masked; where ``round_to`` asks for it a few channels come back, the
     last to leave first, or a few more go.
 
@@ -185,13 +186,8 @@ def _masked(model: nn.Module, choices: PruneSpace, optimizer: Any) -> Iterator[C
         with evaluated_copy(model) as twin:
             yield ChannelMasks(twin, choices.groups)
         return
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.enable_grad():
-            yield ChannelMasks(model.train(), choices.groups)
-    finally:
-        for module, flag in flags:
-            module.training = flag
+    with restored_flags(model), torch.enable_grad():
+        yield ChannelMasks(model.train(), choices.groups)
 
 
 def _endless(batches: Batches, model: nn.Module) -> Iterator[Batch]:

@@ -6,7 +6,6 @@ see :attr:`slimkit.graph.groups.Group.link`) form one *unit* and always keep equ
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import PlanError, SlimkitError
+from slimkit.modules import copy_module
 from slimkit.prune.costing import Cost, CostModel
 from slimkit.prune.fitting import fit_counts, rounded
 from slimkit.prune.writing import write_plan
@@ -215,7 +215,7 @@ class PruneSpace:
 
     def pruned(self, kept: Mapping[str, int]) -> nn.Module:
         """A pruned copy of the network, in evaluation mode."""
-        return self.plan(kept).apply_to(copy.deepcopy(self.model)).eval()
+        return self.plan(kept).apply_to(copy_module(self.model)).eval()
 
     def out_of_reach(self, target: Target) -> PlanError:
         """The error that says how far one can go and which groups limit it."""

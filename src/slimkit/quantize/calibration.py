@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from slimkit.graph.computed_weights import computed_weights, make_plain
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.modules import copy_module
 from slimkit.plan import apply
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.evaluating import Evaluate
@@ -183,7 +183,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         return quantized.eval()
     originals = limit.remembered(work) if chosen else {}
     again = limit.evaluate is None and any(method.when == "after" for method in chosen)
-    repair = Repair(copy.deepcopy(quantized), adjust) if again else None
+    repair = Repair(copy_module(quantized), adjust) if again else None
     run_methods(chosen, "after", work)
     return limit.keep(work, target=resolved, originals=originals, repair=repair).eval()
 
@@ -220,10 +220,10 @@ def attach(
         weight_bits=_bits_by_module(model, weight_bits),
     )
     skipped = match_modules(model, skip, where="skip") if skip else set()
-    original = copy.deepcopy(model)
+    original = copy_module(model)
     graph = capture(original, example_inputs)
     plain = computed_weights(original, graph)
-    folded = make_plain(copy.deepcopy(original), plain)
+    folded = make_plain(copy_module(original), plain)
     if plain:
         graph = capture(folded, example_inputs)
     folds = tuple(batch_norm_pairs(folded, graph))

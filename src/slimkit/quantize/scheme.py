@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -11,6 +10,7 @@ from slimkit.errors import PlanError, nearest
 from slimkit.graph.addressing import CallTable
 from slimkit.graph.computed_weights import make_plain
 from slimkit.graph.folding import FusePlan
+from slimkit.modules import copy_module
 from slimkit.plan import Plan
 from slimkit.quantize.targets import NumberFormat
 
@@ -266,7 +266,7 @@ class QuantPlan(Plan):
 
     def folded(self, model: nn.Module) -> nn.Module:
         """A copy of the float ``model`` with the layers that this plan is about."""
-        return FusePlan(self.folds).apply_to(make_plain(copy.deepcopy(model), self.plain))
+        return FusePlan(self.folds).apply_to(make_plain(copy_module(model), self.plain))
 
     def bit_widths(self) -> dict[str, tuple[int, int]]:
         """Module path → (weight bits, activation bits); 32 where activations stay in float."""

@@ -16,6 +16,7 @@ from slimkit.errors import DataError, InputError, nearest
 from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.measure.tables import rendered
+from slimkit.modules import evaluation
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.calibration import WeightBits, ptq
 from slimkit.quantize.evaluating import Evaluate, evaluated, refuse_test_data
@@ -237,10 +238,9 @@ class _Score:
         self._evaluate = evaluate
         self._distance: OutputDistance | None = None
         if evaluate is None:
-            training = model.training
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
-            self._distance = OutputDistance(model.eval(), [b.to(device) for b in held_out])
-            model.train(training)
+            with evaluation(model):
+                self._distance = OutputDistance(model, [b.to(device) for b in held_out])
 
     def __call__(self, quantized: nn.Module) -> dict[str, float]:
         if self._distance is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +11,7 @@ from slimkit.errors import CaptureError, InputError
 from slimkit.graph.capturing import Graph, capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.inputs import ExampleInputs, as_inputs
+from slimkit.modules import copy_module
 from slimkit.plan import apply
 
 __all__ = ["fuse"]
@@ -43,7 +43,7 @@ def fuse(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Mo
         InputError: there are no example inputs and none of the usual ones fit.
         CaptureError: the model fails on the example inputs.
     """
-    folded = copy.deepcopy(model).eval()
+    folded = copy_module(model).eval()
     if example_inputs is None:
         graph = _captured_by_guess(folded)
     else:

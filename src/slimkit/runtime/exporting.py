@@ -19,6 +19,7 @@ import slimkit
 from slimkit.artifact import PathLike, atomic_file
 from slimkit.errors import ExportError, InputError
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.modules import evaluation, set_evaluation
 from slimkit.runtime.export_hooks import GRAPH_PASSES, translation_table
 from slimkit.runtime.sessions import TensorSpec
 from slimkit.runtime.structure import (
@@ -26,7 +27,6 @@ from slimkit.runtime.structure import (
     batched_positions,
     default_input_names,
     default_output_names,
-    evaluation,
     named_outputs,
 )
 
@@ -179,7 +179,7 @@ def _convert(
     outs: list[str],
 ) -> ModelProto:
     """Trace symbolically and translate to an ONNX graph with constants folded."""
-    flat.eval()
+    set_evaluation(flat)
     for index in batched:
         if tensors[index].shape[0] == 1:  # a batch of one would be taken for a constant
             tensors[index] = torch.cat([tensors[index]] * 2)
@@ -318,19 +318,6 @@ def _spec(value: ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
     return TensorSpec(value.name, shape, str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
-
-
-@contextlib.contextmanager
-def _contiguous(model: nn.Module) -> Iterator[None]:
-    """Weights in the default memory layout: traces of channels-last ones hold stride arithmetic."""
-    others = [(p, p.data) for p in model.parameters() if not p.is_contiguous()]
-    for parameter, data in others:
-        parameter.data = data.contiguous()
-    try:
-        yield
-    finally:
-        for parameter, data in others:
-            parameter.data = data
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from torch import nn
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError
 from slimkit.inputs import Inputs
+from slimkit.modules import evaluation
 from slimkit.runtime.sessions import Session, open_session
-from slimkit.runtime.structure import batch_inputs, evaluation, named_outputs
+from slimkit.runtime.structure import batch_inputs, named_outputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

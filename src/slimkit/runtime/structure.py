@@ -7,7 +7,6 @@ n-th output of one is the n-th output of the other.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import re
@@ -28,7 +27,6 @@ __all__ = [
     "batched_positions",
     "default_input_names",
     "default_output_names",
-    "evaluation",
     "named_outputs",
 ]
 
@@ -168,15 +166,3 @@ def batch_inputs(batch: Any, count: int) -> Inputs:
     if isinstance(batch, tuple) and len(batch) > count:
         batch = batch[:count]
     return as_inputs(batch)
-
-
-@contextlib.contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode; every module's own training flag is restored afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

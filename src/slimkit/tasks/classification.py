@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimkit.errors import InputError, ModelError
+from slimkit.modules import evaluation
 from slimkit.tasks.data.loading import Splits
 
 __all__ = ["ClassificationTask"]
@@ -75,18 +76,13 @@ class ClassificationTask:
         """
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         images = torch.zeros(2, *splits.shape, device=device)
-        flags = {module: module.training for module in model.modules()}
-        model.eval()
         try:
-            with torch.no_grad():
+            with evaluation(model), torch.no_grad():
                 outputs = logits(model(images))
         except (RuntimeError, ValueError, TypeError) as error:
             raise ModelError(
                 f"the model cannot take images of shape {splits.shape}: {error}", where="model"
             ) from error
-        finally:
-            for module, flag in flags.items():
-                module.training = flag
         expected = len(splits.classes)
         if outputs.dim() != 2 or outputs.shape[1] != expected:
             raise ModelError(
@@ -123,16 +119,11 @@ def _module_logits(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterable[tuple[Tensor, Tensor]]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluation(model):
         for images, labels in loader:
             with torch.no_grad():
                 outputs = logits(model(images.to(device, non_blocking=True)))
             yield outputs.float(), labels.to(device, non_blocking=True)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def _scores(batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from slimkit.distill.recording.intercepting import ForwardScope, Handler, Interc
 from slimkit.distill.recording.records import Tap, tap_of
 from slimkit.errors import ModelError
 from slimkit.inputs import Inputs
+from slimkit.modules import evaluation
 
 __all__ = ["Recorder", "main_tensor", "probing", "run"]
 
@@ -162,14 +163,8 @@ def _picked(value: Any, tap: Tap) -> Tensor:
 @contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's training flag is restored after."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
+    with evaluation(model), torch.no_grad():
+        yield
 
 
 def run(model: nn.Module, inputs: Inputs, *, who: str) -> Any:

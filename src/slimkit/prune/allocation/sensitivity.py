@@ -8,7 +8,6 @@ finds the threshold that meets the target.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import torch
 
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError, PlanError
+from slimkit.modules import copy_module
 from slimkit.progress import ProgressDisplay
 from slimkit.prune.allocation.curves import SensitivityCurves
 from slimkit.prune.fitting import rounded
@@ -139,7 +139,7 @@ class _Point:
 
     def measured(self, space: PruneSpace) -> float:
         """The metric; raises PlanError that says where it failed."""
-        model = space.pruned(self.counts) if self.unit else copy.deepcopy(space.model).eval()
+        model = space.pruned(self.counts) if self.unit else copy_module(space.model).eval()
         assert space.evaluate is not None
         try:
             value = float(space.evaluate(model))

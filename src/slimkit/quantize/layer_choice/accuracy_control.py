@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError, nearest
+from slimkit.modules import copy_module
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated, refuse_test_data
 from slimkit.quantize.layer_choice.layer_ranking import multiply_adds, noise_shares
@@ -181,7 +181,7 @@ class AccuracyLimit:
             plain.limit = replace(self, max_drop=allowed)
             found = _fewest(plain, shares, costs)
             in_float = plain.best if found is None else found
-            network = copy.deepcopy(repair.plain)
+            network = copy_module(repair.plain)
             same = LayerSwitches(network, target=target)
             repair.run(same.leave(in_float, same.plan(in_float, self.reason)))
             drop = self.base - evaluated(trials.score, network, "the repaired network")

@@ -20,7 +20,6 @@ after that it may choose scales and roundings. Register one by name::
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +30,7 @@ from torch import nn
 
 from slimkit.errors import InputError
 from slimkit.inputs import Inputs
+from slimkit.modules import copy_module
 from slimkit.quantize.batches import Batches
 from slimkit.registry import Registry
 
@@ -81,7 +81,7 @@ class Work:
     @cached_property
     def reference(self) -> nn.Module:
         """A frozen copy of the folded float network, as it was when first asked for."""
-        return copy.deepcopy(self.quantized.model).eval().requires_grad_(False)
+        return copy_module(self.quantized.model).eval().requires_grad_(False)
 
     def inputs(self, examples: int | None = None) -> Iterator[Inputs]:
         """The calibration batches on the device of the network.

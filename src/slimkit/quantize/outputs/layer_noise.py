@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.inputs import Inputs
+from slimkit.modules import evaluation
 from slimkit.quantize.outputs.distance import decibels
 from slimkit.quantize.scheme import Decision, named_weights
 from slimkit.quantize.wrapper import QuantizedModel
@@ -48,13 +49,11 @@ def layer_noise(
         ``weights`` and ``outputs``: ``low``, ``high``, and counts ``before`` and ``after`` in
         bins of equal width.
     """
-    training = quantized.training
-    quantized.eval()
     layers = {d.module: d for d in quantized.plan.decisions if d.integer and d.weight is not None}
-    before, weights = _float_side(quantized, batch, layers, original)
-    after = _outputs(quantized, batch, layers)
-    rounded = _weights(quantized, layers)
-    quantized.train(training)
+    with evaluation(quantized):
+        before, weights = _float_side(quantized, batch, layers, original)
+        after = _outputs(quantized, batch, layers)
+        rounded = _weights(quantized, layers)
     bits = quantized.plan.bit_widths()
     rows: list[dict[str, Any]] = []
     for layer, decision in layers.items():
