@@ -59,7 +59,7 @@ ifdef NAME
 	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 else
 	@echo "One at a time, with: make bench NAME=… ARGS=…; each writes its table to docs/benchmarks."
-	@for file in $(filter-out $(patsubst %,benchmarks/%.py,arms mobilenet tables networks efficientnet_lite0 quantize_peers knowledge_hostile),$(wildcard benchmarks/[a-z]*.py)); do sed -n '1s/^"""/  /p' $$file | sed "s|^|$$(basename $$file .py):|"; done
+	@for file in $(filter-out $(patsubst %,benchmarks/%.py,arms mobilenet tables networks efficientnet_lite0 quantize_peers knowledge_hostile tcp_proxy),$(wildcard benchmarks/[a-z]*.py)); do sed -n '1s/^"""/  /p' $$file | sed "s|^|$$(basename $$file .py):|"; done
 endif
 
 clean:

@@ -31,6 +31,7 @@ import slimkit as sk
 from benchmarks.knowledge_hostile import HOSTILE, Target, good_question
 from benchmarks.knowledge_transport import ReadyTeacher
 from benchmarks.tables import ROOT, markdown, write_page
+from benchmarks.tcp_proxy import Proxy
 from slimkit.distill import KD
 from slimkit.distill.knowledge import (
     Knowledge,
@@ -42,7 +43,6 @@ from slimkit.distill.knowledge import (
     issue_token,
     serve,
 )
-from slimkit.distill.knowledge.proxy import Proxy
 from slimkit.errors import DataError
 from slimkit.tasks.data import DataSettings, Splits, load_data
 from slimkit.tasks.data.samples import training_samples

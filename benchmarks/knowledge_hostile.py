@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
-from slimkit.distill.knowledge.format.asking import MAX_NOTE_BYTES, Ask, pack_ask
+from slimkit.distill.knowledge.format.question import MAX_NOTE_BYTES, Ask, pack_ask
 from slimkit.distill.knowledge.format.schema import KnowledgeSchema
 from slimkit.distill.knowledge.online.tokens import issue_token
 

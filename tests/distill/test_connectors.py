@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from slimkit.distill import CONNECTORS, Distiller, Mimic, parse_losses
-from slimkit.distill.losses.connecting import seeded
 from slimkit.distill.losses.connectors import connect
+from slimkit.distill.losses.projection import seeded
 from slimkit.errors import ModelError, RecipeError, SlimkitError, UnknownNameError
 
 MAPS, BIGGER, VECTORS = (2, 4, 6, 6), (2, 8, 3, 3), (2, 8)

@@ -54,7 +54,7 @@ def test_a_loss_of_ones_own_is_named_like_a_built_in_one() -> None:
 
 
 def test_a_loss_is_found_by_import_reference() -> None:
-    (loss,) = parse_losses([{"type": "slimkit.distill.losses.every_loss:KD", "temperature": 3}])
+    (loss,) = parse_losses([{"type": "slimkit.distill.losses.catalogue:KD", "temperature": 3}])
     assert loss == KD(temperature=3)
 
 

@@ -10,7 +10,7 @@ from distill_helpers import network
 from torch import Tensor, nn
 
 from slimkit.distill.distilling import Distiller
-from slimkit.distill.losses.every_loss import KD, Mimic
+from slimkit.distill.losses.catalogue import KD, Mimic
 from slimkit.distill.teacher import FrozenTeacher
 from slimkit.errors import ModelError
 from slimkit.inputs import as_inputs

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 from slimkit.distill.data_free import DAFL, DFAD, GENERATION, ZSKT, GeneratedBatches
 from slimkit.distill.distilling import Distiller
-from slimkit.distill.losses.connectors import CONNECTORS, ConnectorSettings
-from slimkit.distill.losses.every_loss import (
+from slimkit.distill.losses.catalogue import (
     BYOT,
     CRD,
     CWD,
@@ -45,9 +44,10 @@ from slimkit.distill.losses.every_loss import (
     SoftCrossEntropy,
     parse_losses,
 )
+from slimkit.distill.losses.connectors import CONNECTORS, ConnectorSettings
 from slimkit.distill.losses.schedules import WeightSchedule
 from slimkit.distill.mutual import MutualLearning
-from slimkit.distill.recording.delivering import Delivery
+from slimkit.distill.recording.delivery import Delivery
 from slimkit.distill.recording.records import Record, RecordPath
 
 __all__ = [

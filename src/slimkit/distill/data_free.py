@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from slimkit import losses
-from slimkit.distill.losses.connecting import seeded
+from slimkit.distill.losses.projection import seeded
 from slimkit.distill.recording.recorder import Recorder, main_tensor
 from slimkit.distill.recording.records import Record, RecordPath, find_taps
 from slimkit.errors import CheckpointError, InputError, ModelError

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from slimkit.distill.comparing import Comparison, Given
+from slimkit.distill.loss_terms import Comparison, Given
 from slimkit.distill.losses.interface import DistillLoss, parse_losses, unique_names
-from slimkit.distill.recording.delivering import Deliveries, Delivery, parse_deliveries
+from slimkit.distill.recording.answer_cache import AnswerCache
+from slimkit.distill.recording.delivery import Deliveries, Delivery, parse_deliveries
 from slimkit.distill.recording.intercepting import ForwardScope
 from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
 from slimkit.distill.recording.records import OUTPUT, Tap
-from slimkit.distill.recording.remembering import AnswerCache
 from slimkit.distill.teacher import FrozenTeacher, TeacherPrecision
 from slimkit.distill.weighting import (
     SINGLE,

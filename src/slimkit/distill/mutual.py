@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimkit.distill.comparing import Comparison, Given
+from slimkit.distill.loss_terms import Comparison, Given
 from slimkit.distill.losses.interface import DistillLoss, parse_losses
 from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
 from slimkit.distill.recording.records import OUTPUT

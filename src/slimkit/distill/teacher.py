@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from slimkit.distill.recording.answer_cache import AnswerCache
 from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
 from slimkit.distill.recording.records import OUTPUT, Tap, find_taps, tap_of
-from slimkit.distill.recording.remembering import AnswerCache
 from slimkit.errors import CaptureError, InputError, ModelError, PlanError, nearest
 from slimkit.graph.capturing import capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs

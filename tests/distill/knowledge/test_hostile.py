@@ -26,8 +26,8 @@ from slimkit.distill.knowledge import (
     issue_token,
     serve,
 )
-from slimkit.distill.knowledge.format.asking import Ask, pack_ask, read_ask
 from slimkit.distill.knowledge.format.encoding import columns_of, encode, ids_of
+from slimkit.distill.knowledge.format.question import Ask, pack_ask, read_ask
 from slimkit.distill.knowledge.format.schema import KnowledgeSchema
 from slimkit.distill.knowledge.online import serving
 from slimkit.errors import DataError, SlimkitError, TeacherError

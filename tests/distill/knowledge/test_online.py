@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.tcp_proxy import Proxy
 from knowledge_helpers import ToyTeacher, batches, network, toy_record
 from pyarrow import flight
 
@@ -30,7 +31,6 @@ from slimkit.distill.knowledge import (
     serve,
 )
 from slimkit.distill.knowledge.online.connecting import Connection
-from slimkit.distill.knowledge.proxy import Proxy
 from slimkit.errors import ArtifactError, DataError, InputError, TeacherError
 
 QUICK = Patience(answer=2.0, lost=3.0)

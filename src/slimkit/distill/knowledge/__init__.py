@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from slimkit.distill.knowledge.distilling import KnowledgeDistiller
 from slimkit.distill.knowledge.dumping import dump
-from slimkit.distill.knowledge.format.asking import Question
+from slimkit.distill.knowledge.format.question import Question
 from slimkit.distill.knowledge.format.schema import KeySpec, KnowledgeSchema
 from slimkit.distill.knowledge.mixing import Knowledge
 from slimkit.distill.knowledge.online.connecting import Patience, Trust

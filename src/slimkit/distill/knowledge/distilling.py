@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimkit.distill.comparing import Comparison, Given
 from slimkit.distill.knowledge.format.schema import LOGITS
 from slimkit.distill.knowledge.mixing import Knowledge
+from slimkit.distill.loss_terms import Comparison, Given
 from slimkit.distill.losses.interface import DistillLoss, parse_losses, unique_names
 from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
 from slimkit.distill.recording.records import OUTPUT

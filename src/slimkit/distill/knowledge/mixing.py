@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimkit.distill.knowledge.format.asking import Question
+from slimkit.distill.knowledge.format.question import Question
 from slimkit.distill.knowledge.merging import Merge, check_merge, merge
 from slimkit.distill.knowledge.online.connecting import Patience, Trust
 from slimkit.distill.knowledge.online.fetching import Fetching, Source

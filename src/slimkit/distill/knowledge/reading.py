@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slimkit.artifact import PathLike
-from slimkit.distill.knowledge.format.asking import Question
 from slimkit.distill.knowledge.format.encoding import Columns, columns_of, decode, ids_of
+from slimkit.distill.knowledge.format.question import Question
 from slimkit.distill.knowledge.format.store import ShardFile, read_index
 from slimkit.errors import DataError
 

@@ -28,7 +28,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 from torch import Tensor, nn
 
-from slimkit.distill.losses.connecting import Connector, build_connector, seeded
+from slimkit.distill.losses.projection import Connector, build_connector, seeded
 from slimkit.distill.recording.records import mistake
 from slimkit.errors import ModelError, SlimkitError, UnknownNameError, nearest
 from slimkit.registry import Registry, import_object

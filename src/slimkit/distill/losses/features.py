@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimkit import losses
 from slimkit.distill.losses.connectors import Choice, ConnectorField, connect
 from slimkit.distill.losses.interface import DISTILL_LOSSES, DistillLoss, Shape
-from slimkit.distill.losses.parts import MarginReLU
+from slimkit.distill.losses.modules import MarginReLU
 from slimkit.distill.recording.records import RecordPath
 
 __all__ = [

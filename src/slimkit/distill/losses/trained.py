@@ -11,9 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from slimkit import losses
-from slimkit.distill.losses.connecting import build_connector
 from slimkit.distill.losses.interface import DISTILL_LOSSES, DistillLoss, Shape
-from slimkit.distill.losses.parts import (
+from slimkit.distill.losses.modules import (
     EarlyExit,
     Embedding,
     MaskedGenerator,
@@ -23,6 +22,7 @@ from slimkit.distill.losses.parts import (
     Translator,
     WithRelation,
 )
+from slimkit.distill.losses.projection import build_connector
 from slimkit.distill.recording.records import Record, RecordPath
 from slimkit.errors import ModelError
 

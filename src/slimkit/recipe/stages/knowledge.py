@@ -84,10 +84,10 @@ class _StandIn:
     """Answers with random numbers in the student's own shapes."""
 
     def __init__(self, model: nn.Module, options: DistillOptions, example: Tensor) -> None:
-        from slimkit.distill.comparing import Comparison
         from slimkit.distill.knowledge import KeySpec, KnowledgeSchema
         from slimkit.distill.knowledge.distilling import Outline
         from slimkit.distill.knowledge.format.schema import LOGITS
+        from slimkit.distill.loss_terms import Comparison
         from slimkit.distill.recording.recorder import Recorder, probing, run
         from slimkit.distill.recording.records import OUTPUT
         from slimkit.inputs import as_inputs

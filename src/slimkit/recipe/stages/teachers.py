@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from slimkit.artifact import read_json, write_json
 from slimkit.distill.data_free import Generation
 from slimkit.distill.losses.interface import DistillLoss
-from slimkit.distill.recording.delivering import Delivery
+from slimkit.distill.recording.delivery import Delivery
 from slimkit.errors import InputError, SlimkitError, nearest
 from slimkit.recipe.schema.fields import TypedBy, wrong
 from slimkit.recipe.schema.places import at

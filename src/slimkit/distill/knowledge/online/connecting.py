@@ -17,8 +17,8 @@ from pyarrow import flight
 from torch import Tensor
 
 from slimkit.artifact import PathLike
-from slimkit.distill.knowledge.format.asking import Ask, Question, pack_ask
 from slimkit.distill.knowledge.format.encoding import arrays_of, columns_of, decode, ids_of
+from slimkit.distill.knowledge.format.question import Ask, Question, pack_ask
 from slimkit.distill.knowledge.format.schema import KnowledgeSchema, check_schema
 from slimkit.distill.knowledge.online.serving import SERVING, read_file
 from slimkit.distill.knowledge.online.tokens import token_from_environment

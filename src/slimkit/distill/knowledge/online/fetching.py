@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from slimkit.distill.knowledge.format.asking import Question
+from slimkit.distill.knowledge.format.question import Question
 from slimkit.distill.knowledge.format.schema import KnowledgeSchema
 from slimkit.errors import TeacherError
 

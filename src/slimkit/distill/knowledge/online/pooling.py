@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimkit.distill.knowledge.format.asking import Question
 from slimkit.distill.knowledge.format.encoding import encode
+from slimkit.distill.knowledge.format.question import Question
 from slimkit.distill.knowledge.online.connecting import LostTeacherError, Patience, Trust
 from slimkit.distill.knowledge.online.serving import TLSFiles, serve
 from slimkit.distill.knowledge.online.source import OnlineTeacher

@@ -19,8 +19,8 @@ import pyarrow as pa
 from pyarrow import flight
 
 from slimkit.artifact import PathLike
-from slimkit.distill.knowledge.format.asking import MAX_ASK_ROWS, Ask, read_ask, read_note
 from slimkit.distill.knowledge.format.encoding import columns_of
+from slimkit.distill.knowledge.format.question import MAX_ASK_ROWS, Ask, read_ask, read_note
 from slimkit.distill.knowledge.format.schema import check_schema
 from slimkit.distill.knowledge.online.mailbox import Mailbox
 from slimkit.distill.knowledge.online.tokens import check_secret, check_token

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimkit.distill.knowledge.format.asking import MAX_ASK_ROWS, Question
+from slimkit.distill.knowledge.format.question import MAX_ASK_ROWS, Question
 from slimkit.distill.knowledge.online.connecting import Connection, Patience, Trust
 
 __all__ = ["OnlineTeacher", "cut"]

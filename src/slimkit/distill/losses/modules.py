@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimkit.distill.losses.connecting import seeded
+from slimkit.distill.losses.projection import seeded
 from slimkit.errors import InputError, ModelError
 
 __all__ = [

@@ -174,7 +174,7 @@ def test_the_memory_of_crd_is_part_of_the_checkpoint_and_knows_its_size(
 
 
 def test_the_margin_is_the_mean_of_the_negative_values() -> None:
-    from slimkit.distill.losses.parts import MarginReLU
+    from slimkit.distill.losses.modules import MarginReLU
 
     norm = nn.BatchNorm2d(3)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_the_margin_needs_a_batch_norm(teacher: Net, batch: dict[str, Tensor]) -
 
 
 def test_a_masked_generator_hides_positions_in_training_only() -> None:
-    from slimkit.distill.losses.parts import MaskedGenerator
+    from slimkit.distill.losses.modules import MaskedGenerator
 
     module = MaskedGenerator(None, 2, 0.5)
     module.generation = nn.Sequential(nn.Identity())

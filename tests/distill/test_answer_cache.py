@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.distill import KD, L1, Distiller, Mimic, Record
-from slimkit.distill.recording.remembering import AnswerCache
+from slimkit.distill.recording.answer_cache import AnswerCache
 from slimkit.errors import InputError
 from slimkit.inputs import Inputs, as_inputs
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.distill.losses.interface import DistillLoss, Shape
-from slimkit.distill.recording.delivering import Side
+from slimkit.distill.recording.delivery import Side
 from slimkit.distill.recording.records import OUTPUT, Record, Tap, find_taps
 from slimkit.errors import InputError, ModelError, nearest
 
