@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-import slimkit.recipe.keys
 from slimkit.errors import ArtifactError
 from slimkit.recipe import parse_recipe
 from slimkit.recipe.cache import Cache
@@ -70,18 +69,6 @@ def test_data_and_torch_are_part_of_every_key_and_names_of_stages_are_not(
     assert not set(before) & set(_keys(values, []))
 
 
-def test_a_key_stays_what_it_is_from_version_to_version(
-    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Hours of training are filed under keys like this: think twice before this test changes."""
-    monkeypatch.setattr(slimkit.recipe.keys, "_torch_version", lambda: "2.0")
-    values["model"] = {"name": "slimkit:resnet20", "args": {"in_channels": 1}}
-    train, _, recover, _ = _keys(values, [])
-    assert train == "e89e5caf10868a5b3a5b349476ad3fd81008883a01ace6f5fec4072681f1d8a5"
-    # behind the second version of the prune stage
-    assert recover == "4606b5f8fc3b10da230fc2fbf1e7a2f9c07e195eefce8a205e9f201039cb19fb"
-
-
 def test_the_teachers_result_is_part_of_the_key(values: dict[str, Any], tmp_path: Path) -> None:
     values["variants"]["teacher"] = ["big"]
     values["stages"]["big"] = {"type": "train", "epochs": 9, "lr": 0.1}
@@ -89,29 +76,6 @@ def test_the_teachers_result_is_part_of_the_key(values: dict[str, Any], tmp_path
     before = _keys(values, [])
     after = _keys(values, ["stages.big.epochs=8"])
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False, False]
-
-
-def test_the_source_of_a_users_factory_and_stage_is_part_of_the_key(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = (
-        "from typing import Literal\n"
-        "from slimkit.recipe import Stage, StageResult\n"
-        "class Mine(Stage):\n"
-        "    type: Literal['mine'] = 'mine'\n"
-        "    def run(self, model, context):\n"
-        "        return StageResult(model)\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    values["stages"]["mine"] = {}
-    values["variants"]["final"] = ["train", "mine"]
-    keys = []
-    for number, source in enumerate([stage, stage, stage + "# changed\n"]):
-        module = f"own_stage_{number}"
-        (tmp_path / f"{module}.py").write_text(source)
-        values["stages"]["mine"]["type"] = f"{module}:Mine"
-        keys.append(_keys(values, [])[1])
-    assert keys[0] == keys[1] != keys[2]
 
 
 def _started(values: dict[str, Any], cache: Path) -> list[str]:

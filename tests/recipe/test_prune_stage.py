@@ -20,7 +20,6 @@ from slimkit.prune.allocation import sensitivity
 from slimkit.prune.latency_target import Bench
 from slimkit.recipe import parse_recipe, preview_run, recipe_schema, run_recipe
 from slimkit.recipe.cache import Cache
-from slimkit.recipe.keys import essence
 from slimkit.recipe.stages.interface import StageContext
 from slimkit.recipe.stages.pruning import PruneStage, TrainingBatches
 from slimkit.recipe.workbench import Workbench
@@ -193,11 +192,6 @@ def test_a_dry_run_measures_and_evaluates_nothing(
     values["stages"]["prune"] = {**prune, "macs": 0.999}
     with pytest.raises(PlanError, match=r"stages\.prune\.macs: .*out of reach"):
         preview_run(parse_recipe(values), cache=tmp_path)
-
-
-def test_settings_that_old_recipes_do_not_have_change_no_key() -> None:
-    assert essence(PruneStage(macs=0.5)) == {"type": "prune", "macs": 0.5}
-    assert PruneStage.version == 2
 
 
 def test_the_schema_lists_methods_with_their_settings(values: dict[str, Any]) -> None:

@@ -1,37 +1,33 @@
 """Keys of the stage cache: a hash of everything that a stage's result depends on.
 
-Settings at their default are left out, so that a setting which a later version adds does not
-change the keys of results that never used it; a change of what a stage does under the same
-settings raises the stage's ``version`` instead. The source of Slimkit itself is not part of a
-key, the source of a user's own factory or stage is.
+Every effective setting is in it, defaults too (:mod:`slimkit.recipe.effective`), and the source of
+all code of the user's that the settings name (:mod:`slimkit.recipe.source_code`): criteria, losses,
+allocations, observers, factories, tasks, stages, and what they import of the user's. The source of
+Slimkit itself is not; a change of what a stage does under the same settings raises the stage's
+``version``. Of installed packages the version counts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import inspect
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from slimkit.artifact import content_hash
 from slimkit.errors import ArtifactError
+from slimkit.models import MODELS
 from slimkit.recipe.chains import Chain, Step
+from slimkit.recipe.effective import Effective, essence
 from slimkit.recipe.schema.recipe import ModelSettings, Recipe
-from slimkit.recipe.stages.interface import Stage
-from slimkit.registry import import_object
+from slimkit.recipe.source_code import code_behind, version_of
 
-__all__ = ["Keys", "essence"]
+__all__ = ["Keys", "essence", "file_hash"]
 
-KEY_FORMAT = 1
+KEY_FORMAT = 2
 _EXPORTING = ("runtime", "quantize", "graph")
-_WITHOUT_EFFECT = {"teacher", "log_every", "device"}
-"""Of stages; the key of the teacher stands for its name."""
 
 
 class Keys:
@@ -55,13 +51,21 @@ class Keys:
 
     def model(self, settings: ModelSettings) -> str:
         """The key of a network with its first weights."""
+        effective = Effective()
+        arguments = effective.read(settings.args)
+        source, _, short = settings.name.partition(":")
+        if source == "slimkit":
+            arguments = {**_defaults(MODELS.get(short)), **arguments}
+        elif source not in {"torchvision", "timm"}:
+            effective.read(settings.name)
         return content_hash(
             {
                 "format": KEY_FORMAT,
                 "name": settings.name,
-                "args": settings.args,
+                "args": arguments,
                 "checkpoint": self._checkpoint(settings.checkpoint),
-                "factory": factory_source(settings.name),
+                "library": version_of(source) if source in {"torchvision", "timm"} else None,
+                "code": code_behind(effective.mentions),
                 "seed": self.recipe.seed,
                 "torch": _torch_version(),
             }
@@ -79,7 +83,7 @@ class Keys:
                 "network": self.chain(chain),
                 "metadata": dict(metadata),
                 "source": [_package_hash(f"slimkit.{name}") for name in _EXPORTING],
-                "versions": [_version(name) for name in ("torch", "onnx", "onnxscript")],
+                "versions": [version_of(name) for name in ("torch", "onnx", "onnxscript")],
             }
         )
 
@@ -114,12 +118,15 @@ class Keys:
             teacher: Any = teachers or None
             if len(teachers) == 1:  # what it is called makes no difference
                 teacher = next(iter(teachers.values()))
+            effective = Effective()
             value = {
                 "format": KEY_FORMAT,
                 "type": step.settings.type,
                 "version": step.settings.version,
-                "source": class_source(type(step.settings)),
-                "settings": essence(step.settings),
+                "settings": effective.read(step.settings),
+                "task": effective.field(self.recipe, "task"),
+                "facts": effective.read(step.settings.facts()),
+                "code": code_behind(effective.mentions),
                 "parent": self.chain(step.parent),
                 "teacher": teacher,
                 "seed": self.recipe.seed,
@@ -128,31 +135,10 @@ class Keys:
             }
             if step.settings.sees_eval_batches:
                 value["eval_batch_size"] = self.recipe.data.eval_batch_size
-            if facts := step.settings.facts():
-                value["facts"] = dict(facts)
             if self.smoke:
                 value["smoke"] = True
             self._known[chain] = content_hash(value)
         return self._known[chain]
-
-
-def essence(value: Any) -> Any:
-    """Settings without what is at its default or has no effect on a result."""
-    if isinstance(value, BaseModel):
-        kept: dict[str, Any] = {}
-        for name, field in type(value).model_fields.items():
-            item = getattr(value, name)
-            if name in _WITHOUT_EFFECT and isinstance(value, Stage):
-                continue
-            default = field.get_default(call_default_factory=True)
-            if name == "type" or field.is_required() or item != default:
-                kept[name] = essence(item)
-        return kept
-    if isinstance(value, Mapping):
-        return {str(key): essence(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [essence(item) for item in value]
-    return value
 
 
 def file_hash(path: str | None) -> str | None:
@@ -170,28 +156,14 @@ def file_hash(path: str | None) -> str | None:
         raise ArtifactError(f"cannot read: {error.strerror or error}", where=path) from error
 
 
-def factory_source(name: str) -> str | None:
-    """What the code behind a model name is: a version for libraries, a hash for a user's own."""
-    source = name.partition(":")[0]
-    if source == "slimkit":
-        return None
-    if source in {"torchvision", "timm"}:
-        return _version(source)
-    return _module_hash(getattr(import_object(name), "__module__", source))
-
-
-def class_source(settings: type) -> str | None:
-    """A hash of the module of a stage that is not Slimkit's own."""
-    module = settings.__module__
-    return None if module.startswith("slimkit.") else _module_hash(module)
-
-
-def _module_hash(module: str) -> str | None:
-    try:
-        text = inspect.getsource(sys.modules[module])
-    except (OSError, TypeError, KeyError):  # built in, or typed into a session
-        return None
-    return hashlib.sha256(text.encode()).hexdigest()
+def _defaults(factory: Any) -> dict[str, Any]:
+    """The plain values that a factory takes for what it is not given."""
+    parameters = inspect.signature(factory).parameters.values()
+    return {
+        parameter.name: essence(parameter.default)
+        for parameter in parameters
+        if isinstance(parameter.default, bool | int | float | str | tuple | None)
+    }
 
 
 def _package_hash(package: str) -> str:
@@ -201,13 +173,6 @@ def _package_hash(package: str) -> str:
     for file in sorted(folder.rglob("*.py")):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _torch_version() -> str:

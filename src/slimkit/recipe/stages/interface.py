@@ -130,7 +130,10 @@ class Stage(BaseModel):
         return {} if name is None else {name: "teacher"}
 
     def facts(self) -> Mapping[str, Any]:
-        """JSON-able facts beside the settings that a result depends on, for its cache key."""
+        """Facts beside the settings that a result depends on, for its cache key.
+
+        JSON-able values, or dataclasses of such.
+        """
         return {}
 
     def training_epochs(self) -> float:

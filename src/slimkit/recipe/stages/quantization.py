@@ -88,11 +88,10 @@ class QuantizeOptions(BaseModel):
         }
 
     def facts(self) -> dict[str, Any]:
-        """See :meth:`~slimkit.recipe.stages.interface.Stage.facts`: targets follow the processor."""
+        """See the class ``Stage``: the target as data, and for this processor."""
         from slimkit.quantize.targets import resolve_target
 
-        sums = resolve_target(self.target).sums
-        return {} if sums == "int32" else {"sums": sums}
+        return {"target": resolve_target(self.target)}
 
 
 class CalibrationBatches:
