@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimkit.errors import DataError, InputError
-from slimkit.inputs import Inputs
+from slimkit.inputs import Batch, Inputs, as_batch, tensors_of
 
 __all__ = ["Batches"]
 
@@ -18,8 +19,7 @@ class Batches:
     """What the user passed as ``calibration``, to be read once or several times.
 
     Args:
-        calibration: batches: tensors, (tensor, label) pairs, dictionaries or Inputs; or one
-            batch.
+        calibration: batches, as :func:`~slimkit.inputs.as_batch` reads them; or one batch.
         example: a call, whose shapes the batches must have.
         limit: read so many batches; all by default.
         keep: hold the batches of an iterator that can be read only once.
@@ -50,7 +50,7 @@ class Batches:
                 )
         if limit is not None and limit < 1:
             raise InputError(f"{limit} is not a number of batches ≥ 1", where="batches")
-        if isinstance(calibration, Tensor | Inputs | Mapping):
+        if isinstance(calibration, Tensor | Inputs | Batch | Mapping):
             calibration = [calibration]
         if not isinstance(calibration, Iterable):
             raise DataError(
@@ -87,36 +87,61 @@ class Batches:
                 return
 
 
-def _as_call(batch: Any, example: Inputs, number: int) -> Inputs:
-    """A batch of a loader as a call: labels behind the inputs are left out."""
-    if isinstance(batch, Inputs):
-        return batch
-    if isinstance(batch, Tensor):
-        return Inputs((batch,))
-    if isinstance(batch, Mapping):
-        wanted = {name: batch[name] for name in example.kwargs if name in batch}
-        return Inputs((), wanted or dict(batch))
-    if isinstance(batch, tuple | list) and len(batch) >= max(1, len(example.args)):
-        return Inputs(tuple(batch[: max(1, len(example.args))]))
-    raise DataError(
-        f"batch {number} is a {type(batch).__name__}, expected a tensor, a tuple whose first "
-        "entries are the inputs, a dictionary or slimkit.Inputs",
-        where="calibration",
-    )
+def _as_call(item: Any, example: Inputs, number: int) -> Inputs:
+    """A batch of a loader as a call: targets are left out."""
+    try:
+        inputs = as_batch(item, example).inputs
+    except InputError as error:
+        raise DataError(f"batch {number}: {error.message}", where="calibration") from error
+    args = tuple(
+        list(given) if isinstance(like, list) and isinstance(given, tuple) else given
+        for given, like in zip_longest(inputs.args, example.args[: len(inputs.args)])
+    )  # collating by ``tuple(zip(*samples))`` makes tuples of lists
+    return Inputs(args, inputs.kwargs)
 
 
 def _check_batch(inputs: Inputs, example: Inputs, number: int) -> None:
-    tensors, expected = inputs.tensors(), example.tensors()
+    tensors = inputs.tensors()
     if not tensors or any(tensor.numel() == 0 for tensor in tensors):
         raise DataError(f"batch {number} is empty", where="calibration")
-    for tensor, like in zip(tensors, expected, strict=False):
-        channels = like.is_floating_point() and like.dim() > 1  # token ids have lengths instead
-        if tensor.dim() != like.dim() or (channels and tensor.shape[1] != like.shape[1]):
-            raise DataError(
-                f"batch {number} has shape {tuple(tensor.shape)}, the example inputs have "
-                f"{tuple(like.shape)}",
-                where="calibration",
-                hint="batches are (N, C, H, W) like the example" if like.dim() == 4 else None,
-            )
+    for tensor in tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"batch {number} holds NaN or infinity", where="calibration")
+    pairs = list(zip(inputs.args, example.args, strict=False))
+    pairs += [(value, example.kwargs.get(name)) for name, value in inputs.kwargs.items()]
+    for given, like in pairs:
+        _check_argument(given, like, number)
+
+
+def _check_argument(given: Any, like: Any, number: int) -> None:
+    if isinstance(like, list) != isinstance(given, list) and _holds_tensors(like):
+        kinds = [f"a {type(x).__name__}" for x in (given, like)]
+        raise DataError(
+            f"batch {number} has {kinds[0]} where the example inputs have {kinds[1]}",
+            where="calibration",
+            hint="a model that takes a list of images gets batches such as ([image, …], targets)",
+        )
+    if isinstance(like, list) and isinstance(given, list):
+        first = next(tensors_of(like), None)
+        for entry in given:
+            if isinstance(entry, Tensor) and isinstance(first, Tensor):
+                _check_tensor(entry, first, number, axis=0)  # (C, H, W), of any size
+        return
+    for tensor, known in zip(tensors_of(given), tensors_of(like), strict=False):
+        _check_tensor(tensor, known, number, axis=1)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return next(tensors_of(value), None) is not None
+
+
+def _check_tensor(tensor: Tensor, like: Tensor, number: int, *, axis: int) -> None:
+    """Dimensions, and channels along ``axis`` of numbers that are no token ids."""
+    channels = like.is_floating_point() and like.dim() > axis + (axis == 0)
+    if tensor.dim() != like.dim() or (channels and tensor.shape[axis] != like.shape[axis]):
+        raise DataError(
+            f"batch {number} has shape {tuple(tensor.shape)}, the example inputs have "
+            f"{tuple(like.shape)}",
+            where="calibration",
+            hint="batches are (N, C, H, W) like the example" if like.dim() == 4 else None,
+        )

@@ -33,6 +33,7 @@ from slimkit.quantize.observers.ranges import Observer, describe_observer, new_o
 from slimkit.quantize.outputs.check import output_check
 from slimkit.quantize.planning.laying_out import lay_out
 from slimkit.quantize.planning.requests import check_request
+from slimkit.quantize.planning.suitability import check_network, compiled_parts, warn_of_nothing
 from slimkit.quantize.quantizers.learned import with_scales
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.targets import Target, resolve_target
@@ -210,8 +211,7 @@ def attach(
     new_observer(observer)
     if isinstance(model, QuantizedModel):
         raise InputError("the model is quantized already", where="model", hint="pass model.model")
-    if not isinstance(model, nn.Module):
-        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}", where="model")
+    check_network(model)
     request = check_request(
         chosen,
         mode=mode,
@@ -230,6 +230,9 @@ def attach(
     FusePlan(folds).apply_to(folded)
     graph = capture(folded, example_inputs)
     layout = lay_out(graph, chosen, request, skipped=skipped)
+    told = warn_of_nothing(
+        layout.decisions, layout.quantizers, target=chosen.name, skipped=bool(skipped)
+    )
     plan = QuantPlan(
         target=chosen.name,
         granularity=granularity,
@@ -238,7 +241,7 @@ def attach(
         quantizers=tuple(layout.quantizers),
         calls=layout.calls,
         decisions=tuple(layout.decisions),
-        warnings=tuple(layout.warnings),
+        warnings=(*layout.warnings, *compiled_parts(model), *told),
         mode=mode,
         opset=chosen.opset,
         biases="float16" if chosen.compact else chosen.biases,
@@ -322,13 +325,13 @@ class _Parts:
         """Run one batch in parts, or in one piece if the network cannot do with less.
 
         Raises:
-            DataError: it does not go through the network.
+            SlimkitError: it does not go through the network.
         """
         parts = self._of(inputs)
         try:
             for part in parts:
                 _run(quantized, part, number)
-        except DataError:
+        except SlimkitError:
             if len(parts) == 1:
                 raise
             self._divisible = False

@@ -24,6 +24,7 @@ from slimkit.quantize.integer.activations import GATES
 from slimkit.quantize.integer.calls import IntegerCall, integer_call
 from slimkit.quantize.quantizers.dynamic import DynamicQuantizer
 from slimkit.quantize.quantizers.fixed import ActivationQuantizer, WeightQuantizer
+from slimkit.quantize.quantizers.host_values import HostValue
 from slimkit.quantize.quantizers.learned import build_quantizer
 from slimkit.quantize.scheme import CallRule, QuantPlan, named_weights
 from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
@@ -66,7 +67,7 @@ class QuantizedModel(nn.Module):
         for spec in plan.quantizers:
             self.quantizers[spec.name] = build_quantizer(spec)
         self.register_buffer("observer_steps_left", torch.tensor(0, dtype=torch.int64))
-        self._steps_left: int | None = None
+        self._steps_left = HostValue(_whole, value=0)
         self._called: set[str] | None = None
         parameter = next(model.parameters(), None)
         if parameter is not None:
@@ -146,7 +147,6 @@ class QuantizedModel(nn.Module):
     def observe_for(self, steps: int) -> None:
         """Let activation ranges follow the next ``steps`` training forwards, then freeze."""
         self.observer_steps_left.fill_(steps)
-        self._steps_left = steps
 
     def freeze_observers(self) -> None:
         """Keep the activation ranges as they are from now on."""
@@ -204,14 +204,13 @@ class QuantizedModel(nn.Module):
         return found
 
     def _count_step(self) -> None:
-        if self._steps_left is None:
-            self._steps_left = int(self.observer_steps_left.item())
-        observing = self._steps_left > 0
+        left = self._steps_left.of(self.observer_steps_left)
+        observing = left > 0
         for quantizer in self.activation_quantizers().values():
             quantizer.observing = observing
         if observing:
-            self._steps_left -= 1
             self.observer_steps_left.sub_(1)
+            self._steps_left.know(self.observer_steps_left, left - 1)
 
     def train(self, mode: bool = True) -> QuantizedModel:
         """Training mode; ranges are not observed in evaluation mode."""
@@ -221,9 +220,9 @@ class QuantizedModel(nn.Module):
                 quantizer.observing = False
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._steps_left = None
+
+def _whole(number: Tensor) -> int:
+    return int(number.item())
 
 
 def _is_inplace(func: Callable[..., Any]) -> bool:

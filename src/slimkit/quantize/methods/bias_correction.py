@@ -24,8 +24,8 @@ class BiasCorrection:
 
     Nagel et al., 2019 (https://arxiv.org/abs/1906.04721, section 4.2), measured on calibration
     data: a layer's shift is taken when all layers before it are corrected, as far as the images
-    agree about it (:func:`~slimkit.quantize.methods.sampled_layers.reliable_mean`). Layers without a bias
-    stay as they are (batch norms that were folded left one).
+    agree about it (:func:`~slimkit.quantize.methods.sampled_layers.reliable_mean`). Layers without
+    a bias stay as they are (batch norms that were folded left one).
 
     Attributes:
         images: calibration examples to take means over.

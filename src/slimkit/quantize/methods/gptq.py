@@ -67,9 +67,9 @@ class GPTQ:
         compensate: first change the float weight so that it makes up for the errors of its inputs
             (:func:`~slimkit.quantize.methods.sampled_layers.compensation`), and correct the bias.
         behind_activation: errors count as far as the activation function behind the layer passes
-            them on (:func:`~slimkit.quantize.methods.sampled_layers.passed_on`), as in AdaRound's equation
-            25. Every output channel then has a Hessian of its own, which takes longer; those of
-            layers whose sums have more than 384 inputs do not.
+            them on (:func:`~slimkit.quantize.methods.sampled_layers.passed_on`), as in AdaRound's
+            equation 25. Every output channel then has a Hessian of its own, which takes longer;
+            those of layers whose sums have more than 384 inputs do not.
         widest: layers whose sums have more inputs are rounded to nearest: the Hessian of so many
             inputs takes half a gigabyte, and its inversion minutes.
         seed: of the samples.

@@ -40,8 +40,8 @@ class Reconstruct:
     learned along. QDrop (Wei et al., 2022, https://arxiv.org/abs/2203.05740): meanwhile every
     activation stays unrounded with probability ``drop``, which finds roundings that hold for other
     images too. Blocks are modules that take one tensor and give one; layers beside them are rounded
-    as by :class:`~slimkit.quantize.methods.adaround.AdaRound`. Whole blocks run forwards and backwards:
-    this wants a GPU or patience.
+    as by :class:`~slimkit.quantize.methods.adaround.AdaRound`. Whole blocks run forwards and
+    backwards: this wants a GPU or patience.
 
     Attributes:
         iterations: steps of Adam per block or layer.

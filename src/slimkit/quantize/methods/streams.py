@@ -2,8 +2,8 @@
 
 A method that repairs layer after layer asks for each of them what reaches it in the quantized
 network, where all before it is repaired already, and what it should answer, which the float
-network says. Held in memory are the inputs of one block (:mod:`slimkit.quantize.methods.blocks`) on both
-sides, for as many images as the method asks for.
+network says. Held in memory are the inputs of one block
+(:mod:`slimkit.quantize.methods.blocks`) on both sides, for as many images as the method asks for.
 """
 
 from __future__ import annotations

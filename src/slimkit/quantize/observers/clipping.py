@@ -1,7 +1,7 @@
 """Observers that weigh clipping against rounding: a narrower range has a smaller step.
 
-Both keep a :class:`~slimkit.quantize.observers.histograms.Histogram` and search it when they are asked
-for the range, so that they read the data once.
+Both keep a :class:`~slimkit.quantize.observers.histograms.Histogram` and search it when they are
+asked for the range, so that they read the data once.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Each sees a stream of tensors, once, and keeps a summary of bounded size. An observer is a
 dataclass: its fields are its settings, in Python as in a recipe. This file has those that
 summarise what they see; the two that weigh clipping against rounding are in
-:mod:`slimkit.quantize.observers.clipping`. :mod:`slimkit.quantize.scales` turns the range into scale and
-zero point.
+:mod:`slimkit.quantize.observers.clipping`. :mod:`slimkit.quantize.scales` turns the range into
+scale and zero point.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from slimkit.quantize.targets import NumberFormat
 from slimkit.registry import Registry
 
 __all__ = [
+    "MOMENTUM",
     "OBSERVERS",
     "Counting",
     "MeanOfMaxima",
@@ -32,6 +33,7 @@ __all__ = [
     "Percentile",
     "describe_observer",
     "new_observer",
+    "towards",
 ]
 
 
@@ -60,6 +62,10 @@ class Observer(Protocol):
 
 OBSERVERS: Registry[type[Observer]] = Registry("observer")
 """Name → observer class."""
+
+MOMENTUM = 0.1
+"""Weight of the newest batch in a moving average of ranges. Ten batches or so then count, which
+follows weights that train and forgets their beginning within the 200 steps of :func:`qat`."""
 
 
 def new_observer(choice: str | Observer) -> Observer:
@@ -137,24 +143,21 @@ class MovingAverage:
 
     Attributes:
         momentum: weight of the newest batch, in (0, 1]; the first batch counts in full.
-        start: a (low, high) to go on from.
 
     Raises:
         InputError: the momentum is out of range.
     """
 
-    momentum: float = 0.1
-    start: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    momentum: float = MOMENTUM
     _range: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.momentum <= 1.0:
             raise InputError(f"{self.momentum} is not in (0, 1]", where="momentum")
-        self._range = self.start
 
     def update(self, x: Tensor) -> None:
         """Move the range a step towards that of ``x``."""
-        self._range = _towards(self._range, torch.aminmax(x), self.momentum)
+        self._range = towards(self._range, torch.aminmax(x), self.momentum)
 
     def range(self, form: NumberFormat) -> tuple[Tensor, Tensor]:
         """See :class:`Observer`; the same for every format."""
@@ -177,7 +180,7 @@ class MeanOfMaxima:
     def update(self, x: Tensor) -> None:
         """Take the extremes of ``x`` into the means."""
         self._batches += 1
-        self._range = _towards(self._range, torch.aminmax(x), 1.0 / self._batches)
+        self._range = towards(self._range, torch.aminmax(x), 1.0 / self._batches)
 
     def range(self, form: NumberFormat) -> tuple[Tensor, Tensor]:
         """See :class:`Observer`; the same for every format."""
@@ -248,7 +251,7 @@ class Percentile(Counting):
         return low.clamp(min=inner_low), high.clamp(max=inner_high)
 
 
-def _towards(
+def towards(
     mean: tuple[Tensor, Tensor] | None, newest: tuple[Tensor, Tensor], weight: float
 ) -> tuple[Tensor, Tensor]:
     """Each end of ``mean`` moved towards that of ``newest`` by the fraction ``weight``."""

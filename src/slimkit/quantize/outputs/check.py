@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from slimkit.errors import DataError, InputError
+from slimkit.errors import SlimkitError
 from slimkit.inputs import Inputs
 from slimkit.quantize.outputs.distance import OutputDistance, decibels
 from slimkit.quantize.outputs.layer_noise import layer_noise
@@ -33,7 +33,7 @@ class OutputCheck:
     """Remembers what the float network gives for a few examples, to compare with later.
 
     Networks without comparable outputs (no floating-point tensor, all zero, not finite, of other
-    shapes once values change) are not judged.
+    shapes once values change) are not judged, nor those that take batches of one size only.
 
     Args:
         quantized: calibrated, before anything adjusts weights to their rounding.
@@ -46,7 +46,7 @@ class OutputCheck:
         quantized.set_rounding(False)
         try:
             self._distance = OutputDistance(quantized, [self._batch])
-        except (DataError, InputError):
+        except SlimkitError:
             pass
         finally:
             quantized.set_rounding(True)
@@ -55,7 +55,7 @@ class OutputCheck:
         """Warn, in the plan too, if the outputs are closer to the noise than :data:`ENOUGH_DB`."""
         try:
             noise = 0.0 if self._distance is None else self._distance.noise(quantized)
-        except InputError:  # as many boxes as the network finds
+        except SlimkitError:  # as many boxes as the network finds
             return
         level = decibels(noise)
         if level >= ENOUGH_DB:
@@ -84,7 +84,7 @@ def output_check(work: Work) -> OutputCheck | None:
 
 def _first(batch: Inputs, count: int) -> Inputs:
     """The first examples, or the batch where they cannot be told apart."""
-    return batch if batch.examples is None else batch.map(lambda tensor: tensor[:count])
+    return batch if batch.examples is None else batch.part(0, count)
 
 
 def _noisiest(quantized: QuantizedModel, batch: Inputs) -> str:

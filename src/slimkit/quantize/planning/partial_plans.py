@@ -1,7 +1,8 @@
 """Plans derived from a plan: some layers back in float, or with weights of other widths.
 
-What is derived equals what :func:`slimkit.quantize.planning.laying_out.lay_out` gives when the layers are
-skipped from the start, but needs no capture: the decisions say who reads and who writes what.
+What is derived equals what :func:`slimkit.quantize.planning.laying_out.lay_out` gives when the
+layers are skipped from the start, but needs no capture: the decisions say who reads and who
+writes what.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.quantize.observers.ranges import MovingAverage, Observer, new_observer
+from slimkit.quantize.observers.ranges import MOMENTUM, Observer, new_observer, towards
+from slimkit.quantize.quantizers.host_values import HostValue
 from slimkit.quantize.scales import affine_parameters, weight_grid
 from slimkit.quantize.scheme import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
@@ -19,8 +20,10 @@ __all__ = ["ActivationQuantizer", "WeightQuantizer"]
 class ActivationQuantizer(nn.Module):
     """Rounds one activation, with one scale for the whole tensor.
 
-    Buffers: ``scale`` and ``zero_point``; the range ``low`` … ``high`` they were made from;
-    ``observed``, the number of batches seen. Until one was seen, values pass unchanged.
+    All its state is in buffers: ``scale`` and ``zero_point``; the range ``low`` … ``high`` they
+    were made from, which is the moving average itself while training observes; ``observed``, the
+    number of batches seen. Until one was seen, values pass unchanged. ``observing`` and
+    ``rounding`` are modes, like ``training``.
 
     Args:
         form: number format.
@@ -44,7 +47,7 @@ class ActivationQuantizer(nn.Module):
         self.observing = False
         self.rounding = True
         self._observer: Observer | None = None
-        self._known_ready = False
+        self._ready = HostValue(_positive, value=False)
         self.register_buffer("scale", torch.tensor(1.0))
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
         self.register_buffer("low", torch.tensor(0.0))
@@ -57,9 +60,7 @@ class ActivationQuantizer(nn.Module):
     @property
     def ready(self) -> bool:
         """Whether there is a scale to round with."""
-        if not self._known_ready:  # asked of the tensor once: that is slow on a GPU
-            self._known_ready = bool(self.observed.item() > 0)
-        return self._known_ready
+        return self._ready.of(self.observed)
 
     def observe_with(self, observer: str | Observer | None) -> None:
         """Start observing with a new observer like that one, or stop with ``None``."""
@@ -69,7 +70,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x``, any shape."""
         if torch.compiler.is_exporting():
-            return self._rounded(x) if self._known_ready else x
+            return self._rounded(x) if self.ready else x
         if self.observing and self.bounds is None and x.numel():
             self._observe(x.detach())
         return self._rounded(x) if self.rounding and self.ready else x
@@ -89,13 +90,18 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        if self._observer is None:  # training goes on after a reload: so does the average
-            self._observer = MovingAverage(start=(self.low, self.high) if self.ready else None)
-        self._observer.update(x if x.dtype == torch.float32 else x.float())
+        x = x if x.dtype == torch.float32 else x.float()
+        if self._observer is not None:
+            self._observer.update(x)
+            found = self._observer.range(self.form) if self.rounding else None
+        else:  # in training: a moving average (Jacob et al., 2018, section 3.1)
+            found = torch.aminmax(x)
+            if self.ready:
+                found = towards((self.low, self.high), found, MOMENTUM)
         self.observed.add_(1)
-        self._known_ready = True
-        if self.rounding:
-            self._set_range(*self._observer.range(self.form))
+        self._ready.know(self.observed, value=True)
+        if found is not None:
+            self._set_range(*found)
 
     @torch.no_grad()
     def _set_range(self, low: Tensor, high: Tensor) -> None:
@@ -107,8 +113,8 @@ class ActivationQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._known_ready = False
         self._observer = None
+        _ = self.ready  # an export may follow at once, and cannot read it
 
     def extra_repr(self) -> str:
         """Format and range."""
@@ -195,3 +201,7 @@ class WeightQuantizer(nn.Module):
         """Format and granularity."""
         per = "tensor" if self.axis is None else f"{self.scale.numel()} channels"
         return f"{self.form.qmin}…{self.form.qmax} per {per}"
+
+
+def _positive(number: Tensor) -> bool:
+    return number.item() > 0

@@ -17,6 +17,7 @@ from slimkit.errors import UnknownNameError, nearest
 from slimkit.graph.addressing import function_of
 from slimkit.quantize.quantizers.dynamic import DynamicQuantizer
 from slimkit.quantize.quantizers.fixed import ActivationQuantizer, WeightQuantizer
+from slimkit.quantize.quantizers.host_values import HostValue
 from slimkit.quantize.quantizers.learned_scales import (
     gradient_scale,
     round_channels,
@@ -115,6 +116,7 @@ class LsqActivation(ActivationQuantizer):
         self.step_size = nn.Parameter(torch.tensor(1.0))
         offset = None if form.symmetric else nn.Parameter(torch.tensor(0.0))
         self.register_parameter("offset", offset)
+        self._signed = HostValue(_negative, value=True)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -137,11 +139,10 @@ class LsqActivation(ActivationQuantizer):
         if not torch.is_grad_enabled():
             return super()._rounded(x)
         features = x.numel() // max(1, x.shape[0]) if x.dim() else 1
-        learns_offset = self.offset is not None and self.offset.requires_grad
         return round_tensor(
             x,
             self.step_size,
-            self.offset if learns_offset else None,
+            self.offset if self._learns_offset() else None,
             scale=self.scale,
             zero_point=self.zero_point,
             qmin=self.form.qmin,
@@ -155,12 +156,18 @@ class LsqActivation(ActivationQuantizer):
         self.step_size.copy_(self.scale)
         if self.offset is not None:
             self.offset.copy_(-self.zero_point * self.scale)
-            self.offset.requires_grad_(bool(low < 0))
+            self.offset.requires_grad_(self._signed.of(self.low))
+
+    def _learns_offset(self) -> bool:
+        """Where negative values were observed, unless the user holds it fixed."""
+        if self.offset is None or not self._signed.of(self.low):
+            return False
+        return self.offset.requires_grad
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.offset is not None and self.ready:
-            self.offset.requires_grad_(bool(self.low < 0))
+            self.offset.requires_grad_(self._signed.of(self.low))
 
 
 class PactActivation(ActivationQuantizer):
@@ -177,11 +184,12 @@ class PactActivation(ActivationQuantizer):
     def __init__(self, form: NumberFormat) -> None:
         super().__init__(form)
         self.clip = nn.Parameter(torch.tensor(1.0))
+        self._signed = HostValue(_negative, value=False)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """See the base class."""
-        if self.observing or not self.ready or not self.clip.requires_grad:
+        if self.observing or not self.ready or self._signed.of(self.low):
             return
         clip = torch.maximum(self.clip, (self.high / _SHRINK).clamp_(min=TINY * self.form.qmax))
         self.scale.copy_(clip / self.form.qmax)
@@ -189,7 +197,7 @@ class PactActivation(ActivationQuantizer):
             self.clip.copy_(clip)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting() or self.observing or not self.clip.requires_grad:
+        if torch.compiler.is_exporting() or self.observing or self._signed.of(self.low):
             return super()._rounded(x)
         self.refresh()
         if not torch.is_grad_enabled():
@@ -200,12 +208,12 @@ class PactActivation(ActivationQuantizer):
     def _set_range(self, low: Tensor, high: Tensor) -> None:
         super()._set_range(low, high)
         self.clip.copy_(self.scale * self.form.qmax)
-        self.clip.requires_grad_(bool(low >= 0))
+        self.clip.requires_grad_(not self._signed.of(self.low))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.ready:
-            self.clip.requires_grad_(bool(self.low >= 0))
+            self.clip.requires_grad_(not self._signed.of(self.low))
 
 
 class LsqWeight(WeightQuantizer):
@@ -229,18 +237,18 @@ class LsqWeight(WeightQuantizer):
         super().__init__(spec)
         self.step_size = nn.Parameter(torch.ones_like(self.scale))
         self.register_buffer("start", torch.zeros_like(self.scale))
-        self._started = False
+        self._started = HostValue(_any, value=False)
         self._pairs = self._pairs and pairs_can_overflow(self.form)
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> Tensor:
         """Bring the scale up to date with the step sizes; returns it."""
-        if not self._started and not self.start.any():
+        if not self._started.of(self.start):
             first, zero_point = mse_weight_grid(weight, self.form, self.axis, pairs=self._pairs)
             self.zero_point.copy_(zero_point)
             self.start.copy_(first)
             self.step_size.copy_(first)
-        self._started = True
+            self._started.know(self.start, value=True)
         scale = torch.maximum(self.step_size, self.start / _SHRINK)
         if self._pairs:
             scale = torch.maximum(scale, pair_scale(weight, self.axis))
@@ -277,6 +285,10 @@ class LsqWeight(WeightQuantizer):
             factor=factor,
         )
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._started = False
+
+def _negative(number: Tensor) -> bool:
+    return number.item() < 0
+
+
+def _any(numbers: Tensor) -> bool:
+    return bool(numbers.any().item())
