@@ -112,9 +112,7 @@ def test_images_of_a_list_may_differ_in_size_but_not_in_channels() -> None:
 
 
 def test_one_image_where_a_list_is_expected_is_an_error() -> None:
-    with pytest.raises(
-        DataError, match="has a Tensor where the example inputs have a list"
-    ):
+    with pytest.raises(DataError, match="has a Tensor where the example inputs have a list"):
         ptq(Detector(), (pictures(1),), calibration=[pictures(1)[0]])
 
 

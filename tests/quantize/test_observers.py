@@ -156,7 +156,7 @@ def test_an_observer_is_described_by_what_is_not_the_default() -> None:
     assert describe_observer(KL()) == "kl"
     assert describe_observer(MSE(bins=1024)) == "mse(bins=1024)"
     assert describe_observer(Percentile(99.9)) == "percentile(percentile=99.9)"
-    assert describe_observer(MovingAverage(start=(torch.zeros(()),) * 2)) == "moving_average"
+    assert describe_observer(MovingAverage(momentum=0.1)) == "moving_average"
     assert describe_observer(Halved()) == f"{Halved.__module__}:Halved"
 
 

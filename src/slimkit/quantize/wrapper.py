@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint as _cp
 from torch import Tensor, nn
 
 from slimkit.errors import SlimkitError
@@ -262,7 +264,7 @@ class _Attachment(AddressMode):
         self._rules = quantized.plan.calls
         self._quantizers: dict[str, Rounding] = {**quantized.quantizers, **(replaced or {})}
         self._integer = quantized.integer_calls() if exact else {}
-        self._round: dict[str, Rounding] = {name: q for name, q in self._quantizers.items()}
+        self._round: dict[str, Rounding] = dict(self._quantizers)
 
     def on_call(
         self,
@@ -303,7 +305,7 @@ class _Attachment(AddressMode):
                 f"the forward makes other calls than the captured one: {why}", where=address
             )
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: C901
         """Every planned call ran once, or did not run and nothing else ran in its place."""
         table = self._table
         if table is None:
@@ -423,10 +425,6 @@ def _in_checkpoint() -> bool:
         frame = frame.f_back
     return False
 
-
-import sys
-
-import torch.utils.checkpoint as _cp
 
 _CHECKPOINTS = {_cp.CheckpointFunction.forward.__code__, _cp._checkpoint_impl.__code__}
 
