@@ -17,7 +17,7 @@ teach_app = typer.Typer(help="Write what a teacher knows, or serve it to student
 RecipeFile = Annotated[
     Path, typer.Argument(help="The student's recipe: data, seed and teachers.", show_default=False)
 ]
-Settings = Annotated[
+Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change a setting; may be repeated."),
 ]
@@ -28,7 +28,7 @@ TeacherName = Annotated[
         show_default="the only one under teachers:",
     ),
 ]
-Keys = Annotated[
+KeyNames = Annotated[
     list[str] | None,
     typer.Option(
         "--key", help="logits, or the path of a layer; repeatable.", show_default="logits"
@@ -57,8 +57,8 @@ def dump_command(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Option("--out", help="Folder to write or to continue.")],
     teacher: TeacherName = None,
-    set_: Settings = None,
-    key: Keys = None,
+    set_: Overrides = None,
+    key: KeyNames = None,
     passes: Annotated[
         int, typer.Option(min=1, help="Over the images, each with other fixed random changes.")
     ] = 1,
@@ -96,8 +96,8 @@ def dump_command(
 def serve_command(  # noqa: PLR0913, PLR0917 - one option each
     recipe: RecipeFile,
     teacher: TeacherName = None,
-    set_: Settings = None,
-    key: Keys = None,
+    set_: Overrides = None,
+    key: KeyNames = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 0,
     dtype: Dtype = "float16",

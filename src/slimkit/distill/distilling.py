@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from slimkit.distill.loss_terms import Comparison, Given
+from slimkit.distill.loss_terms import Given, NetworkComparison
 from slimkit.distill.losses.interface import DistillLoss, parse_losses, unique_names
 from slimkit.distill.recording.answer_cache import AnswerCache
 from slimkit.distill.recording.delivery import Deliveries, Delivery, parse_deliveries
 from slimkit.distill.recording.intercepting import ForwardScope
 from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
-from slimkit.distill.recording.records import OUTPUT, Tap
+from slimkit.distill.recording.records import OUTPUT, Records, Tap
 from slimkit.distill.teacher import FrozenTeacher, TeacherPrecision
 from slimkit.distill.weighting import (
     SINGLE,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["Distiller"]
 
 _PRECISIONS: tuple[str, ...] = get_args(TeacherPrecision)
-
-Records = Mapping[str, Tensor]
 
 
 class Distiller:
@@ -103,7 +101,7 @@ class Distiller:
         self._weights = fixed_weights(teacher_weights, list(teachers))
         self._groups = [_group(loss, i, list(teachers)) for i, loss in enumerate(self.losses)]
         self._comparisons = {
-            name: Comparison(
+            name: NetworkComparison(
                 [
                     (index, loss)
                     for index, loss in enumerate(self.losses)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.distill.losses.interface import DistillLoss, Shape
+from slimkit.distill.losses.interface import DistillLoss
+from slimkit.distill.losses.projection import Shape
 from slimkit.distill.recording.delivery import Side
 from slimkit.distill.recording.records import OUTPUT, Record, Tap, find_taps
 from slimkit.errors import InputError, ModelError, nearest
 
-__all__ = ["Comparison", "Given", "Term"]
+__all__ = ["Given", "LossTerm", "NetworkComparison"]
 
 GIVEN = ("labels", "ids", "inputs", "sample_weights")
 
@@ -38,7 +39,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Term:
+class LossTerm:
     """One loss on one pair of records.
 
     Attributes:
@@ -67,7 +68,7 @@ class Term:
         return (tap.key for name, tap in self.taps.items() if self.sides[name] == side)
 
 
-class Comparison:
+class NetworkComparison:
     """The losses between a student and one teacher.
 
     Args:
@@ -175,7 +176,7 @@ class Comparison:
         return {i: v.mean() if reduce[i] == "mean" else v.sum() for i, v in joined.items()}
 
     def _value(
-        self, term: Term, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], given: Given
+        self, term: LossTerm, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], given: Given
     ) -> Tensor:
         arguments = {name: self._record(term, name, ours, theirs) for name in term.taps}
         for name in term.settings.modules:
@@ -196,7 +197,7 @@ class Comparison:
         return value
 
     def _record(
-        self, term: Term, name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+        self, term: LossTerm, name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
     ) -> Any:
         """One record through its module."""
         own = term.sides[name] == "student"
@@ -221,7 +222,7 @@ _HINTS = {
 }
 
 
-def _misfit(term: Term, student: Shape, teacher: Shape) -> ModelError:
+def _misfit(term: LossTerm, student: Shape, teacher: Shape) -> ModelError:
     key = term.taps["student"].key
     if key == OUTPUT and len(student) == len(teacher) == 2:
         return ModelError(
@@ -238,7 +239,7 @@ def _misfit(term: Term, student: Shape, teacher: Shape) -> ModelError:
 
 def _terms(
     loss: DistillLoss, index: int, student: nn.Module, teacher: nn.Module | None
-) -> list[Term]:
+) -> list[LossTerm]:
     """One term for each pair of records that a loss names."""
     where = f"losses.{index}"
     records, given = _arguments(loss, where)
@@ -264,7 +265,7 @@ def _terms(
                 hint="patterns must match equally many layers, or one",
             )
     return [
-        Term(
+        LossTerm(
             index,
             str(index) if count == 1 else f"{index}_{pair}",
             loss,

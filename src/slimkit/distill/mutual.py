@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimkit.distill.loss_terms import Comparison, Given
+from slimkit.distill.loss_terms import Given, NetworkComparison
 from slimkit.distill.losses.interface import DistillLoss, parse_losses
 from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
 from slimkit.distill.recording.records import OUTPUT
@@ -87,7 +87,7 @@ class MutualLearning:
         self.task_loss, self.task_weight = task_loss, task_weight
         networks = {STUDENT: student, **self.peers}
         self._comparisons = {
-            (learner, other): Comparison(
+            (learner, other): NetworkComparison(
                 list(enumerate(_from_side(self.losses, learner, other))),
                 networks[learner],
                 networks[other],

@@ -55,11 +55,11 @@ class ParameterDim:
     role: Role | None = None
 
 
-Kind = tuple[str, str, int]
+SplitKind = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
-class Choice:
+class SplitChoice:
     """Channels were split into several dimensions of which any one could shrink.
 
     Attributes:
@@ -69,7 +69,7 @@ class Choice:
         atoms: the atoms along the chosen one.
     """
 
-    kind: Kind
+    kind: SplitKind
     axis: int
     others: tuple[int, ...]
     atoms: AtomArray
@@ -124,7 +124,7 @@ class ChannelTracker:
 
         kernels: names of convolution weights, whose last dimensions are no channels.
         classes: module path → class name.
-        avoided: kind of split → axes that should not shrink there; see :class:`Choice`.
+        avoided: kind of split → axes that should not shrink there; see :class:`SplitChoice`.
         heads: module path of an attention → whether its heads should shrink rather than the
             channels of each head.
 
@@ -144,7 +144,7 @@ class ChannelTracker:
         adjustable: frozenset[str] = frozenset(),
         kernels: frozenset[str] = frozenset(),
         classes: Mapping[str, str] | None = None,
-        avoided: Mapping[Kind, frozenset[int]] | None = None,
+        avoided: Mapping[SplitKind, frozenset[int]] | None = None,
         heads: Mapping[str, bool] | None = None,
     ) -> None:
         self.graph = graph
@@ -161,7 +161,7 @@ class ChannelTracker:
         self.frozen: list[tuple[AtomArray, int]] = []
         self.claims: list[tuple[int, TrackedInt, AtomArray | None, str]] = []
         self.links: list[tuple[list[AtomArray], str]] = []
-        self.choices: dict[int, Choice] = {}
+        self.choices: dict[int, SplitChoice] = {}
         self.shares: set[int] = set()
         self._owners: list[ParameterDim] = []
         self._starts: list[int] = []
@@ -241,8 +241,8 @@ class ChannelTracker:
                 bound[argument.name] = op.kwargs.get(argument.name, argument.default_value)
         return bound
 
-    def kind(self, op: Op) -> Kind:
-        """What choices are made alike: see :class:`Choice`."""
+    def kind(self, op: Op) -> SplitKind:
+        """What choices are made alike: see :class:`SplitChoice`."""
         call = self.call(op)
         place = (op.name, op.index) if call is None else (call.function, call.ordinal)
         return (self.classes.get(op.module, ""), *place)

@@ -13,8 +13,8 @@ from slimkit.graph.channels import (
     SPATIAL,
     AtomArray,
     ChannelTracker,
-    Choice,
     Dim,
+    SplitChoice,
     rule,
     where,
 )
@@ -156,7 +156,7 @@ def _chosen(tracker: ChannelTracker, op: Op, varying: list[int], sizes: list[obj
     else:
         best = max(wanted, key=lambda j: (tracker.follows(sizes[j]), -j))
     others = tuple(j for j in wanted if j != best)
-    tracker.choices[op.index] = Choice(kind, best, others, np.zeros(0, dtype=np.int64))
+    tracker.choices[op.index] = SplitChoice(kind, best, others, np.zeros(0, dtype=np.int64))
     return best
 
 

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from slimkit.graph import rules, rules_join, rules_norm, rules_view  # noqa: F401 - they fill RULES
 from slimkit.graph.capturing import Graph
-from slimkit.graph.channels import ChannelTracker, Choice, Kind, rule_name
+from slimkit.graph.channels import ChannelTracker, SplitChoice, SplitKind, rule_name
 from slimkit.graph.components import components
 from slimkit.graph.groups import AttentionPart
 
@@ -46,7 +46,9 @@ def track(graph: Graph, model: nn.Module, attention: AttentionPart | None = None
     attending = {op.module for op in graph.ops if any(a in rule_name(op) for a in _ATTENDING)}
     heads = dict.fromkeys(attending, attention == "heads") if attention else {}
 
-    def run(avoided: Mapping[Kind, frozenset[int]]) -> tuple[ChannelTracker, list[Choice]]:
+    def run(
+        avoided: Mapping[SplitKind, frozenset[int]],
+    ) -> tuple[ChannelTracker, list[SplitChoice]]:
         tracker = ChannelTracker(graph, adjustable, kernels, classes, avoided, heads)
         tracker.run()
         if not tracker.choices:
@@ -54,9 +56,9 @@ def track(graph: Graph, model: nn.Module, attention: AttentionPart | None = None
         found = components(tracker)
         return tracker, [c for c in tracker.choices.values() if found.stuck(c.atoms)]
 
-    avoided: dict[Kind, frozenset[int]] = {}
+    avoided: dict[SplitKind, frozenset[int]] = {}
     tracker, stuck = run(avoided)
-    tried: set[frozenset[tuple[Kind, int]]] = set()
+    tried: set[frozenset[tuple[SplitKind, int]]] = set()
     for _ in range(_ROUNDS):
         flips = next((f for f in _flips(stuck) if f not in tried), None)
         if flips is None:
@@ -71,7 +73,7 @@ def track(graph: Graph, model: nn.Module, attention: AttentionPart | None = None
     return tracker
 
 
-def _flips(stuck: Sequence[Choice]) -> list[frozenset[tuple[Kind, int]]]:
+def _flips(stuck: Sequence[SplitChoice]) -> list[frozenset[tuple[SplitKind, int]]]:
     """Choices to make otherwise: all that are stuck, those of each class of module, each alone."""
     able = [(choice.kind, choice.axis) for choice in stuck if choice.others]
     classes = dict.fromkeys(kind[0] for kind, _ in able)

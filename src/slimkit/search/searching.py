@@ -28,7 +28,7 @@ from slimkit.search.parameters import (
     checked_space,
 )
 from slimkit.search.samplers import SAMPLERS, Sampler
-from slimkit.search.storage import Record, open_record
+from slimkit.search.storage import TrialStorage, open_storage
 from slimkit.search.values import (
     Candidate,
     Direction,
@@ -41,9 +41,9 @@ from slimkit.search.values import (
 if TYPE_CHECKING:
     from slimkit.artifact import PathLike
 
-__all__ = ["Constraint", "Evaluate", "Executor", "search"]
+__all__ = ["Constraint", "Executor", "Objective", "search"]
 
-Evaluate = Callable[[Parameters, Candidate], float | Mapping[str, float]]
+Objective = Callable[[Parameters, Candidate], float | Mapping[str, float]]
 """(parameters, candidate) → the value, or several metrics by name."""
 
 Constraint = Callable[[Parameters], str | None]
@@ -59,7 +59,7 @@ another. Both arguments can be pickled if the evaluation can.
 
 def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     space: SearchSpace,
-    evaluate: Evaluate,
+    evaluate: Objective,
     *,
     trials: int,
     sampler: str | Sampler = "tpe",
@@ -156,7 +156,7 @@ def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a defaul
     )
     run = functools.partial(_attempted, evaluate)
     with (
-        open_record(storage, known, direction, settings) as record,
+        open_storage(storage, known, direction, settings) as record,
         ProgressDisplay(trials, len(record.trials), label=label, enabled=progress) as show,
     ):
         loop = _Loop(record, proposing, direction, objective, settings, max_failures)
@@ -175,7 +175,7 @@ def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a defaul
 class _Loop:
     """The state of a running search: what is recorded."""
 
-    record: Record
+    record: TrialStorage
     proposing: _Proposing
     direction: Direction
     objective: str | None
@@ -334,7 +334,7 @@ class _Proposing:
         return None
 
 
-def _attempted(evaluate: Evaluate, candidate: Candidate) -> Outcome:
+def _attempted(evaluate: Objective, candidate: Candidate) -> Outcome:
     """Evaluate, and make a mistake an outcome."""
     begin = time.perf_counter()
     try:

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from slimkit.artifact import PathLike
     from slimkit.search.parameters import SearchSpace
 
-__all__ = ["Record", "first_difference", "open_record", "quiet_optuna"]
+__all__ = ["TrialStorage", "first_difference", "open_storage", "quiet_optuna"]
 
 _STUDY = "slimkit"
 _PATIENCE = 5.0  # seconds: a killed process may leave a worker that dies a little later
 
 
-class Record(Protocol):
+class TrialStorage(Protocol):
     """Where a search keeps its trials."""
 
     @property
@@ -54,12 +54,12 @@ class _Memory:
 
 
 @contextlib.contextmanager
-def open_record(
+def open_storage(
     path: PathLike | None,
     space: SearchSpace,
     direction: Direction,
     settings: Mapping[str, Any],
-) -> Iterator[Record]:
+) -> Iterator[TrialStorage]:
     """The record of a search, for this process alone.
 
     Args:

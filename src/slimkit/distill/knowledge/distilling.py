@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimkit.distill.knowledge.format.schema import LOGITS
 from slimkit.distill.knowledge.mixing import Knowledge
-from slimkit.distill.loss_terms import Comparison, Given
+from slimkit.distill.loss_terms import Given, NetworkComparison
 from slimkit.distill.losses.interface import DistillLoss, parse_losses, unique_names
 from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
 from slimkit.distill.recording.records import OUTPUT
@@ -23,7 +23,7 @@ from slimkit.plan import load_weights
 if TYPE_CHECKING:
     from slimkit.train.callbacks import StepContext
 
-__all__ = ["KnowledgeDistiller", "NumberedLoader", "Outline"]
+__all__ = ["KnowledgeDistiller", "LayerSkeleton", "NumberedLoader"]
 
 
 class NumberedLoader(Protocol):
@@ -87,8 +87,8 @@ class KnowledgeDistiller:
             raise InputError("there is nothing to distil", where="losses", hint="pass [KD()]")
         self._names = unique_names(self.losses)
         self.knowledge = knowledge
-        outline = Outline(name for name in knowledge.names if name != LOGITS)
-        self._comparison = Comparison(list(enumerate(self.losses)), student, outline)
+        outline = LayerSkeleton(name for name in knowledge.names if name != LOGITS)
+        self._comparison = NetworkComparison(list(enumerate(self.losses)), student, outline)
         taps = sorted(self._comparison.taps("teacher"), key=lambda tap: tap.key)
         self._keys = {tap.key: tap.key or LOGITS for tap in taps}
         for key in self._keys.values():
@@ -238,7 +238,7 @@ class KnowledgeDistiller:
         self._comparison.connect(ours, theirs, student, outline)
 
 
-class Outline(nn.Module):
+class LayerSkeleton(nn.Module):
     """A network without layers' contents: where losses look up what the teachers know."""
 
     def __init__(self, paths: Iterable[str]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from slimkit.distill.knowledge.format.question import Question
 from slimkit.distill.knowledge.merging import Merge, check_merge, merge
@@ -15,11 +14,10 @@ from slimkit.distill.knowledge.online.connecting import Patience, Trust
 from slimkit.distill.knowledge.online.fetching import Fetching, Source
 from slimkit.distill.knowledge.online.source import OnlineTeacher
 from slimkit.distill.knowledge.reading import KnowledgeFiles
+from slimkit.distill.recording.records import Records
 from slimkit.errors import DataError, InputError, TeacherError, nearest
 
 __all__ = ["Knowledge", "open_source"]
-
-Records = dict[str, Tensor]
 
 
 class Knowledge:

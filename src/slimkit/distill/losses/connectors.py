@@ -28,7 +28,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 from torch import Tensor, nn
 
-from slimkit.distill.losses.projection import Connector, build_connector, seeded
+from slimkit.distill.losses.projection import Connector, Shape, build_connector, seeded
 from slimkit.distill.recording.records import mistake
 from slimkit.errors import ModelError, SlimkitError, UnknownNameError, nearest
 from slimkit.registry import Registry, import_object
@@ -45,8 +45,6 @@ __all__ = [
     "Resize",
     "connect",
 ]
-
-Shape = tuple[int, ...]
 
 CONNECTORS: Registry[type[ConnectorSettings]] = Registry("connector")
 """Name in a recipe → settings class."""
@@ -255,7 +253,9 @@ class FunctionConnector(ConnectorSettings):
         return _Applied(_imported(self.function, "torch", where), self.args)
 
 
-def connect(choice: Choice, student: Shape, teacher: Shape, *, where: str) -> nn.Module | None:
+def connect(
+    choice: ConnectorChoice, student: Shape, teacher: Shape, *, where: str
+) -> nn.Module | None:
     """The module that a recipe's ``connector`` means for records of these shapes.
 
     Args:
@@ -307,7 +307,7 @@ def _imported(name: str, home: str, where: str) -> Any:
     return found
 
 
-Choice = str | ConnectorSettings | tuple[str | ConnectorSettings, ...]
+ConnectorChoice = str | ConnectorSettings | tuple[str | ConnectorSettings, ...]
 
 
 class ConnectorField:
@@ -317,7 +317,7 @@ class ConnectorField:
         """The class that reads a mapping whose ``type`` is ``name``, if there is one."""
         return CONNECTORS.get(name) if name in CONNECTORS else None
 
-    def _read(self, value: Any) -> Choice:
+    def _read(self, value: Any) -> ConnectorChoice:
         if isinstance(value, list | tuple):
             if not value:
                 raise mistake("there is no connector in it", "write none")
@@ -367,7 +367,7 @@ class ConnectorField:
             raise mistake(error.message, hint, path) from error
         raise mistake(f"{name} is not registered as a connector", "register it", path)
 
-    def _write(self, value: Choice) -> Any:
+    def _write(self, value: ConnectorChoice) -> Any:
         if isinstance(value, tuple):
             return [self._write(link) for link in value]
         return value if isinstance(value, str) else value.model_dump(mode="json")

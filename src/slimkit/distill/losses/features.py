@@ -9,9 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from slimkit import losses
-from slimkit.distill.losses.connectors import Choice, ConnectorField, connect
-from slimkit.distill.losses.interface import DISTILL_LOSSES, DistillLoss, Shape
+from slimkit.distill.losses.connectors import ConnectorChoice, ConnectorField, connect
+from slimkit.distill.losses.interface import DISTILL_LOSSES, DistillLoss
 from slimkit.distill.losses.modules import MarginReLU
+from slimkit.distill.losses.projection import Shape
 from slimkit.distill.recording.records import RecordPath
 
 __all__ = [
@@ -36,7 +37,7 @@ class OptionalLayerLoss(DistillLoss):
             list builds what it says, see :mod:`slimkit.distill.losses.connectors`.
     """
 
-    connector: Annotated[Choice, ConnectorField()] = "auto"
+    connector: Annotated[ConnectorChoice, ConnectorField()] = "auto"
 
     @property
     def needs_shapes(self) -> bool:

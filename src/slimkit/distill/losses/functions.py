@@ -18,7 +18,7 @@ from slimkit.registry import import_object
 
 __all__ = ["FunctionLoss"]
 
-Source = Literal["student", "teacher", "labels"]
+ArgumentSource = Literal["student", "teacher", "labels"]
 
 
 @DISTILL_LOSSES.register("function")
@@ -33,7 +33,7 @@ class FunctionLoss(OptionalLayerLoss):
 
     type: Literal["function"] = "function"
     function: str
-    arguments: Mapping[str, Source] = {"input": "student", "target": "teacher"}
+    arguments: Mapping[str, ArgumentSource] = {"input": "student", "target": "teacher"}
     options: Mapping[str, Any] = {}
 
     @model_validator(mode="after")

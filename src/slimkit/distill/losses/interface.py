@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from slimkit.distill.losses.projection import Shape
 from slimkit.distill.losses.schedules import WeightSchedule, WeightScheduleField
 from slimkit.distill.recording.records import Record, RecordPath
 from slimkit.errors import InputError, RecipeError, nearest
@@ -29,9 +30,7 @@ from slimkit.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["DISTILL_LOSSES", "DistillLoss", "Shape", "parse_losses", "unique_names"]
-
-Shape = tuple[int, ...]
+__all__ = ["DISTILL_LOSSES", "DistillLoss", "parse_losses", "unique_names"]
 
 DISTILL_LOSSES: Registry[type[DistillLoss]] = Registry("distillation loss")
 """Name in a recipe → settings class."""

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from slimkit.errors import ModelError
 
-__all__ = ["Connector", "build_connector", "projection", "seeded"]
+__all__ = ["Connector", "Shape", "build_connector", "projection", "seeded"]
+
+Shape = tuple[int, ...]
+"""Sizes of a record: (N, C, H, W), (N, L, C) or (N, C)."""
 
 _INIT_SEED = 0  # a connector starts the same in every run, and takes nothing from the global RNG
 
@@ -54,7 +57,7 @@ class Connector(nn.Module):
 
 
 def build_connector(
-    student: tuple[int, ...], teacher: tuple[int, ...], *, always: bool = False, where: str
+    student: Shape, teacher: Shape, *, always: bool = False, where: str
 ) -> Connector | None:
     """The connector between two feature shapes, None when they agree.
 

@@ -9,9 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from slimkit import losses
-from slimkit.distill.losses.connectors import Choice, ConnectorField, connect
+from slimkit.distill.losses.connectors import ConnectorChoice, ConnectorField, connect
 from slimkit.distill.losses.features import FeatureLoss
-from slimkit.distill.losses.interface import DISTILL_LOSSES, DistillLoss, Shape
+from slimkit.distill.losses.interface import DISTILL_LOSSES, DistillLoss
+from slimkit.distill.losses.projection import Shape
 from slimkit.distill.recording.records import RecordPath
 
 __all__ = ["FSP", "AttentionTransfer", "RKDAngle", "RKDDistance"]
@@ -57,7 +58,7 @@ class AttentionTransfer(FeatureLoss):
     """
 
     type: Literal["attention_transfer"] = "attention_transfer"
-    connector: Annotated[Choice, ConnectorField()] = "none"
+    connector: Annotated[ConnectorChoice, ConnectorField()] = "none"
     power: float = Field(default=2.0, ge=1, allow_inf_nan=False)
 
     def fits(self, student: Shape, teacher: Shape) -> bool:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from slimkit import losses
-from slimkit.distill.losses.interface import DISTILL_LOSSES, DistillLoss, Shape
+from slimkit.distill.losses.interface import DISTILL_LOSSES, DistillLoss
 from slimkit.distill.losses.modules import (
     EarlyExit,
     Embedding,
@@ -22,7 +22,7 @@ from slimkit.distill.losses.modules import (
     Translator,
     WithRelation,
 )
-from slimkit.distill.losses.projection import build_connector
+from slimkit.distill.losses.projection import Shape, build_connector
 from slimkit.distill.recording.records import Record, RecordPath
 from slimkit.errors import ModelError
 

@@ -21,17 +21,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
-from torch import nn
+from torch import Tensor, nn
 
 from slimkit.errors import UnknownNameError, nearest
 from slimkit.registry import import_object
 
-__all__ = ["OUTPUT", "Record", "RecordPath", "Tap", "find_taps", "mistake", "tap_of"]
+__all__ = ["OUTPUT", "Record", "RecordPath", "Records", "Tap", "find_taps", "mistake", "tap_of"]
 
 OUTPUT = ""
 """The key of what the whole network puts out: its path as a module."""
 
-Kind = Literal["module", "parameter", "function"]
+Records = dict[str, Tensor]
+"""Key of a tap (``"layer3"``, ``""`` for the output) → its tensor, (N, …)."""
+
+RecordKind = Literal["module", "parameter", "function"]
 
 
 def mistake(message: str, hint: str = "", path: str = "") -> PydanticCustomError:
@@ -85,7 +88,7 @@ class Record(BaseModel):
         return self
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RecordKind:
         """What is recorded."""
         if self.parameter is not None:
             return "parameter"
@@ -116,7 +119,7 @@ RecordPath = Annotated[str | Record, BeforeValidator(_read)]
 class Tap:
     """One place in one model where a tensor is taken; see :class:`Record` for the attributes."""
 
-    kind: Kind
+    kind: RecordKind
     name: str
     part: Literal["output", "input"] = "output"
     index: int | str | None = None

@@ -85,16 +85,16 @@ class _StandIn:
 
     def __init__(self, model: nn.Module, options: DistillOptions, example: Tensor) -> None:
         from slimkit.distill.knowledge import KeySpec, KnowledgeSchema
-        from slimkit.distill.knowledge.distilling import Outline
+        from slimkit.distill.knowledge.distilling import LayerSkeleton
         from slimkit.distill.knowledge.format.schema import LOGITS
-        from slimkit.distill.loss_terms import Comparison
+        from slimkit.distill.loss_terms import NetworkComparison
         from slimkit.distill.recording.recorder import Recorder, probing, run
         from slimkit.distill.recording.records import OUTPUT
         from slimkit.inputs import as_inputs
 
         named = [loss.teacher for loss in options.distill if isinstance(loss.teacher, str)]
-        outline = Outline([name for name, _ in model.named_modules() if name] + named)
-        terms = Comparison(list(enumerate(options.distill)), model, outline).terms
+        outline = LayerSkeleton([name for name, _ in model.named_modules() if name] + named)
+        terms = NetworkComparison(list(enumerate(options.distill)), model, outline).terms
         taps = {term.taps["student"] for term in terms}
         recorder = Recorder(model, [OUTPUT, *taps])
         with probing(model):

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from pyarrow import flight
-from torch import Tensor
 
 from slimkit.artifact import PathLike
 from slimkit.distill.knowledge.format.encoding import arrays_of, columns_of, decode, ids_of
@@ -22,11 +21,11 @@ from slimkit.distill.knowledge.format.question import Ask, Question, pack_ask
 from slimkit.distill.knowledge.format.schema import KnowledgeSchema, check_schema
 from slimkit.distill.knowledge.online.serving import SERVING, read_file
 from slimkit.distill.knowledge.online.tokens import token_from_environment
+from slimkit.distill.recording.records import Records
 from slimkit.errors import DataError, InputError, SlimkitError, TeacherError
 
 __all__ = ["Connection", "LostTeacherError", "Patience", "Trust"]
 
-Records = dict[str, Tensor]
 _MAX_DESCRIPTION = 2**26
 _SPARE = 2**20  # bytes for headers, padding and notes
 _CUT_OFF = 3  # times; gRPC cancels what is larger than it may be, and does not say so

@@ -8,15 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from slimkit.distill.knowledge.format.question import Question
 from slimkit.distill.knowledge.format.schema import KnowledgeSchema
+from slimkit.distill.recording.records import Records
 from slimkit.errors import TeacherError
 
 __all__ = ["Fetching", "Source"]
 
-Records = dict[str, Tensor]
 _POLL = 0.1  # seconds between looks at whether the student has stopped
 
 

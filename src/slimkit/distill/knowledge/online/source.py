@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from slimkit.distill.knowledge.format.question import MAX_ASK_ROWS, Question
 from slimkit.distill.knowledge.online.connecting import Connection, Patience, Trust
+from slimkit.distill.recording.records import Records
 
 __all__ = ["OnlineTeacher", "cut"]
 
-Records = dict[str, Tensor]
 _CALL_BYTES = 2**22  # of one call's answer
 _QUICK, _SLOW = 0.02, 0.2  # seconds
 
