@@ -94,6 +94,20 @@ class Inputs:
         return Inputs(map_tensors(function, self.args), map_tensors(function, dict(self.kwargs)))
 
     @property
+    def plain(self) -> Any:
+        """As a user wrote it: the one argument, a tuple of positional ones, or a dict of keywords.
+
+        Itself where nothing of that says the same: positional beside keyword arguments, or one
+        argument that is a tuple or a mapping.
+        """
+        if self.kwargs:
+            return self if self.args else dict(self.kwargs)
+        if len(self.args) != 1:
+            return self.args
+        only = self.args[0]
+        return self if isinstance(only, (tuple, Mapping)) else only
+
+    @property
     def examples(self) -> int | None:
         """How many examples there are; None where the arguments do not agree on a number.
 

@@ -127,7 +127,7 @@ def test_bf16_trains_too(network: nn.Sequential, data: ArrayLoader) -> None:
 def test_bf16_without_instructions_is_warned_of_and_never_chosen(
     make_network: Callable[[], nn.Sequential], data: ArrayLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("training", "precision"):
+    for module in ("running", "precision"):
         monkeypatch.setattr(f"slimkit.train.{module}.multiplies_bf16", lambda device: False)
     auto = FP32.model_copy(update={"precision": "auto", "device": "cpu"})
     chosen = train(make_network(), data, auto)

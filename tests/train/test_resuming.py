@@ -113,7 +113,7 @@ def test_the_chosen_precision_is_remembered(
     path = tmp_path / "run.safetensors"
     settings = TrainSettings(epochs=2, lr=0.05, precision="auto")
     monkeypatch.setattr(
-        "slimkit.train.training.choose_precision", lambda *_: ("bf16", {"fp32": 2.0, "bf16": 1.0})
+        "slimkit.train.running.choose_precision", lambda *_: ("bf16", {"fp32": 2.0, "bf16": 1.0})
     )
     with pytest.raises(KeyboardInterrupt):
         run(make_network, data, settings, path, 8)
@@ -121,7 +121,7 @@ def test_the_chosen_precision_is_remembered(
     def again(*_: object) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("slimkit.train.training.choose_precision", again)
+    monkeypatch.setattr("slimkit.train.running.choose_precision", again)
     _, history = run(make_network, data, settings, path, None)
     assert history.precision == "bf16"
 

@@ -198,7 +198,7 @@ class Distiller:
         for name, records in theirs.items():
             if not self._comparisons[name].checked:
                 self._comparisons[name].check(ours, records)
-        given = Given(labels, ids, inputs)
+        given = Given(labels, ids, inputs.plain if isinstance(inputs, Inputs) else inputs)
         device = next(iter(ours.values())).device
         with torch.autocast(device.type, enabled=False):
             terms = []
@@ -212,8 +212,9 @@ class Distiller:
 
     def __call__(self, context: StepContext) -> Tensor:
         """:meth:`loss` of a step of :func:`slimkit.train.fit`, for its ``losses=``."""
+        batch = getattr(context, "batch", None)
         return self.loss(
-            context.inputs,
+            context.inputs if batch is None else batch.inputs,
             context.outputs,
             labels=getattr(context, "targets", None),
             ids=getattr(context, "ids", None),

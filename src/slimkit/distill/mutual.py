@@ -16,7 +16,7 @@ from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, r
 from slimkit.distill.recording.records import OUTPUT
 from slimkit.distill.weighting import Teachers, named_teachers
 from slimkit.errors import InputError
-from slimkit.inputs import ExampleInputs, as_inputs
+from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import load_weights
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class MutualLearning:
             for name, answer in answers.items():
                 scores = main_tensor(answer, where=name).float()
                 values[f"{name}:task"] = self.task_weight * self.task_loss(scores, labels)
-            given = Given(labels, ids, inputs)
+            given = Given(labels, ids, inputs.plain if isinstance(inputs, Inputs) else inputs)
             for (learner, other), comparison in self._comparisons.items():
                 if not comparison.checked:
                     comparison.check(records[learner], records[other])
@@ -178,7 +178,7 @@ class MutualLearning:
     def __call__(self, context: StepContext) -> Tensor:
         """:meth:`loss` of a step of :func:`slimkit.train.fit`, for its ``losses=``."""
         return self.loss(
-            context.inputs, context.outputs, labels=context.targets, ids=context.ids,
+            context.batch.inputs, context.outputs, labels=context.targets, ids=context.ids,
             epoch=context.epoch, progress=context.progress,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from slimkit.errors import DataError, InputError, SlimkitError
 from slimkit.graph.isolation import undisturbed
-from slimkit.inputs import Inputs
+from slimkit.inputs import Inputs, as_batch
 from slimkit.modules import copy_module
 
 __all__ = [
@@ -122,11 +122,11 @@ def loss_of(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
 
 
 def _outcome(model: nn.Module, batch: Batch, loss: Loss) -> object:
-    from slimkit.train.training import as_float, call
+    from slimkit.train.stepping import as_float
 
     inputs, targets = batch
     try:
-        outputs = inputs.call(model) if isinstance(inputs, Inputs) else call(model, inputs)
+        outputs = as_batch((inputs, targets)).inputs.call(model)
         return loss(as_float(outputs), targets)
     except SlimkitError:
         raise

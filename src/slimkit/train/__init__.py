@@ -5,14 +5,17 @@ from __future__ import annotations
 from slimkit.train.batch_norm import reestimate_batch_norm
 from slimkit.train.callbacks import Callback, EpochContext, StepContext
 from slimkit.train.ema import WeightAverage
+from slimkit.train.history import History
 from slimkit.train.settings import TrainSettings
-from slimkit.train.training import History, fit
+from slimkit.train.stepping import StepTools
+from slimkit.train.training import fit
 
 __all__ = [
     "Callback",
     "EpochContext",
     "History",
     "StepContext",
+    "StepTools",
     "TrainSettings",
     "WeightAverage",
     "fit",

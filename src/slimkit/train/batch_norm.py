@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.errors import InputError
+from slimkit.inputs import as_batch
 
 __all__ = ["frozen_batch_norm", "reestimate_batch_norm", "tracking_norms"]
 
@@ -34,13 +35,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Args:
         model: changed in place.
-        batches: inputs, or tuples whose first entry is the input, of training data.
+        batches: of training data, as a loader yields them: inputs alone or with targets; see
+            :func:`slimkit.inputs.as_batch`.
 
     Returns:
         How many batches were used; 0 when the model has no batch norm.
 
     Raises:
-        InputError: there are no batches.
+        InputError: there are no batches, or something that is none.
     """
     norms = tracking_norms(model)
     if not norms:
@@ -57,8 +59,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     count = 0
     try:
         for batch in batches:
-            images: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(images.to(device))
+            as_batch(batch, where="batches").inputs.to(device).call(model)
             count += 1
     finally:
         for norm, momentum, buffers in zip(norms, momenta, before, strict=True):

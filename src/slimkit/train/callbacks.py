@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from slimkit.inputs import Batch
 
 __all__ = ["Callback", "EpochContext", "StepContext"]
 
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """One training step, after the model's forward.
+    """One training step.
 
     Attributes:
         model: the module being trained.
-        inputs: images (N, C, H, W) on the model's device.
-        targets: labels (N,).
-        outputs: what the model returned, in float32.
+        batch: of the loader, on the model's device.
+        outputs: what the model returned, in float32; what a step of one's own returned, or its
+            last forward. None before the forward (``on_step_begin``).
         step: number of optimizer steps before this one in the whole run.
         epoch: from 0.
         progress: part of the run that is over, 0 … 1.
-        ids: numbers of the samples (N,), the same in every epoch; None where the loader does
-            not tell them.
+        optimizer: of the run.
     """
 
     model: nn.Module
-    inputs: Any
-    targets: Tensor
+    batch: Batch
     outputs: Any
     step: int
     epoch: int
     progress: float
-    ids: Tensor | None = None
+    optimizer: Optimizer | None = None
+
+    @property
+    def inputs(self) -> Any:
+        """What the model is called with, as the loader gave it; images are (N, C, H, W)."""
+        return self.batch.inputs.plain
+
+    @property
+    def targets(self) -> Any:
+        """What belongs to the inputs: labels (N,), or any other structure; None without any."""
+        return self.batch.targets
+
+    @property
+    def ids(self) -> Tensor | None:
+        """Numbers of the samples (N,), the same in every epoch; None where unknown."""
+        return self.batch.ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +62,8 @@ class EpochContext:
         optimizer: with its current state.
         epoch: from 0.
         step: optimizer steps so far.
-        record: the history's entry: loss, lr, seconds, images_per_second, metrics.
+        record: the history's entry: loss, lr, seconds, images_per_second, metrics; scalars
+            where a step logs any.
     """
 
     model: nn.Module
@@ -59,12 +76,26 @@ class EpochContext:
 class Callback:
     """Override what you need; the rest does nothing.
 
-    A callback that keeps tensors between steps returns them from ``state_dict()`` and takes
-    them in ``load_state_dict(tensors)``: they are then part of the checkpoint.
+    Of one optimizer step: ``on_step_begin`` of every callback, forward and backward,
+    ``optimizer.step()``, ``on_update`` of every callback, ``on_step_end`` of every callback,
+    then the moving average of the weights.
+
+    A callback that keeps something between steps returns it from ``state_dict()``, as tensors
+    or JSON by name, and takes it in ``load_state_dict(state)``: it is then part of the
+    checkpoint.
     """
 
+    def on_step_begin(self, context: StepContext) -> None:
+        """Before the forward; the learning rate of the step is set, outputs are not known."""
+
+    def on_update(self, context: StepContext) -> None:
+        """Right after ``optimizer.step()``: the place for what changes weights, such as masks.
+
+        Gradients are still there. The moving average takes in what comes out.
+        """
+
     def on_step_end(self, context: StepContext) -> None:
-        """After ``optimizer.step()``."""
+        """After ``optimizer.step()`` and every ``on_update``, before the moving average."""
 
     def on_epoch_end(self, context: EpochContext) -> None:
         """After evaluation and before the checkpoint."""

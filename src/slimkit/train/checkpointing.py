@@ -16,9 +16,9 @@ from slimkit.artifact import read_tensors, write_tensors
 from slimkit.errors import ArtifactError, CheckpointError
 from slimkit.train.ema import WeightAverage
 
-__all__ = ["RunState", "restore", "save_run"]
+__all__ = ["RunState", "check_state", "restore", "save_run"]
 
-_FORMAT = "slimkit-training-1"
+_FORMAT = "slimkit-training-2"
 
 
 @dataclass
@@ -27,7 +27,8 @@ class RunState:
 
     Attributes:
         model, optimizer, average: the trained things; no average without EMA.
-        extras: losses and callbacks; those with ``state_dict()`` are part of the state.
+        extras: losses, callbacks and the like; what ``state_dict()`` of one returns, tensors
+            or JSON by name, is part of the state.
         extra_parameters: trained parameters outside of the model.
         identity: settings, seed and sizes; only a run with an equal one may go on from here.
         header: epochs done, steps done, history, chosen precision (JSON).
@@ -46,9 +47,12 @@ def save_run(path: Path, state: RunState) -> None:
     """Write the state, atomically.
 
     Raises:
+        CheckpointError: something in it is neither a tensor nor JSON.
         ArtifactError: the folder is not writable or the disk is full.
     """
-    tensors = {f"model/{name}": t for name, t in state.model.state_dict().items()}
+    own, plain = _parted(state.model)
+    tensors = {f"model/{name}": t for name, t in own.items()}
+    extras: dict[str, Any] = {}
     numbers: dict[str, Any] = {}
     for index, entry in state.optimizer.state_dict()["state"].items():
         for name, value in entry.items():
@@ -60,15 +64,35 @@ def save_run(path: Path, state: RunState) -> None:
         tensors |= {f"average/{name}": t for name, t in state.average.average.items()}
     tensors |= {f"parameter/{i}": p for i, p in enumerate(state.extra_parameters)}
     for index, extra in enumerate(state.extras):
-        tensors |= {f"extra/{index}/{name}": t for name, t in _state_of(extra).items()}
+        own, values = _parted(extra)
+        tensors |= {f"extra/{index}/{name}": t for name, t in own.items()}
+        if own or values:
+            extras[str(index)] = {"class": type(extra).__name__, "values": values}
     header = {
         "format": _FORMAT,
         "identity": state.identity,
         "header": state.header,
         "optimizer": numbers,
+        "model": plain,
+        "extras": extras,
         "average_steps": state.average.steps if state.average else 0,
     }
     write_tensors(path, tensors, {"slimkit": json.dumps(header)})
+
+
+def check_state(state: RunState) -> None:
+    """Find out before the run, rather than after its first epoch, what cannot be kept.
+
+    Raises:
+        CheckpointError: something is neither a tensor nor JSON, or could not be given back.
+    """
+    _parted(state.model)
+    for extra in state.extras:
+        if any(_parted(extra)) and not hasattr(extra, "load_state_dict"):
+            raise CheckpointError(
+                "it has a state_dict(), but no load_state_dict() that takes it back",
+                where=type(extra).__name__,
+            )
 
 
 def restore(path: Path, state: RunState) -> bool:
@@ -78,7 +102,8 @@ def restore(path: Path, state: RunState) -> bool:
         False when there is no such file.
 
     Raises:
-        CheckpointError: it belongs to a run with other settings or another model.
+        CheckpointError: it belongs to a run with other settings, another model or other
+            callbacks.
         ArtifactError: it is not a checkpoint of a training run.
     """
     if not path.exists():
@@ -95,8 +120,9 @@ def restore(path: Path, state: RunState) -> bool:
             where=str(path),
             hint="delete it to start anew",
         )
+    _check_classes(path, header["extras"], state.extras)
     tensors = read_tensors(path)
-    state.model.load_state_dict(_under(tensors, "model/"))
+    state.model.load_state_dict({**_under(tensors, "model/"), **header["model"]})
     _restore_optimizer(state.optimizer, _under(tensors, "optimizer/"), header["optimizer"])
     if state.average is not None:
         state.average.steps = header["average_steps"]
@@ -106,9 +132,10 @@ def restore(path: Path, state: RunState) -> bool:
         for index, parameter in enumerate(state.extra_parameters):
             parameter.copy_(tensors[f"parameter/{index}"])
     for index, extra in enumerate(state.extras):
-        own = _under(tensors, f"extra/{index}/")
-        if own and hasattr(extra, "load_state_dict"):
-            extra.load_state_dict(own)
+        kept = header["extras"].get(str(index))
+        if kept is not None:
+            loader: Any = extra
+            loader.load_state_dict({**_under(tensors, f"extra/{index}/"), **kept["values"]})
     state.header.update(header["header"])
     return True
 
@@ -150,12 +177,63 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _state_of(extra: object) -> dict[str, Tensor]:
-    """Tensors of a loss or a callback that keeps any."""
-    getter = getattr(extra, "state_dict", None)
-    if getter is None:
-        return {}
-    return {name: value for name, value in getter().items() if isinstance(value, Tensor)}
+def _check_classes(path: Path, kept: dict[str, Any], extras: Sequence[object]) -> None:
+    """Whoever has a state in the file is there to take it."""
+    names = [type(extra).__name__ for extra in extras]
+    for index, entry in kept.items():
+        found = names[int(index)] if int(index) < len(names) else "nothing"
+        if found != entry["class"]:
+            raise CheckpointError(
+                f"the checkpoint is of another run: it holds the state of {entry['class']}, "
+                f"where this one has {found}",
+                where=str(path),
+                hint="pass the same losses and callbacks in the same order, or delete it",
+            )
+
+
+def _parted(owner: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``state_dict()`` returns, if there is one → tensors and JSON values by name.
+
+    Raises:
+        CheckpointError: a value is neither, or a name is no string.
+    """
+    getter = getattr(owner, "state_dict", None)
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, value in getter().items() if callable(getter) else ():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(name, str) and _is_json(value):
+            values[name] = value
+        else:
+            raise CheckpointError(
+                f"{name!r} in its state is {_described(value)}: a checkpoint keeps tensors and "
+                "JSON",
+                where=type(owner).__name__,
+                hint="return tensors, numbers, strings, lists, or dicts with strings as keys",
+            )
+    return tensors, values
+
+
+def _is_json(value: object) -> bool:
+    """Whether the value comes back from a file as it is: a tuple would come back a list."""
+    if isinstance(value, list):
+        return all(_is_json(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _described(value: object) -> str:
+    """The type of a value, and of the first thing inside that is no JSON."""
+    inside: list[object] = []
+    if isinstance(value, dict):
+        inside = [value[key] if isinstance(key, str) else key for key in value]
+    elif isinstance(value, list):
+        inside = value
+    culprit = next((item for item in inside if not _is_json(item)), None)
+    kind = type(value).__name__
+    return f"a {kind}" if culprit is None else f"a {kind} that holds a {type(culprit).__name__}"
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,9 +8,9 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from slimkit.errors import InputError, TrainingError
+from slimkit.inputs import Batch, as_batch
 from slimkit.train.settings import TrainSettings
 
 __all__ = ["Device"]
@@ -66,35 +66,24 @@ class Device:
 
             AcceleratorState._reset_state(reset_partial_state=self.processes == 1)
 
-    def moved(self, batch: Any) -> tuple[Any, Tensor]:
-        """``(inputs, targets)`` on the device, images in the model's layout."""
-        if not isinstance(batch, (tuple, list)) or len(batch) not in {2, 3}:
-            raise InputError(
-                f"expected batches of (inputs, targets), got {type(batch).__name__}",
-                where="loader",
-            )
-        inputs, targets = batch[:2]
-        moved: Any = tree_map(self._move, inputs)
-        return moved, targets.to(self.device, non_blocking=True)
+    def moved(self, item: Any) -> Batch:
+        """What a loader yields, on the device, images in the model's layout.
 
-    def ids(self, batch: Any) -> Tensor | None:
-        """The numbers of the samples, where a loader tells them as a third entry."""
-        return batch[2].to(self.device, non_blocking=True) if len(batch) == 3 else None
-
-    def _move(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if leaf.dim() == 4:
-            return leaf.to(self.device, non_blocking=True, memory_format=self._layout)
-        return leaf.to(self.device, non_blocking=True)
+        Raises:
+            InputError: it is no batch; see :func:`slimkit.inputs.as_batch`.
+        """
+        return as_batch(item).to(self.device, layout=self._layout)
 
     def autocast(self, bf16: bool) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast, or nothing."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
 
-    def backward(self, loss: Tensor, extra: Sequence[nn.Parameter]) -> None:
-        """Gradients, averaged over processes for ``extra`` too, which DDP does not know."""
+    def backward(self, loss: Tensor) -> None:
+        """Gradients, averaged over processes."""
         self._accelerator.backward(loss)
+
+    def share_gradients(self, extra: Sequence[nn.Parameter]) -> None:
+        """Average the gradients of ``extra`` over processes, which DDP does not know."""
         if self.processes > 1:
             for parameter in extra:
                 if parameter.grad is not None:
@@ -134,7 +123,11 @@ class Device:
 
 
 def _to(model: nn.Module, device: torch.device, layout: torch.memory_format) -> None:
-    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    """Move a model; what has four dimensions into the layout, which no other tensor can have."""
+    model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=layout)
 
 
 def _accelerator(*, cpu: bool) -> Any:

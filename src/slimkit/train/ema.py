@@ -19,6 +19,10 @@ class WeightAverage:
     ``(1 + t) / (10 + t)`` up to ``decay`` so that early steps are forgotten soon. Batch-norm
     statistics are averaged alike; other buffers are taken from the model as they are.
 
+    Masks survive: entries of parameters that are exactly zero in the model are zero in the
+    average too when it is used or saved (:meth:`keep_zeros`), though by the formula a rest of
+    what they were before would be left.
+
     Args:
         model: whose weights to follow; its state when this is called is the first average.
         decay: the final ``d``, 0 … 1.
@@ -28,6 +32,7 @@ class WeightAverage:
         self.decay = decay
         self.steps = 0
         self._live = _averaged(model)
+        self._parameters = [name for name, _ in model.named_parameters() if name in self._live]
         self.average = {name: t.detach().clone() for name, t in self._live.items()}
 
     @torch.no_grad()
@@ -38,8 +43,15 @@ class WeightAverage:
         torch._foreach_lerp_(list(self.average.values()), list(self._live.values()), 1 - decay)
 
     @torch.no_grad()
+    def keep_zeros(self) -> None:
+        """Set to zero what is exactly zero in the parameters of the model."""
+        for name in self._parameters:
+            self.average[name].masked_fill_(self._live[name] == 0, 0)
+
+    @torch.no_grad()
     def copy_to_model(self) -> None:
-        """Put the average into the model for good."""
+        """Put the average into the model for good; see :meth:`keep_zeros`."""
+        self.keep_zeros()
         for name, live in self._live.items():
             live.copy_(self.average[name])
 

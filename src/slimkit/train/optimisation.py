@@ -64,13 +64,19 @@ def build_optimizer(
     )
     if settings.optimizer == "adamw":
         return AdamW(groups, lr=settings.lr, fused=fused)
-    return SGD(
+    sgd = SGD(
         groups,
         lr=settings.lr,
         fused=fused,
         momentum=settings.momentum,
         nesterov=settings.nesterov and settings.momentum > 0,
     )
+    if fused and settings.momentum:
+        # The fused kernel takes all buffers or none, so a gradient that comes late fails. From
+        # zero, the first update makes the buffer the gradient, as it is without.
+        for parameter in (*decayed, *plain):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def learning_rate(settings: TrainSettings, step: int, total: int, steps_per_epoch: int) -> float:

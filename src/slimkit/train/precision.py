@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.runtime.surroundings import multiplies_bf16
+from slimkit.train.snapshot import undone
 
 __all__ = ["choose_precision"]
 
@@ -24,36 +25,31 @@ _WORTHWHILE = 0.95
 
 
 def choose_precision(
-    step: Callable[[bool], Tensor], model: nn.Module, device: torch.device
+    step: Callable[[bool], Tensor | None], model: nn.Module, device: torch.device
 ) -> tuple[Literal["fp32", "bf16"], dict[str, float]]:
     """Time forward and backward in both precisions and leave no trace.
 
     Args:
-        step: runs one forward with (True) or without bf16 autocast and returns the loss.
-        model: its buffers, gradients and training flags are restored afterwards, as is the
-            state of torch's random generators.
+        step: runs one forward with (True) or without bf16 autocast and returns the loss; None
+            where there is nothing to go backward from.
+        model: afterwards it is as before, see :func:`slimkit.train.snapshot.undone`.
         device: where it runs.
 
     Returns:
         The choice, and milliseconds per step of each; fp32 and nothing on a processor without
-        bf16 instructions.
+        bf16 instructions, or where no gradients lead from the loss.
     """
     if device.type == "cpu" and not multiplies_bf16(device):
         return "fp32", {}
-    held = {name: b.detach().clone() for name, b in model.named_buffers()}
-    devices = [device] if device.type == "cuda" else []
     times: dict[str, list[float]] = {"fp32": [], "bf16": []}
-    with torch.random.fork_rng(devices=devices):
+    with undone([model], device):
         for repeat in range(_WARMUP + _STEPS):
             for name, seconds in times.items():  # interleaved: a busy moment hits both
                 spent = _timed(step, name == "bf16", device)
+                if spent is None:
+                    return "fp32", {}
                 if repeat >= _WARMUP:
                     seconds.append(spent)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(held[name])
-    for parameter in model.parameters():
-        parameter.grad = None
     best = {name: 1000 * min(seconds) for name, seconds in times.items()}
     choice: Literal["fp32", "bf16"] = (
         "bf16" if best["bf16"] < _WORTHWHILE * best["fp32"] else "fp32"
@@ -61,11 +57,14 @@ def choose_precision(
     return choice, {name: round(value, 3) for name, value in best.items()}
 
 
-def _timed(step: Callable[[bool], Tensor], bf16: bool, device: torch.device) -> float:
+def _timed(step: Callable[[bool], Tensor | None], bf16: bool, device: torch.device) -> float | None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    torch.autograd.backward(step(bf16))
+    loss = step(bf16)
+    if loss is None:
+        return None
+    torch.autograd.backward(loss)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

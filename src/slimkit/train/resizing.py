@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+
+from slimkit.inputs import Batch
 
 __all__ = ["resized"]
 
 
-def resized(inputs: Any, size: int | None) -> Any:
-    """Inputs whose images have ``size`` rows and columns.
+def resized(batch: Batch, size: int | None) -> Batch:
+    """The batch with images among its inputs of ``size`` rows and columns.
 
     Args:
-        inputs: of a model: tensors in any nesting; images are floating point (N, C, H, W).
-        size: pixels; None returns ``inputs`` as they are.
+        batch: images are floating point (N, C, H, W), in any nesting; targets stay as they are.
+        size: pixels; None returns ``batch`` itself.
 
     Returns:
         The same nesting, images resized bilinearly with antialiasing, memory formats kept.
     """
     if size is None:
-        return inputs
+        return batch
 
-    def on_leaf(leaf: Any) -> Any:
-        if not (isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.is_floating_point()):
-            return leaf
+    def on_tensor(tensor: Tensor) -> Tensor:
+        if not (tensor.dim() == 4 and tensor.is_floating_point()):
+            return tensor
         return F.interpolate(
-            leaf, (size, size), mode="bilinear", align_corners=False, antialias=True
+            tensor, (size, size), mode="bilinear", align_corners=False, antialias=True
         )
 
-    return tree_map(on_leaf, inputs)
+    return Batch(batch.inputs.map(on_tensor), batch.targets, batch.ids)

@@ -28,6 +28,8 @@ class TrainSettings(BaseModel):
         ema: decay of the moving average of weights that is evaluated and kept, such as 0.999;
             ``None`` keeps the last weights.
         clip_grad_norm: scale gradients down to this norm.
+        accumulate: batches of the loader per optimizer step, whose gradients are averaged; the
+            last step of an epoch takes what is left.
         precision: ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: whichever takes a training
             step faster here, measured on the model itself.
         channels_last: memory layout of images and weights; ``"auto"`` when there are
@@ -58,6 +60,7 @@ class TrainSettings(BaseModel):
     loss_weight: Annotated[float, Field(ge=0)] = 1
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    accumulate: Annotated[int, Field(ge=1)] = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     freeze_batch_norm: bool = False

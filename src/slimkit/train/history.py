@@ -1,0 +1,43 @@
+"""What a training run leaves behind beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["History"]
+
+
+@dataclass
+class History:
+    """What happened during a run.
+
+    Attributes:
+        epochs: per epoch ``epoch``, ``loss`` (mean over its steps), ``lr`` (of the last step),
+            ``seconds``, ``images_per_second`` and ``metrics`` (what ``evaluate`` returned);
+            ``scalars``, means over the steps, where a step of one's own logs any.
+        final: metrics of the weights that the run ended with (averaged, batch norm measured
+            anew), or nothing without ``evaluate``.
+        precision: what was trained in.
+        precision_ms: milliseconds per step of each precision, when it was chosen by timing.
+        steps: optimizer steps.
+        seconds: of all epochs and their evaluations.
+    """
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    final: dict[str, float] = field(default_factory=dict)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    precision_ms: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary of all attributes."""
+        return {
+            "epochs": self.epochs,
+            "final": self.final,
+            "precision": self.precision,
+            "precision_ms": self.precision_ms,
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
