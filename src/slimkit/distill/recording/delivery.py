@@ -100,11 +100,6 @@ class Deliveries:
         if deliveries:
             self._scope = ForwardScope(student, self._enter, self._interceptors["student"].stop)
 
-    @property
-    def teacher_first(self) -> bool:
-        """Whether the student waits for something of the teacher's."""
-        return any(delivery.source == "teacher" for delivery in self._deliveries)
-
     def _enter(self, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> None:
         if torch.is_grad_enabled():  # an evaluation draws for itself
             self._start("student")

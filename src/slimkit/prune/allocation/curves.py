@@ -1,7 +1,7 @@
 """Sensitivity curves: how much the metric falls when one unit alone is pruned.
 
-The value that :func:`slimkit.prune.allocation.sensitivity.measure_sensitivity` fills, a file that grows
-with it, and the ratios that follow from a loss threshold.
+The value that :func:`~slimkit.prune.allocation.sensitivity.measure_sensitivity` fills, a file that
+grows with it, and the ratios that follow from a loss threshold.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ class UnitCurve:
         again is evened out by isotonic regression (pool adjacent violators); it starts at 0
         and is never negative.
         """
+        from scipy.optimize import isotonic_regression
+
         kept = sorted(self.values, reverse=True)
         ratios = np.array([0.0, *(1.0 - n / self.size for n in kept)])
         falls = np.array([0.0, *(base - self.values[n] for n in kept)])
-        return ratios, np.maximum(_isotonic(falls), 0.0)
+        return ratios, np.maximum(isotonic_regression(falls).x, 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with numbers of channels as text."""
@@ -329,16 +331,3 @@ def _check_same(here: SensitivityCurves, there: SensitivityCurves, where: str) -
             where=where,
             hint="give a new file",
         )
-
-
-def _isotonic(values: Numbers) -> Numbers:
-    """The non-decreasing sequence nearest to ``values`` in the least-squares sense."""
-    pools: list[tuple[float, int]] = []  # mean and length
-    for value in values.tolist():
-        mean, length = value, 1
-        while pools and pools[-1][0] > mean:
-            before, count = pools.pop()
-            mean = (before * count + mean * length) / (count + length)
-            length += count
-        pools.append((mean, length))
-    return np.concatenate([np.full(length, mean) for mean, length in pools])
