@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["PLAN_KINDS", "Plan", "applied_plans", "apply", "load", "load_weights", "save"]
 
 FORMAT_VERSION = 1
+"""Of the envelope around every plan's JSON; a file of another version is refused."""
 _ATTRIBUTE = "slimkit_plans"
+"""The attribute of a model that lists the plans that were applied to it."""
 Module = TypeVar("Module", bound="nn.Module")
 
 PLAN_KINDS: Registry[type[Plan]] = Registry("plan kind")

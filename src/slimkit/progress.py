@@ -1,4 +1,4 @@
-"""What a person sees of long work: a live bar in a terminal, a line per result elsewhere."""
+"""Progress on standard error: a live bar in a terminal, a line per result elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names → things: how recipes and string arguments find criteria, losses, models, stages.
+"""Registries, names → objects: how recipes and arguments find criteria, losses, models, stages.
 
 A registry maps a name to an object, or to ``"package.module:attribute"`` which is imported
 on first use, so that listing what exists costs no heavy import. A name of that very form

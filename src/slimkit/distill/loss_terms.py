@@ -1,4 +1,4 @@
-"""Comparing two networks' records: which argument gets what, through which module, for how much."""
+"""The losses between two networks: which record goes to which argument, through which module."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from slimkit.errors import InputError, ModelError, nearest
 __all__ = ["Given", "LossTerm", "NetworkComparison"]
 
 GIVEN = ("labels", "ids", "inputs", "sample_weights")
+"""Arguments of a loss that are no records; see :class:`Given`."""
 
 
 @dataclass(frozen=True)

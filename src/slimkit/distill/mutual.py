@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MutualLearning"]
 
-STUDENT = ""  # among the networks; peers have names
+STUDENT = ""
+"""The name of the student among the networks; peers have names of their own."""
 
 
 class MutualLearning:

@@ -1,4 +1,4 @@
-"""Several teachers: what each of them counts."""
+"""Weights of several teachers: fixed, or by each teacher's confidence on each sample."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ TeacherWeights = Mapping[str, float] | Sequence[float] | str | None
 """Of several teachers: fixed ones, ``"confidence"`` on each sample, or None for equal ones."""
 
 SINGLE = "teacher"
+"""The name of a teacher that is alone."""
 
 
 def named_teachers(teachers: Teachers) -> dict[str, nn.Module]:

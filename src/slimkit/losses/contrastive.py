@@ -1,4 +1,4 @@
-"""Contrastive distillation: the same sample belongs together, others apart."""
+"""Contrastive representation distillation: embeddings of one sample are near, of others apart."""
 
 from __future__ import annotations
 

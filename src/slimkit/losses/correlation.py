@@ -1,4 +1,4 @@
-"""Distillation by correlation: the student may differ from the teacher by shift and scale."""
+"""Pearson correlation as a loss: the student may differ from the teacher by shift and scale."""
 
 from __future__ import annotations
 

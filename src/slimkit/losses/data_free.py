@@ -1,4 +1,4 @@
-"""Losses of a generator that invents a teacher's images when there are none.
+"""Losses of the generator in data-free distillation, which invents the images.
 
 The generator's part only: the gradient flows through the teacher into the images.
 """
@@ -12,7 +12,7 @@ __all__ = ["dafl_activation", "dafl_entropy", "dafl_one_hot", "dfad_gap", "zskt_
 
 
 def dafl_one_hot(teacher: Tensor) -> Tensor:
-    """Images that the teacher is sure of: DAFL, Chen et al. 2019 (arXiv 1904.01186).
+    """DAFL's one-hot loss, images that the teacher is sure of: Chen et al. 2019 (arXiv 1904.01186).
 
     Cross-entropy of the teacher's logits (N, C) with their own arg-max.
     """
@@ -20,12 +20,12 @@ def dafl_one_hot(teacher: Tensor) -> Tensor:
 
 
 def dafl_activation(features: Tensor) -> Tensor:
-    """Images that excite the teacher: DAFL, ``−mean |F|`` of its features (N, …)."""
+    """DAFL's activation loss, large features: ``−mean |F|`` of its features (N, …)."""
     return -features.float().abs().mean()
 
 
 def dafl_entropy(teacher: Tensor) -> Tensor:
-    """Images of all classes alike: DAFL, ``Σ_c p̄_c · log₁₀ p̄_c``.
+    """DAFL's entropy loss, images of all classes alike: ``Σ_c p̄_c · log₁₀ p̄_c``.
 
     ``p̄`` is the mean over the batch of the softmax of the logits (N, C). The logarithm is to
     base 10, which the weights in use are made for.

@@ -1,4 +1,4 @@
-"""Distillation on features, element by element.
+"""Losses between features, element by element (hints, boundaries, channel distributions).
 
 All of them are means over elements, so a weight keeps its meaning when width, resolution or
 batch size change. Papers that write a sum over the elements of a sample mean this times C·H·W.

@@ -1,4 +1,4 @@
-"""Knowledge distillation on class scores."""
+"""Losses between logits: softened cross-entropy and its variants."""
 
 from __future__ import annotations
 

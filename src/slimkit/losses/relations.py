@@ -1,4 +1,4 @@
-"""Distillation of relations: between samples, between layers, between places of a map."""
+"""Losses between relations: distances of samples, Gram matrices of layers, attention maps."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _cosines(embeddings: Tensor) -> Tensor:
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, power: float = 2.0) -> Tensor:
-    """Where a network looks, Zagoruyko and Komodakis 2017 (arXiv 1612.03928), equation 2.
+    """Attention maps, Zagoruyko and Komodakis 2017 (arXiv 1612.03928), equation 2.
 
     With the attention map ``Q = mean_c |F|^p`` of a sample, flattened and of L2 norm 1,
 
@@ -76,7 +76,7 @@ def _attention(features: Tensor, power: float) -> Tensor:
 
 
 def fsp(student: Tensor, teacher: Tensor, student_late: Tensor, teacher_late: Tensor) -> Tensor:
-    """The flow between two layers, Yim et al. 2017, "A gift from knowledge distillation", eq. 1, 2.
+    """FSP matrices, Yim et al. 2017, "A gift from knowledge distillation", equations 1 and 2.
 
     A layer of C and a later one of D channels give each sample a matrix of inner products over
     the positions, ``G[c, d] = Σ_positions F[c] · F_late[d] / (H·W)``:
@@ -97,7 +97,7 @@ def fsp(student: Tensor, teacher: Tensor, student_late: Tensor, teacher_late: Te
 
 
 def _flow(early: Tensor, late: Tensor) -> Tensor:
-    """(N, C, H, W), (N, D, H', W') → (N, C, D)."""
+    """Gram matrix over positions: (N, C, H, W), (N, D, H', W') → (N, C, D)."""
     height = min(early.shape[2], late.shape[2])
     width = min(early.shape[3], late.shape[3])
     if early.shape[2:] != (height, width):

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["Timing", "benchmark", "benchmark_interleaved", "random_feeds"]
 
 _MIN_RUNS = 5
-_TURN_SECONDS = 0.05  # of one model in an interleaved round: long against its cache warm-up
-_BUSY_CORES = 0.2  # of other processes, from where on a measurement is called disturbed
+"""Timed calls at least, however long one takes: fewer have no 90th percentile."""
+_TURN_SECONDS = 0.05
+"""Seconds of one model's turn in an interleaved round: long against the warm-up of its caches."""
+_BUSY_CORES = 0.2
+"""Cores that other processes keep busy, from which on a measurement is called disturbed."""
 
 
 @dataclass(frozen=True)

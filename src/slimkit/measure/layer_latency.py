@@ -1,4 +1,4 @@
-"""Where the milliseconds go: time per layer inside ONNX Runtime, and layers that gain nothing.
+"""Latency per layer, by ONNX Runtime's profiler, and the layers that gain nothing.
 
 MACs are no milliseconds: kernels pad channels to the width of the vector unit, thin layers wait
 for memory, and what has no MACs takes time too. :func:`unrewarded` says so when a smaller network
@@ -31,9 +31,13 @@ if TYPE_CHECKING:
 __all__ = ["LayerTime", "layer_times", "least_gained", "unrewarded"]
 
 _WARMUP = 2
+"""Runs before those that count."""
 _INTEGER = {"QLinearConv": "Conv", "QGemm": "Gemm", "QLinearMatMul": "MatMul"}
-_WORTH_A_WORD = 0.2  # from this part of the MACs on, one expects to see something
-_FAIR_SHARE = 1 / 3  # of the MACs' fall that the milliseconds should fall by at least
+_WORTH_A_WORD = 0.2
+"""Part of the MACs that must have gone before anybody expects to see it in the milliseconds."""
+_FAIR_SHARE = 1 / 3
+"""Part of the MACs' relative fall that the milliseconds should fall by at least: what is bound by
+memory and what has no MACs takes the rest in networks that gain as expected."""
 
 
 @dataclass(frozen=True)

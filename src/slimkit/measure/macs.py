@@ -129,6 +129,7 @@ _LEADS_THROUGH = frozenset(
         "aten.view",
     }
 )
+"""Operators whose result is a view or a copy of their first operand: a parameter stays one."""
 
 
 def _parameter(graph: Graph, value: int) -> str | None:

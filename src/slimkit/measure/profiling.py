@@ -1,4 +1,4 @@
-"""What a network costs: parameters, MACs, BOPs and bytes, per layer and in total.
+"""Profile of a network: parameters, MACs, BOPs and bytes, per layer and in total.
 
 One capture of the network (:func:`slimkit.graph.capturing.capture`) tells every operator that
 ran and with which parameter; the counting rules are in :mod:`slimkit.measure.macs`.

@@ -1,4 +1,4 @@
-"""One name for every model: ``slimkit:``, ``torchvision:``, ``timm:`` or a factory of one's own."""
+"""Models by name: ``slimkit:``, ``torchvision:``, ``timm:`` or a factory of one's own."""
 
 from __future__ import annotations
 

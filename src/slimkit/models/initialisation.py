@@ -1,4 +1,4 @@
-"""How the reference networks draw their first weights."""
+"""Kaiming initialisation of the reference networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Width multipliers."""
+"""Width multiplier: numbers of channels scaled and rounded to multiples of 8."""
 
 from __future__ import annotations
 

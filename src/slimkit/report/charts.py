@@ -1,4 +1,4 @@
-"""The pictures of a report: inline SVG drawn by matplotlib, coloured by the page's own CSS.
+"""Charts of a report: inline SVG drawn by matplotlib, coloured by the page's own CSS.
 
 matplotlib writes plain colours; each is replaced afterwards by a CSS variable of the page, so
 that one picture serves light and dark. Text stays text and takes the page's font.

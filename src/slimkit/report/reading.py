@@ -18,6 +18,7 @@ from slimkit.report import words
 __all__ = ["Latency", "Report", "StageRun", "Variant", "load_report", "parse_report"]
 
 SCHEMA_VERSION = 1
+"""Of ``report.json``; a report of a newer version is refused."""
 SCORES = {"accuracy": "accuracy", "map": "mAP", "miou": "mIoU"}
 """The metrics that can head a report (in percent, more is better) and how they are written."""
 

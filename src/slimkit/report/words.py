@@ -1,4 +1,4 @@
-"""How numbers are written in reports: units, signs, ratios; one way for page and terminal."""
+"""Formatting of numbers in reports: units, signs, ratios; one way for page and terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ __all__ = [
 ]
 
 MINUS = "−"
-NARROW = "\u202f"  # narrow no-break space between a number and its unit
+"""U+2212, as wide as a digit."""
+NARROW = "\u202f"
+"""Narrow no-break space, between a number and its unit."""
 
 
 def _significant(value: float, digits: int = 3) -> str:

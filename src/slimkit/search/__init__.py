@@ -1,4 +1,7 @@
-"""The one search loop: a space, a sampler, hard constraints, an evaluation, a record."""
+"""Black-box optimisation: one loop over a space, a sampler, hard constraints and an objective.
+
+Read ``searching`` first, then ``parameters`` (the space), ``samplers`` and ``storage``.
+"""
 
 from __future__ import annotations
 

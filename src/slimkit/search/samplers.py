@@ -61,7 +61,7 @@ SAMPLERS: Registry[Sampler | type[Sampler]] = Registry("sampler")
 
 @dataclass(frozen=True)
 class RandomSampler:
-    """Every point equally likely: what any other sampler must beat."""
+    """Random search: every point equally likely. What any other sampler must beat."""
 
     def ask(
         self, space: SearchSpace, history: Sequence[Trial], rng: np.random.Generator
@@ -116,7 +116,7 @@ class TPESampler:
 
 @dataclass(frozen=True)
 class GeneticSampler:
-    """A genetic algorithm that replaces one member at a time.
+    """Steady-state genetic algorithm: one member is replaced at a time.
 
     The population is the best ``population`` trials so far. Two parents are chosen by
     tournament (Goldberg and Deb 1991); a child takes each parameter from one of them, and
@@ -239,7 +239,10 @@ class AnnealingSampler:
 
 
 def _accepts(change: float, temperature: float, seed: int) -> bool:
-    """Whether a step to a worse point is taken; always the same answer for the same trial."""
+    """Metropolis criterion: a worse point is taken with probability exp(change / temperature).
+
+    The random number comes from the trial's seed: always the same answer for the same trial.
+    """
     if temperature <= 0.0:
         return False
     return random.Random(seed).random() <= math.exp(change / temperature)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Constraint", "Executor", "Objective", "search"]
 
 Objective = Callable[[Parameters, Candidate], float | Mapping[str, float]]
-"""(parameters, candidate) → the value, or several metrics by name."""
+"""The objective function: (parameters, candidate) → its value, or several metrics by name."""
 
 Constraint = Callable[[Parameters], str | None]
 """Parameters → what they violate, in words, or None if nothing."""

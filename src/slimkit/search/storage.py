@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["TrialStorage", "first_difference", "open_storage", "quiet_optuna"]
 
 _STUDY = "slimkit"
-_PATIENCE = 5.0  # seconds: a killed process may leave a worker that dies a little later
+_PATIENCE = 5.0
+"""Seconds to wait for the lock of a file: workers of a killed process may outlive it a little."""
 
 
 class TrialStorage(Protocol):
@@ -203,9 +204,9 @@ def quiet_optuna() -> Iterator[None]:
 
 
 class _Locked:
-    """For Optuna, which would lock every line with a file that a killed process leaves behind.
+    """A lock that does nothing, for Optuna: the whole journal is locked already.
 
-    The whole journal is locked already, by a lock that ends with its process.
+    Optuna's own would lock every line with a file that a killed process leaves behind.
     """
 
     def acquire(self) -> bool:

@@ -1,4 +1,4 @@
-"""Distillation from knowledge: the same losses, without a teacher in this process."""
+"""Distillation from stored or served outputs: the same losses, no teacher in this process."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ class KnowledgeDistiller:
 
 
 class LayerSkeleton(nn.Module):
-    """A network without layers' contents: where losses look up what the teachers know."""
+    """Empty modules at the paths of a teacher's layers, for losses that name these layers."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What several teachers say about the same key, made one."""
+"""Ensembling: the outputs of several teachers for one key as their mean, sum or weighted mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any number of teachers as one iterator over a student's batches."""
+"""Knowledge: any number of teachers, online or in files, as one iterator over batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a teacher is, wherever it runs: something that answers about samples by their numbers."""
+"""Teachers: a protocol that answers about samples by their numbers, and a network that does."""
 
 from __future__ import annotations
 

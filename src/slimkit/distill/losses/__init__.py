@@ -1,1 +1,4 @@
-"""What a recipe says about distillation losses, and what stands between features."""
+"""Distillation losses as settings in a recipe, and the connectors between features.
+
+Read ``interface`` first; the formulas are in :mod:`slimkit.losses`.
+"""

@@ -1,4 +1,4 @@
-"""All distillation losses that a recipe can name; their interface is in ``interface``."""
+"""All distillation losses that a recipe can name: importing this module registers them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may stand between a student's record and a teacher's, named in a recipe.
+"""Connectors: the modules between a student's record and a teacher's, named in a recipe.
 
 ``connector: auto`` adds what the shapes need and nothing where they agree; ``none`` adds nothing;
 a name, ``{type: NAME, …}`` or a list of them builds those, one behind the other::

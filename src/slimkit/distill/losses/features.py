@@ -1,4 +1,4 @@
-"""Losses on features, element by element: what a recipe says about each."""
+"""Settings of losses on features, element by element: mimic, L1, CWD, PKD, AB, OFD."""
 
 from __future__ import annotations
 

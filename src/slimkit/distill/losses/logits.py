@@ -1,4 +1,4 @@
-"""Losses on class scores: what a recipe says about each."""
+"""Settings of losses on logits: KD, soft cross-entropy, DKD, WSLD, DIST."""
 
 from __future__ import annotations
 

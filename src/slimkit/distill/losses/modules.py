@@ -1,4 +1,4 @@
-"""Modules that single methods train between the networks: generators, embeddings, memories."""
+"""Modules that some losses train or keep: generators, embeddings, memory banks, early exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connectors: small trainable modules between a student's features and a teacher's."""
+"""The usual connector: a linear projection of channels, then a resize, to a teacher's shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ __all__ = ["Connector", "Shape", "build_connector", "projection", "seeded"]
 Shape = tuple[int, ...]
 """Sizes of a record: (N, C, H, W), (N, L, C) or (N, C)."""
 
-_INIT_SEED = 0  # a connector starts the same in every run, and takes nothing from the global RNG
+_INIT_SEED = 0
+"""A connector starts with the same weights in every run, and takes nothing from the global RNG."""
 
 
 @contextlib.contextmanager

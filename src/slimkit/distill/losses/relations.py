@@ -1,4 +1,4 @@
-"""Losses on relations between samples, layers or places: what a recipe says about each."""
+"""Settings of losses on relations: RKD between samples, FSP between layers, attention transfer."""
 
 from __future__ import annotations
 

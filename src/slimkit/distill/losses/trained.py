@@ -1,4 +1,4 @@
-"""Losses with trained modules of their own: what a recipe says about each."""
+"""Settings of losses that train modules of their own: MGD, FBKD, factor transfer, CRD, BYOT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a frozen teacher said about an image is what it will say about it again."""
+"""Cache of a frozen teacher's outputs, keyed by a hash of each sample's content (BLAKE2b)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Answer = dict[str, Tensor]
 
 
 class AnswerCache:
-    """Answers to single samples, found again by the samples' content.
+    """Memoised forward of a frozen network, sample by sample: equal inputs have equal outputs.
 
     Worth it where the same images come in every epoch: with augmentation no two are alike. An
     answer is the one that the sample got in the batch where it was seen first; in another batch
@@ -75,7 +75,7 @@ class AnswerCache:
 
 
 def _fingerprints(tensors: list[Tensor], count: int) -> list[bytes]:
-    """One hash for each sample, over all tensors."""
+    """BLAKE2b of each sample, 16 bytes, over all tensors."""
     hashes = [hashlib.blake2b(digest_size=16) for _ in range(count)]
     for tensor in tensors:
         # NumPy has no bf16; its bits tell samples apart as well

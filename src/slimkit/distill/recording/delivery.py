@@ -1,4 +1,4 @@
-"""Delivery: what a function returned to one network is returned to the other one too.
+"""Delivery: the results of a function in one network are replayed in the other network.
 
 Teacher and student then see the same random choices: the same mixed images, the same masked
 patches, the same assignment of labels.

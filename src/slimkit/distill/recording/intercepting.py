@@ -1,4 +1,4 @@
-"""Functions and methods replaced for as long as a forward runs, and always put back."""
+"""Monkey patching for as long as a forward runs: functions are replaced and always put back."""
 
 from __future__ import annotations
 

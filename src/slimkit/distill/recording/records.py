@@ -1,4 +1,4 @@
-"""Which tensors of a network are compared: named in a recipe, found in a model.
+"""Records: the tensors of a network that are compared, named in a recipe, found in a model.
 
 Most records are a module's output, and its path says it all: ``student: layer3``. The longer
 form reaches the rest::

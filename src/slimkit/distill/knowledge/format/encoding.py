@@ -1,4 +1,4 @@
-"""Tensors to Arrow columns and back: plain, or the largest scores and one for all the rest."""
+"""Tensors as Arrow columns and back: all values, or top-k scores and the mean of the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The message that a question is: a few checked bytes, no pickle, no code.
+"""Wire format of a question about samples: a few checked bytes, no pickle, no code.
 
 ``SKA1``, four zero bytes, then little-endian int64: the number of the pass, a bit per wanted key
 (in the order of the schema), and the numbers of the samples.
@@ -20,7 +20,11 @@ from slimkit.errors import DataError, nearest
 __all__ = ["MAX_ASK_ROWS", "MAX_NOTE_BYTES", "Ask", "Question", "pack_ask", "read_ask", "read_note"]
 
 MAX_ASK_ROWS = 65_536
+"""Samples of one question at most: 512 KiB of numbers, which a stranger can make a teacher read."""
+
 MAX_NOTE_BYTES = 65_536
+"""Bytes of one JSON note at most, for the same reason."""
+
 _MAGIC = b"SKA1\0\0\0\0"
 
 

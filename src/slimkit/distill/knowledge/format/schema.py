@@ -21,6 +21,8 @@ from slimkit.errors import DataError, nearest
 __all__ = ["ID", "LOGITS", "MAX_ROW_BYTES", "KeySpec", "KnowledgeSchema", "check_schema"]
 
 ID = "id"
+"""The column with the numbers of the samples."""
+
 LOGITS = "logits"
 """The key of a network's output; any other key is the path of a layer."""
 

@@ -27,6 +27,7 @@ from slimkit.locking import file_lock
 __all__ = ["INDEX", "Index", "KnowledgeWriter", "Shard", "ShardFile", "read_index"]
 
 INDEX = "index.json"
+"""The file of a folder of knowledge that lists its shards."""
 
 
 class ShardFile(BaseModel):

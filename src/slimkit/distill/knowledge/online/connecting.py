@@ -1,4 +1,4 @@
-"""The student's end of a connection to an online teacher."""
+"""Arrow Flight client with retries: the student's end of a connection to an online teacher."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ from slimkit.errors import DataError, InputError, SlimkitError, TeacherError
 __all__ = ["Connection", "LostTeacherError", "Patience", "Trust"]
 
 _MAX_DESCRIPTION = 2**26
-_SPARE = 2**20  # bytes for headers, padding and notes
-_CUT_OFF = 3  # times; gRPC cancels what is larger than it may be, and does not say so
-_ROUND = (0.05, 2.0)  # seconds before the first and at most before any further attempt
+"""Bytes of a teacher's description at most (64 MiB: names of millions of classes)."""
+_SPARE = 2**20
+"""Bytes that an answer may have beyond its rows, for headers, padding and notes."""
+_CUT_OFF = 3
+"""Answers that break off one after the other until the teacher is given up: gRPC cancels an answer
+that is larger than announced without saying so, and one may break off by chance."""
+_ROUND = (0.05, 2.0)
+"""Seconds before the first retry, and at most before any further one (exponential back-off)."""
 _LOST = (
     flight.FlightUnavailableError,
     flight.FlightTimedOutError,
@@ -235,7 +240,7 @@ class Connection:
             list(client.do_action(("reply", body), self._options()))
 
     def _kept(self, call: Callable[[Any], Any]) -> Any:
-        """``call(client)``, again and again until it succeeds or patience ends."""
+        """Retry ``call(client)`` until it succeeds or patience ends."""
         begun, cut_off = time.monotonic(), 0
         for pause in _pauses():
             client = self._connected()

@@ -1,4 +1,4 @@
-"""Fetching from several sources at once: one thread and one bounded queue for each."""
+"""Prefetching from several sources at once: one thread and one bounded queue for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from slimkit.errors import TeacherError
 
 __all__ = ["Fetching", "Source"]
 
-_POLL = 0.1  # seconds between looks at whether the student has stopped
+_POLL = 0.1
+"""Seconds between two looks at whether the student has stopped."""
 
 
 class Source(Protocol):

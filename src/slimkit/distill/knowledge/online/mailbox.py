@@ -1,4 +1,4 @@
-"""Plain values by name, for what student and teacher tell each other beside knowledge."""
+"""Mailbox: named JSON values that student and teacher exchange beside knowledge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Mailbox"]
 
 
 class Mailbox:
-    """What student and teacher tell each other beside knowledge: named JSON values.
+    """Named JSON values from the other side, kept until they are read.
 
     Safe to use from several threads; keeps the latest value of each name.
     """

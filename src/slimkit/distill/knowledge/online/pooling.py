@@ -1,4 +1,4 @@
-"""A pool of teachers that are one to the student: each answers about its part of the samples."""
+"""A pool of replicas of one teacher: each answers about its part of the samples (sharding)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from slimkit.errors import (
 
 __all__ = ["TeacherPool", "ray_pool"]
 
-_SHORT = 3.0  # seconds after which a silent teacher is looked for elsewhere
+_SHORT = 3.0
+"""Seconds after which a silent teacher is looked for at another address."""
 
 
 class TeacherPool:

@@ -32,7 +32,8 @@ __all__ = ["SERVING", "TLSFiles", "TeacherServer", "read_file", "serve"]
 SERVING = b"slimkit.serving"
 """Metadata of the schema that says how this teacher likes to be asked."""
 
-_WAITING = 64  # questions at once; one more is told to come again
+_WAITING = 64
+"""Questions that are answered at once; one more is told to come again."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An online teacher as a source of knowledge: asked ahead of time, in the student's order."""
+"""An online teacher as a source of knowledge: pipelined questions, in the student's order."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from slimkit.distill.recording.records import Records
 
 __all__ = ["OnlineTeacher", "cut"]
 
-_CALL_BYTES = 2**22  # of one call's answer
-_QUICK, _SLOW = 0.02, 0.2  # seconds
+_CALL_BYTES = 2**22
+"""Bytes of one call's answer at most: 4 MiB, by which the cost of a call no longer matters."""
+_QUICK, _SLOW = 0.02, 0.2
+"""Seconds of a call: below, the next one asks for twice as much; above, for half."""
 
 
 class OnlineTeacher:
@@ -109,7 +111,7 @@ class OnlineTeacher:
 
 
 class _Pace:
-    """How many samples to ask for at once: whole batches of the teacher.
+    """Adaptive batch size of questions, in whole batches of the teacher.
 
     Where the teacher is quick, calls cost more than answers: several batches then share one. A
     batch always holds the same samples, so that this changes no result.

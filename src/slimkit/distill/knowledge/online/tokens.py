@@ -1,4 +1,4 @@
-"""Tokens that end: what a student shows to a teacher, made from a secret that both sides trust.
+"""HMAC tokens with an expiry date: what a student shows to a teacher that has the same secret.
 
 A token is ``slimkit.EXPIRY.SIGNATURE``: seconds since 1970, and the HMAC-SHA256 of them under the
 secret. The teacher keeps nothing but the secret.
@@ -18,6 +18,7 @@ __all__ = ["check_secret", "check_token", "issue_token", "token_from_environment
 
 _PREFIX = "slimkit"
 _MIN_SECRET = 16
+"""Bytes of a secret at least: 128 random bits cannot be guessed."""
 TOKEN, TOKEN_FILE = "SLIMKIT_TOKEN", "SLIMKIT_TOKEN_FILE"
 
 
