@@ -109,11 +109,21 @@ def _check_batch(inputs: Inputs, example: Inputs, number: int) -> None:
             raise DataError(f"batch {number} holds NaN or infinity", where="calibration")
     pairs = list(zip(inputs.args, example.args, strict=False))
     pairs += [(value, example.kwargs.get(name)) for name, value in inputs.kwargs.items()]
+    tokens = any(not t.is_floating_point() and t.dim() == 2 for t in example.tensors())
     for given, like in pairs:
-        _check_argument(given, like, number)
+        _check_argument(given, like, number, shortest=3 if tokens else 2)
 
 
-def _check_argument(given: Any, like: Any, number: int) -> None:
+def _check_argument(given: Any, like: Any, number: int, *, shortest: int) -> None:
+    """One argument against that of the example.
+
+    Args:
+        given: in the batch.
+        like: in the example.
+        number: of the batch.
+        shortest: tensors of fewer dimensions have no channels: beside token ids (N, T) masks have
+            lengths instead.
+    """
     if isinstance(like, list) != isinstance(given, list) and _holds_tensors(like):
         kinds = [f"a {type(x).__name__}" for x in (given, like)]
         raise DataError(
@@ -125,19 +135,19 @@ def _check_argument(given: Any, like: Any, number: int) -> None:
         first = next(tensors_of(like), None)
         for entry in given:
             if isinstance(entry, Tensor) and isinstance(first, Tensor):
-                _check_tensor(entry, first, number, axis=0)  # (C, H, W), of any size
+                _check_tensor(entry, first, number, axis=0, shortest=2)  # (C, H, W) of any size
         return
     for tensor, known in zip(tensors_of(given), tensors_of(like), strict=False):
-        _check_tensor(tensor, known, number, axis=1)
+        _check_tensor(tensor, known, number, axis=1, shortest=shortest)
 
 
 def _holds_tensors(value: Any) -> bool:
     return next(tensors_of(value), None) is not None
 
 
-def _check_tensor(tensor: Tensor, like: Tensor, number: int, *, axis: int) -> None:
+def _check_tensor(tensor: Tensor, like: Tensor, number: int, *, axis: int, shortest: int) -> None:
     """Dimensions, and channels along ``axis`` of numbers that are no token ids."""
-    channels = like.is_floating_point() and like.dim() > axis + (axis == 0)
+    channels = like.is_floating_point() and like.dim() >= shortest
     if tensor.dim() != like.dim() or (channels and tensor.shape[axis] != like.shape[axis]):
         raise DataError(
             f"batch {number} has shape {tuple(tensor.shape)}, the example inputs have "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.methods.adaround import AdaRound, round_layer
-from slimkit.quantize.methods.blocks import Block
+from slimkit.quantize.methods.blocks import Block, Source
 from slimkit.quantize.methods.fixed_weights import (
     Grid,
     ScaleChoice,
@@ -24,7 +24,8 @@ from slimkit.quantize.methods.fixed_weights import (
 from slimkit.quantize.methods.interface import Work
 from slimkit.quantize.methods.learning import learning_only
 from slimkit.quantize.methods.soft_rounding import Annealing, SoftRounding, optimise
-from slimkit.quantize.methods.streams import Layer, Streams
+from slimkit.quantize.methods.streams import BlockCall, Layer, Streams
+from slimkit.quantize.outputs.distance import float_tensors
 from slimkit.quantize.quantizers.fixed import ActivationQuantizer
 from slimkit.quantize.wrapper import Rounding
 
@@ -39,9 +40,10 @@ class Reconstruct:
     residual block, so that its layers make up for each other's errors; activation scales are
     learned along. QDrop (Wei et al., 2022, https://arxiv.org/abs/2203.05740): meanwhile every
     activation stays unrounded with probability ``drop``, which finds roundings that hold for other
-    images too. Blocks are modules that take one tensor and give one; layers beside them are rounded
-    as by :class:`~slimkit.quantize.methods.adaround.AdaRound`. Whole blocks run forwards and
-    backwards: this wants a GPU or patience.
+    images too. Blocks are modules that depend on their arguments alone; what counts of several
+    outputs is the first. Layers beside blocks are rounded as by
+    :class:`~slimkit.quantize.methods.adaround.AdaRound`. Whole blocks run forwards and backwards:
+    this wants a GPU or patience.
 
     Attributes:
         iterations: steps of Adam per block or layer.
@@ -137,7 +139,8 @@ class _Reconstruction:
         self._settings, self._block, self._layers = settings, block, layers
         self._quantized = work.quantized
         self._module = work.quantized.model.get_submodule(block.path)
-        self._rounded, self._exact, self._targets = streams.tensors(block)
+        self._calls = streams.tensors(block)
+        self._targets = [float_tensors(call.answer)[0] for call in self._calls]
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._roundings: dict[str, SoftRounding] = {}
         self._grids: dict[str, Grid] = {}
@@ -192,29 +195,60 @@ class _Reconstruction:
             name = layer.weight.name
             fix(self._quantized, layer.weight, levels[name], self._grids[name])
 
-    def _output(self, x: Tensor, replaced: Mapping[str, Rounding]) -> Tensor:
+    def _output(
+        self, call: BlockCall, tensors: list[Tensor], replaced: Mapping[str, Rounding]
+    ) -> Tensor:
         with self._quantized.attachment(replaced):
-            output: Tensor = self._module(x)
-        return output
+            output = call.arguments.call(self._module, tensors)
+        return float_tensors(output)[0]
 
     def _loss(self) -> Tensor:
         """The squared error of a few images of one calibration batch."""
         number = int(torch.randint(len(self._targets), (), generator=self._generator))
-        targets = self._targets[number]
+        call, targets = self._calls[number], self._targets[number]
         picks = torch.randperm(len(targets), generator=self._generator)[: self._settings.batch]
         picks = picks.to(targets.device)
-        x = self._drop(self._rounded[number][picks], self._exact[number][picks])
-        output = self._output(x, {**self._roundings, **self._activations})
-        return (output - targets[picks]).square().mean()
+        parts = self._divisible(call, len(targets))
+        given: dict[Source, Tensor] = {}
+        for source, part, rounded, exact in zip(
+            self._block.sources, parts, call.rounded, call.exact, strict=True
+        ):
+            if source not in given:
+                some = (rounded[picks], exact[picks]) if part else (rounded.clone(), exact)
+                given[source] = self._drop(*some)
+        output = self._output(
+            call,
+            [given[source] for source in self._block.sources],
+            {**self._roundings, **self._activations},
+        )
+        return (output - (targets[picks] if any(parts) else targets)).square().mean()
+
+    def _divisible(self, call: BlockCall, count: int) -> list[bool]:
+        """Which inputs hold one entry per image; none where that cannot be told.
+
+        A mask or a position embedding is one for all images. It is told from what is per image by
+        another number of images in the example: what has not followed it is for all.
+        """
+        if len(call.rounded) == 1:
+            return [True]
+        block = self._block
+        if count == block.size:
+            return [False] * len(call.rounded)
+        return [
+            first == block.size and tensor.dim() > 0 and len(tensor) == count
+            for first, tensor in zip(block.sizes, call.rounded, strict=True)
+        ]
 
     @torch.no_grad()
     def _error(self, replaced: Mapping[str, Rounding]) -> float:
         """The mean squared error over all images, nothing dropped."""
+        errors = []
         with self._drop.off():
-            errors = [
-                float((self._output(x.clone(), replaced) - targets).square().mean())
-                for x, targets in zip(self._rounded, self._targets, strict=True)
-            ]
+            for call, targets in zip(self._calls, self._targets, strict=True):
+                given = dict(zip(self._block.sources, call.rounded, strict=True))
+                copies = {source: tensor.clone() for source, tensor in given.items()}
+                output = self._output(call, [copies[s] for s in self._block.sources], replaced)
+                errors.append(float((output - targets).square().mean()))
         return sum(errors) / len(errors)
 
 
@@ -227,7 +261,7 @@ class _Drop:
 
     def __call__(self, rounded: Tensor, exact: Tensor) -> Tensor:
         """A mixture of the two."""
-        if not self._probability:
+        if not self._probability or not rounded.is_floating_point():
             return rounded
         chance = torch.rand(rounded.shape, generator=self._generator, device=rounded.device)
         return torch.where(chance < self._probability, exact, rounded)

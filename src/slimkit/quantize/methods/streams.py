@@ -3,13 +3,14 @@
 A method that repairs layer after layer asks for each of them what reaches it in the quantized
 network, where all before it is repaired already, and what it should answer, which the float
 network says. Held in memory are the inputs of one block
-(:mod:`slimkit.quantize.methods.blocks`) on both sides, for as many images as the method asks for.
+(:mod:`slimkit.quantize.methods.blocks`), and what later blocks read of earlier ones, on both sides,
+for as many images as the method asks for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 
 from slimkit.graph.addressing import AddressMode, function_of
 from slimkit.inputs import Inputs
-from slimkit.quantize.methods.blocks import Block, outline
+from slimkit.quantize.methods.blocks import Arguments, Block, Source, outline, tensors_in
 from slimkit.quantize.methods.interface import Work
 from slimkit.quantize.methods.layer_calls import SUPPORTED, LayerCall
 from slimkit.quantize.methods.sampled_layers import Samples
 from slimkit.quantize.scheme import QuantizerSpec
 
-__all__ = ["Layer", "Streams"]
+__all__ = ["BlockCall", "Layer", "Streams"]
 
 _MOST_ELEMENTS = 1 << 25
 """Of the sampled inputs of one layer: 128 MiB."""
@@ -78,6 +79,8 @@ class Streams:
         self._quantized = _Side(
             quantized.model, lambda followed: quantized.attachment(followed=followed)
         )
+        self._order = {path: place for place, path in enumerate(self._outline.blocks)}
+        self._numbers: dict[int, Mapping[str, Arguments]] = {}
         self._block: Block | None = None
 
     def calls(self, layer: Layer) -> Iterator[tuple[LayerCall, LayerCall]]:
@@ -88,10 +91,17 @@ class Streams:
         block = self.around(layer)
         if block is not None:
             self._enter(block)
-        for number in self._float.inputs if block else range(len(self._batches())):
-            start = None if block else self._batches()[number]
-            rounded = self._quantized.watch(layer.addresses, block, number, start)
-            exact = self._float.watch(layer.addresses, block, number, start)
+        for number in self._float.numbers if block else range(len(self._batches())):
+            if block is None:
+                batch = self._batches()[number]
+                rounded = self._quantized.watch(layer.addresses, None, batch.call)
+                exact = self._float.watch(layer.addresses, None, batch.call)
+            else:
+                arguments = self._arguments(number)[block.path]
+                rounded, exact = (
+                    side.watch(layer.addresses, block, side.caller(block, number, arguments))
+                    for side in (self._quantized, self._float)
+                )
             for address in layer.addresses:
                 if address in rounded and address in exact:
                     call = rounded[address]
@@ -129,15 +139,18 @@ class Streams:
             return None
         return Samples(torch.cat(inputs, 1), torch.cat(targets), bias, torch.cat(examples))
 
-    def tensors(self, block: Block) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Inputs in the quantized and in the float network, and outputs of the float one."""
+    def tensors(self, block: Block) -> list[BlockCall]:
+        """The calls of a block, batch after batch."""
         self._enter(block)
-        numbers = sorted(self._float.inputs)
-        outputs = [self._float.run(block, self._float.inputs[n]) for n in numbers]
-        rounded, exact = (
-            [side.inputs[n] for n in numbers] for side in (self._quantized, self._float)
-        )
-        return rounded, exact, outputs
+        return [
+            BlockCall(
+                self._arguments(number)[block.path],
+                self._quantized.inputs(block, number),
+                self._float.inputs(block, number),
+                self._float.run(block, number, self._arguments(number)[block.path]),
+            )
+            for number in self._float.numbers
+        ]
 
     def _layer(self, name: str, addresses: tuple[str, ...]) -> Layer:
         plan = self._work.quantized.plan
@@ -164,26 +177,57 @@ class Streams:
             self._read = list(self._work.inputs(self._images))
         return self._read
 
+    def _arguments(self, number: int) -> Mapping[str, Arguments]:
+        """Path of a block → how it is called in one batch."""
+        blocks = self._outline.blocks
+        if not any(block.arguments.numbers for block in blocks.values()):
+            return {path: block.arguments for path, block in blocks.items()}
+        if number not in self._numbers:
+            found = self._float.arguments(blocks, self._batches()[number])
+            known = {path: block.arguments for path, block in blocks.items()}
+            self._numbers[number] = {**known, **found}
+        return self._numbers[number]
+
     def _enter(self, block: Block) -> None:
-        """Have the inputs of ``block`` on both sides: from the block before, or from the start."""
-        if self._block == block:
+        """Have the inputs of ``block`` on both sides: from blocks before, or from the start."""
+        if self._block is not None and self._block.path == block.path:
             return
-        way: list[Block] = []
-        source = block.reads
-        while source is not None and self._block is not None and source != self._block.path:
-            way.insert(0, self._outline.blocks[source])
-            source = way[0].reads
+        way = None
+        if self._block is not None and self._order[self._block.path] < self._order[block.path]:
+            way = self._outline.way(block, self._float.sources & self._quantized.sources)
+        kept = self._outline.read_from(block)
         for side in (self._quantized, self._float):
-            if source is not None and self._block is not None:
-                for step in (self._block, *way):
-                    side.inputs = {n: side.run(step, x) for n, x in side.inputs.items()}
-            else:
-                found = ((n, side.arrive(block, batch)) for n, batch in enumerate(self._batches()))
-                side.inputs = {n: x for n, x in found if x is not None}
-        both = self._float.inputs.keys() & self._quantized.inputs.keys()
+            if way is None:
+                side.values = {
+                    number: found
+                    for number, batch in enumerate(self._batches())
+                    if (found := side.arrive(block, batch)) is not None
+                }
+            for step in way or ():
+                for number in side.numbers:
+                    side.go_through(step, number, self._arguments(number)[step.path])
+            side.keep(kept)
+        both = self._float.values.keys() & self._quantized.values.keys()
         for side in (self._quantized, self._float):
-            side.inputs = {n: side.inputs[n] for n in sorted(both)}
+            side.values = {number: side.values[number] for number in sorted(both)}
         self._block = block
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block, in one batch.
+
+    Attributes:
+        arguments: the call without its tensors.
+        rounded: the tensors among its arguments, in the quantized network.
+        exact: the same in the float network.
+        answer: what the float network makes.
+    """
+
+    arguments: Arguments
+    rounded: list[Tensor]
+    exact: list[Tensor]
+    answer: Any
 
 
 class _Reached(Exception):  # noqa: N818 - no error: the forward has shown what it was run for
@@ -198,7 +242,7 @@ class _Side:
         mode: a context in which it computes as it should, given the modules that will run.
 
     Attributes:
-        inputs: number of a batch → what reaches the current block.
+        values: number of a batch → the tensors at hand in it.
     """
 
     def __init__(
@@ -209,56 +253,108 @@ class _Side:
         self._model, self._mode = model, mode
         self._named = list(model.named_modules())
         self._within: tuple[Block | None, list[tuple[str, nn.Module]]] = (None, self._named)
-        self.inputs: dict[int, Tensor] = {}
+        self.values: dict[int, dict[Source, Tensor]] = {}
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the batches that reach the current block."""
+        return list(self.values)
+
+    @property
+    def sources(self) -> set[Source]:
+        """What is at hand, in every batch."""
+        every = [set(found) for found in self.values.values()]
+        return set.intersection(*every) if every else set()
+
+    def keep(self, sources: set[Source]) -> None:
+        """Forget all other tensors."""
+        for number, found in self.values.items():
+            self.values[number] = {s: tensor for s, tensor in found.items() if s in sources}
+
+    def inputs(self, block: Block, number: int) -> list[Tensor]:
+        """The tensors that a block is given."""
+        return [self.values[number][source] for source in block.sources]
+
+    def caller(self, block: Block, number: int, arguments: Arguments) -> Callable[[nn.Module], Any]:
+        """Runs the block on copies, which it may change; one tensor given twice stays one."""
+        found = self.values[number]
+        copies = {source: found[source].clone() for source in set(block.sources)}
+        tensors = [copies[source] for source in block.sources]
+        return lambda model: arguments.call(model.get_submodule(block.path), tensors)
 
     def _followed(self, block: Block | None) -> list[tuple[str, nn.Module]]:
         """The modules inside of a block, or all, with their paths."""
         if block is None:
             return self._named
-        if self._within[0] != block:
+        before = self._within[0]
+        if before is None or before.path != block.path:
             inside = set(self._model.get_submodule(block.path).modules())
             self._within = (block, [(path, m) for path, m in self._named if m in inside])
         return self._within[1]
 
     @torch.no_grad()
-    def run(self, block: Block, x: Tensor) -> Tensor:
-        """The output of a block."""
+    def run(self, block: Block, number: int, arguments: Arguments) -> Any:
+        """What a block makes of its inputs."""
+        call = self.caller(block, number, arguments)
         with self._mode(self._followed(block)):
-            output: Tensor = self._model.get_submodule(block.path)(x.clone())
-        return output
+            return call(self._model)
+
+    def go_through(self, block: Block, number: int, arguments: Arguments) -> None:
+        """Run a block, so that what it makes is at hand."""
+        for place, tensor in enumerate(tensors_in(self.run(block, number, arguments))):
+            self.values[number][Source(block.path, made=True, place=place)] = tensor
 
     @torch.no_grad()
-    def arrive(self, block: Block, batch: Inputs) -> Tensor | None:
+    def arrive(self, block: Block, batch: Inputs) -> dict[Source, Tensor] | None:
         """What reaches a block, if anything does."""
-        found: list[Tensor] = []
+        found: list[dict[Source, Tensor]] = []
 
-        def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args[0])
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = tensors_in((args, kwargs))
+            if len(tensors) == len(block.sources):
+                found.append(dict(zip(block.sources, tensors, strict=True)))
             raise _Reached
 
-        handle = self._model.get_submodule(block.path).register_forward_pre_hook(stop)
+        module = self._model.get_submodule(block.path)
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with self._mode(self._named):
                 batch.call(self._model)
         except _Reached:
-            return found[0]
+            return found[0] if found else None
         finally:
             handle.remove()
         return None
 
     @torch.no_grad()
+    def arguments(self, blocks: Mapping[str, Block], batch: Inputs) -> dict[str, Arguments]:
+        """How blocks are called in one batch, by a forward of the whole network."""
+        found: dict[str, Arguments] = {}
+        with ExitStack() as hooks:
+            for path in blocks:
+
+                def note(_module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                    found[path] = Arguments.of(args, kwargs)
+
+                module = self._model.get_submodule(path)
+                handle = module.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.callback(handle.remove)
+            batch.call(self._model)
+        return found
+
+    @torch.no_grad()
     def watch(
-        self, addresses: tuple[str, ...], block: Block | None, number: int, start: Inputs | None
+        self,
+        addresses: tuple[str, ...],
+        block: Block | None,
+        call: Callable[[nn.Module], Any],
     ) -> Mapping[str, LayerCall]:
         """What is called at these addresses when a block, or all of the network, runs."""
         followed = self._followed(block)
         watch = _Watch(self._model, frozenset(addresses), followed)
         try:
             with self._mode(followed), watch:
-                if block is not None:
-                    self._model.get_submodule(block.path)(self.inputs[number].clone())
-                elif start is not None:
-                    start.call(self._model)
+                call(self._model)
         except _Reached:
             pass
         return watch.seen
