@@ -1,4 +1,4 @@
-"""From ties, claims and links to the sets of channels that leave together."""
+"""Connected components of channels: from ties, claims and links to the sets that leave together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that compute their weight at every call, as plain layers with the weight they computed.
+"""Constant folding of computed weights: a layer that computes its weight becomes a plain layer.
 
 Weight standardisation (Qiao et al., 2019, arXiv:1903.10520), the scaled kind of NFNets (Brock et
 al., 2021, arXiv:2101.08692), weight and spectral norm: in evaluation mode the weight depends on
@@ -95,7 +95,7 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 
 def _inputs(layer: nn.Module) -> list[Tensor]:
-    """Several, of other sizes and sums: neither weight nor padding may depend on them."""
+    """Inputs of several sizes and sums: neither weight nor padding may depend on them."""
     parameter = next(layer.parameters())
     draw = torch.Generator().manual_seed(0)
     if isinstance(layer, nn.Linear):

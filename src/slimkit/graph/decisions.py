@@ -1,4 +1,4 @@
-"""Decisions on the way: what a network compares, sorts or suppresses.
+"""Record and replay of data-dependent decisions: what a network compares, sorts or suppresses.
 
 Two forwards that agree to rounding can still part at a comparison of nearly equal numbers, and
 then nothing behind it can be compared. So the first forward notes every operator that turns
@@ -90,7 +90,7 @@ class Decisions:
 
 
 def _may_decide(func: torch._ops.OpOverload) -> bool:
-    """Not the operators that only make a tensor like another, or return hidden indices."""
+    """Whether the operator can decide: not those that only make a tensor like another."""
     name = str(func).split(".")[1]
     return not name.endswith(("_like", "_with_indices")) and name not in ("empty", "embedding")
 

@@ -1,4 +1,4 @@
-"""Disjoint sets of integers, joined by whole arrays at a time."""
+"""Union-find over arrays: disjoint sets of integers, joined whole arrays at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = npt.NDArray[np.int64]
 class DisjointSets:
     """Sets of the integers 0 … n − 1, where n grows; joined position by position.
 
-    A union-find whose find and union work on arrays. Networks tie long runs of fresh channels
+    Union-find whose find and union work on arrays. Networks tie long runs of fresh channels
     to runs that exist already, and such a pair of arrays is joined by one assignment. Pairs in
     which a set stands twice (shuffles, repeats) are kept, and joined by SciPy at the end.
 
@@ -71,7 +71,7 @@ class DisjointSets:
         return roots
 
     def _roots(self, members: Array) -> Array:
-        """Who stands for the set of each member; the way there is shortened."""
+        """Find, with path compression: the representative of each member's set."""
         roots = self._parent[members]
         above = self._parent[roots]
         if np.array_equal(roots, above):

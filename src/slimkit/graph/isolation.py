@@ -1,4 +1,4 @@
-"""What surrounds a capture: the model as it was before, and attributes that are watched."""
+"""Isolation of a capture: the model is restored afterwards, and its attributes are watched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which sets of channels must keep equal fractions, and which cannot shrink for their size.
+"""Proportions: which sets of channels keep equal fractions, and which cannot shrink at all.
 
 Two kinds of condition come from the sizes in a model's code. A *claim* says that a dimension is
 as large as a product of other sizes: ``x.reshape(b, n, c)`` with ``c`` read from another tensor.
@@ -63,7 +63,7 @@ class Proportions:
         self._members: dict[int, list[int]] = {}
 
     def root(self, node: int) -> int:
-        """The representative of a node's set."""
+        """Union-find with path halving: the representative of a node's set."""
         while self._parent[node] != node:
             self._parent[node] = self._parent[self._parent[node]]
             node = int(self._parent[node])

@@ -1,4 +1,4 @@
-"""What a forward need not compute if only its operators and shapes are wanted.
+"""Shape-only evaluation: a forward does not compute what only its shapes are wanted of.
 
 Convolutions and matrix products hand out zeros of the right shape, everything else is computed
 as always. That is as good until a value decides what happens next: boxes that are suppressed, a

@@ -1,4 +1,4 @@
-"""Sizes that remember where they come from.
+"""Symbolic sizes: integers that remember which dimensions or attributes they come from.
 
 ``x.view(b, 2, c // 2, h, w)`` follows when channels leave if ``c`` was read from a tensor, and
 ``x.view(b, n, self.num_heads, -1)`` if the attribute shrinks too; both break if the number was

@@ -17,7 +17,7 @@ __all__ = ["track"]
 
 _ATTENDING = ("softmax", "scaled_dot_product")
 _ROUNDS = 8
-"""How often other choices are tried."""
+"""Other choices that are tried at most; each repeats the pass over the whole graph."""
 
 
 def track(graph: Graph, model: nn.Module, attention: AttentionPart | None = None) -> ChannelTracker:

@@ -1,4 +1,4 @@
-"""Folding of batch norms into the layers in front of them."""
+"""Batch-norm folding of whole networks, and how their inputs are guessed where none are given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from slimkit.plan import apply
 
 __all__ = ["fuse"]
 
-_IMAGE_SIZES = (32, 64, 224, 28, 299, 256, 384)  # px; small ones first, they cost the least
+_IMAGE_SIZES = (32, 64, 224, 28, 299, 256, 384)
+"""Pixels of the images that are tried where no example is given; small ones cost the least."""
 
 
 def fuse(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
