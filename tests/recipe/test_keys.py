@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import slimkit
+from slimkit.models import MODELS
 from slimkit.prune.criteria.scores import CRITERIA
 from slimkit.recipe import parse_recipe
 from slimkit.recipe.chains import resolve_steps
@@ -242,7 +243,7 @@ def test_code_that_is_edited_but_not_loaded_again_is_not_what_runs(
     assert key(values, stage) != before
 
 
-def test_a_method_registered_under_a_plain_name_is_known_by_its_code(
+def test_code_registered_under_a_plain_name_is_known(
     values: dict[str, Any], write: Callable[..., None]
 ) -> None:
     keys = []
@@ -251,7 +252,10 @@ def test_a_method_registered_under_a_plain_name_is_known_by_its_code(
         with CRITERIA.scratch():
             CRITERIA.register("plain")(importlib.import_module("own_code").score)
             keys.append(key(values, {"type": "prune", "ratio": 0.5, "criterion": "plain"}))
-    assert keys[0] != keys[1]
+        with MODELS.scratch():
+            MODELS.register("own")(importlib.import_module("own_code").network)
+            keys.append(key(values, {"type": "train"}, model={"name": "slimkit:own"}))
+    assert len(set(keys)) == 4
 
 
 def test_code_without_a_file_is_never_taken_for_that_of_another_process(

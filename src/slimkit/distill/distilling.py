@@ -23,6 +23,7 @@ from slimkit.distill.weighting import (
     TeacherWeights,
     confidence_weights,
     fixed_weights,
+    module_name,
     named_teachers,
 )
 from slimkit.errors import CheckpointError, InputError, nearest
@@ -140,7 +141,8 @@ class Distiller:
             self._connect(student, example_inputs)
             self._opened = opened.pop_all()
         # a name alone could be that of a method of modules
-        modules = {f"student<{name}": c.modules for name, c in self._comparisons.items()}
+        compared = self._comparisons.items()
+        modules = {f"student<{module_name(name)}": c.modules for name, c in compared}
         several = len(teachers) > 1
         self.connectors = nn.ModuleDict(modules) if several else next(iter(modules.values()))
 

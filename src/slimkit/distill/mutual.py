@@ -14,7 +14,7 @@ from slimkit.distill.loss_terms import Given, NetworkComparison
 from slimkit.distill.losses.interface import DistillLoss, parse_losses
 from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
 from slimkit.distill.recording.records import OUTPUT
-from slimkit.distill.weighting import Teachers, named_teachers
+from slimkit.distill.weighting import Teachers, module_name, named_teachers
 from slimkit.errors import InputError
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import load_weights
@@ -111,7 +111,7 @@ class MutualLearning:
             self._opened = opened.pop_all()
         self.connectors = nn.ModuleDict(
             {
-                f"{learner or 'student'}<{other or 'student'}": comparison.modules
+                module_name(f"{learner or 'student'}<{other or 'student'}"): comparison.modules
                 for (learner, other), comparison in self._comparisons.items()
             }
         )
@@ -215,7 +215,7 @@ class MutualLearning:
 
     def _modules(self) -> nn.ModuleDict:
         # a name alone could be that of a method of modules
-        peers = {f"peer:{name}": peer for name, peer in self.peers.items()}
+        peers = {f"peer:{module_name(name)}": peer for name, peer in self.peers.items()}
         return nn.ModuleDict({**peers, "connectors": self.connectors})
 
     def _taken(self, name: str) -> dict[str, Tensor]:

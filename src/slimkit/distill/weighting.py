@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from slimkit.errors import InputError, nearest
 
-__all__ = ["TeacherWeights", "Teachers", "confidence_weights", "fixed_weights", "named_teachers"]
+__all__ = [
+    "TeacherWeights",
+    "Teachers",
+    "confidence_weights",
+    "fixed_weights",
+    "module_name",
+    "named_teachers",
+]
 
 Teachers = nn.Module | Mapping[str, nn.Module] | Sequence[nn.Module] | None
 """One teacher, several by name or number, or None: the student teaches itself."""
@@ -23,11 +30,16 @@ SINGLE = "teacher"
 """The name of a teacher that is alone."""
 
 
+def module_name(teacher: str) -> str:
+    """The name of a teacher as that of a submodule, which has no dots: ``search:small``."""
+    return teacher.replace(".", ":")
+
+
 def named_teachers(teachers: Teachers) -> dict[str, nn.Module]:
     """Name → teacher; one alone is called ``teacher``, those of a list by their number.
 
     Raises:
-        InputError: something is no module, or a name has a dot in it.
+        InputError: something is no module, or a name is empty or too like another.
     """
     if teachers is None:
         return {}
@@ -43,7 +55,7 @@ def named_teachers(teachers: Teachers) -> dict[str, nn.Module]:
             raise InputError(
                 f"expected a module, got {type(teacher).__name__}", where=f"teacher.{name}"
             )
-        if not name or "." in name:
+        if not name or any(module_name(name) == module_name(o) for o in named if o != name):
             raise InputError(f"{name!r} is no name for a teacher", where="teacher")
     if not named:
         raise InputError("there is no teacher in it", where="teacher", hint="None teaches itself")

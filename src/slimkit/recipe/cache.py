@@ -2,7 +2,7 @@
 
 ::
 
-    stages/ab/abcdef…/      model/ (weights + plans), stage.json
+    stages/ab/abcdef…/      model/ (weights + plans), or models/NAME/ for several; stage.json
     work/abcdef…/           a stage in progress: its training checkpoint survives a kill
     exports/abcdef….onnx    exported networks
     proofs/…                what was measured of an exported file
@@ -62,20 +62,28 @@ class Cache:
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a finished stage, or None. A damaged entry counts as not there."""
         folder = self._entry(key)
-        if not (folder / "model" / "plans.json").exists():
-            return None
         try:
             record = read_json(folder / "stage.json")
         except ArtifactError:
             return None
-        return record if isinstance(record, dict) else None
+        if not isinstance(record, dict):
+            return None
+        folders = [self.model_folder(key, part) for part in record.get("models") or [None]]
+        return record if all((each / "plans.json").exists() for each in folders) else None
 
-    def model_folder(self, key: str) -> Path:
-        """Where the weights and plans of a finished stage are."""
-        return self._entry(key) / "model"
+    def model_folder(self, key: str, part: str | None = None) -> Path:
+        """Where the weights and plans of a finished stage are, or of one of its networks."""
+        return self._entry(key) / ("model" if part is None else f"models/{part}")
 
-    def store(self, key: str, model: nn.Module, record: Mapping[str, Any]) -> None:
+    def store(
+        self, key: str, model: nn.Module | Mapping[str, nn.Module], record: Mapping[str, Any]
+    ) -> None:
         """File a finished stage and remove its work folder.
+
+        Args:
+            key: of the stage.
+            model: what it leaves, or name → network of several; all are filed, or none.
+            record: what is known of it.
 
         Raises:
             ArtifactError: not writable or disk full; the stage then counts as not run.
@@ -84,7 +92,12 @@ class Cache:
         for remains in folder.parent.glob(f".{key}.*"):  # of a run that was killed while storing
             shutil.rmtree(remains, ignore_errors=True)
         with atomic_directory(folder) as temporary:
-            save(model, temporary / "model")
+            if isinstance(model, Mapping):
+                for part, network in model.items():
+                    save(network, temporary / "models" / part)
+                record = {**record, "models": list(model)}
+            else:
+                save(model, temporary / "model")
             write_json(temporary / "stage.json", dict(record))
         shutil.rmtree(self.root / "work" / key, ignore_errors=True)
 
@@ -99,12 +112,14 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def reset_work(self, key: str) -> bool:
-        """Forget what an interrupted run of the stage left; False if it left nothing."""
+    def has_work(self, key: str) -> bool:
+        """Whether an interrupted run of the stage left something."""
         folder = self.root / "work" / key
-        left = folder.is_dir() and any(folder.iterdir())
-        shutil.rmtree(folder, ignore_errors=True)
-        return left
+        return folder.is_dir() and any(folder.iterdir())
+
+    def reset_work(self, key: str) -> None:
+        """Forget what an interrupted run of the stage left."""
+        shutil.rmtree(self.root / "work" / key, ignore_errors=True)
 
     @contextlib.contextmanager
     def lock(self, key: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from slimkit.errors import RecipeError
+from slimkit.recipe.schema.links import full_link, stage_of
 from slimkit.recipe.schema.recipe import Recipe
 from slimkit.recipe.stages.interface import UNPRUNED, Stage
 
-__all__ = ["Chain", "Step", "check_teachers", "resolve_steps", "teacher_chain"]
+__all__ = ["Chain", "Step", "check_teachers", "of_stage", "resolve_steps", "teacher_chain"]
 
 Chain = tuple[str, ...]
-"""Stage names from the recipe's model on; a stage's place in it is what a result depends on."""
+"""Stage names from the recipe's model on; a stage's place in it is what a result depends on.
+
+Of a stage that leaves several networks a chain names one: ``search.small``.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,23 +37,38 @@ class Step:
     @property
     def name(self) -> str:
         """The stage's name in the recipe."""
-        return self.chain[-1]
+        return stage_of(self.chain[-1])
 
     @property
     def parent(self) -> Chain:
         """What it runs on; empty for the recipe's model itself."""
         return self.chain[:-1]
 
+    @property
+    def of_stage(self) -> Chain:
+        """The chain as the stage runs it, whichever of its networks is taken."""
+        return of_stage(self.chain)
 
-def resolve_steps(recipe: Recipe) -> dict[Chain, Step]:
-    """All steps that the variants need, each once, in an order in which they can run."""
+
+def of_stage(chain: Chain) -> Chain:
+    """A chain whose last link names the stage alone: its networks come of one run."""
+    return (*chain[:-1], stage_of(chain[-1])) if chain else chain
+
+
+def resolve_steps(recipe: Recipe, chains: Iterable[Chain] | None = None) -> dict[Chain, Step]:
+    """All steps that chains need, each once, in an order in which they can run.
+
+    Args:
+        recipe: of the chains.
+        chains: those of the variants by default.
+    """
     steps: dict[Chain, Step] = {}
 
     def visit(chain: Chain) -> None:
         if not chain or chain in steps:
             return
         visit(chain[:-1])
-        settings = recipe.stages[chain[-1]]
+        settings = recipe.stages[stage_of(chain[-1])]
         teachers: dict[str, Chain | None] = {}
         for name, place in settings.teacher_names().items():
             teachers[name] = None
@@ -58,8 +77,8 @@ def resolve_steps(recipe: Recipe) -> dict[Chain, Step]:
                 visit(found)
         steps[chain] = Step(chain, settings, teachers)
 
-    for variant in recipe.variants.values():
-        visit(variant)
+    for wanted in recipe.variants.values() if chains is None else chains:
+        visit(wanted)
     return steps
 
 
@@ -68,8 +87,8 @@ def teacher_chain(recipe: Recipe, teacher: str, chain: Chain, place: str = "teac
 
     Args:
         recipe: of both.
-        teacher: name of a stage, which runs on the recipe's model when no variant has it; or
-            ``unpruned`` for what the first pruning stage of ``chain`` began with.
+        teacher: name of a stage (or STAGE.PART), which runs on the recipe's model when no variant
+            has it; or ``unpruned`` for what the first pruning stage of ``chain`` began with.
         chain: of the student.
         place: where in the stage the teacher is named, for the error.
 
@@ -77,10 +96,10 @@ def teacher_chain(recipe: Recipe, teacher: str, chain: Chain, place: str = "teac
         RecipeError: several variants run the stage on different things, or nothing in
             ``chain`` prunes.
     """
-    where = f"stages.{chain[-1]}.{place}"
+    where = f"stages.{stage_of(chain[-1])}.{place}"
     if teacher == UNPRUNED and teacher not in recipe.stages:
         for position, stage in enumerate(chain[:-1]):
-            if recipe.stages[stage].type == "prune":
+            if recipe.stages[stage_of(stage)].type == "prune":
                 return chain[:position]
         raise RecipeError(
             f"no stage of {' → '.join(chain)} prunes before {chain[-1]}",
@@ -88,9 +107,11 @@ def teacher_chain(recipe: Recipe, teacher: str, chain: Chain, place: str = "teac
             hint="name a teacher, or a stage",
         )
     found: list[Chain] = []
+    link = full_link(teacher, recipe.stages)
     for other in recipe.variants.values():
-        if teacher in other:
-            prefix = other[: other.index(teacher) + 1]
+        names = [stage_of(each) for each in other]
+        if stage_of(link) in names:  # whichever of its networks the variant goes on with
+            prefix = (*other[: names.index(stage_of(link))], link)
             if prefix not in found:
                 found.append(prefix)
     if len(found) > 1:
@@ -100,7 +121,7 @@ def teacher_chain(recipe: Recipe, teacher: str, chain: Chain, place: str = "teac
             where=where,
             hint="give the stage that shall teach a name of its own",
         )
-    return found[0] if found else (teacher,)
+    return found[0] if found else (link,)
 
 
 def check_teachers(recipe: Recipe) -> None:
@@ -118,12 +139,12 @@ def check_teachers(recipe: Recipe) -> None:
             cycle = [link[-1] for link in waiting[waiting.index(chain) :]] + [chain[-1]]
             raise RecipeError(
                 f"a cycle: {' waits for '.join(cycle)}",
-                where=f"stages.{chain[-1]}.teacher",
+                where=f"stages.{stage_of(chain[-1])}.teacher",
                 hint="a teacher must not depend on its student",
             )
         path = (*waiting, chain)
         visit(chain[:-1], path)
-        for name, place in recipe.stages[chain[-1]].teacher_names().items():
+        for name, place in recipe.stages[stage_of(chain[-1])].teacher_names().items():
             if name not in recipe.teachers:
                 visit(teacher_chain(recipe, name, chain, place), path)
         done.add(chain)

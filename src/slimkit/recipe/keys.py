@@ -19,8 +19,9 @@ from typing import Any
 from slimkit.artifact import content_hash
 from slimkit.errors import ArtifactError
 from slimkit.models import MODELS
-from slimkit.recipe.chains import Chain, Step
+from slimkit.recipe.chains import Chain, Step, of_stage
 from slimkit.recipe.effective import Effective, essence
+from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.recipe import ModelSettings, Recipe
 from slimkit.recipe.source_code import code_behind, version_of
 
@@ -55,7 +56,9 @@ class Keys:
         arguments = effective.read(settings.args)
         source, _, short = settings.name.partition(":")
         if source == "slimkit":
-            arguments = {**_defaults(MODELS.get(short)), **arguments}
+            factory = MODELS.get(short)
+            effective.mentions.append(factory)  # registered by the user, perhaps
+            arguments = {**_defaults(factory), **arguments}
         elif source not in {"torchvision", "timm"}:
             effective.read(settings.name)
         return content_hash(
@@ -94,7 +97,7 @@ class Keys:
                 "type": step.settings.type,
                 "settings": essence(step.settings),
                 "model": essence(self.recipe.model),
-                "chain": [essence(self.recipe.stages[name]) for name in step.parent],
+                "chain": [essence(self.recipe.stages[stage_of(link)]) for link in step.parent],
                 "data": self.fingerprint,
                 "smoke": self.smoke,
             }
@@ -106,10 +109,17 @@ class Keys:
         return file_hash(path)
 
     def chain(self, chain: Chain) -> str:
-        """The key of what comes out of the last stage of ``chain``."""
+        """The key of the network that comes out of ``chain``."""
         if not chain:
             return self.model(self.recipe.model)
-        if chain not in self._known:
+        part = part_of(chain[-1])
+        stage = self.stage(chain)
+        return stage if part is None else content_hash({"stage": stage, "part": part})
+
+    def stage(self, chain: Chain) -> str:
+        """The key of all that the last stage of ``chain`` leaves, whichever part is named."""
+        known = of_stage(chain)
+        if known not in self._known:
             step = self.steps[chain]
             teachers = {
                 name: self.chain(of) if of is not None else self.model(self.recipe.teachers[name])
@@ -137,8 +147,8 @@ class Keys:
                 value["eval_batch_size"] = self.recipe.data.eval_batch_size
             if self.smoke:
                 value["smoke"] = True
-            self._known[chain] = content_hash(value)
-        return self._known[chain]
+            self._known[known] = content_hash(value)
+        return self._known[known]
 
 
 def file_hash(path: str | None) -> str | None:
@@ -158,10 +168,13 @@ def file_hash(path: str | None) -> str | None:
 
 def _defaults(factory: Any) -> dict[str, Any]:
     """The plain values that a factory takes for what it is not given."""
-    parameters = inspect.signature(factory).parameters.values()
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # written in C
+        return {}
     return {
         parameter.name: essence(parameter.default)
-        for parameter in parameters
+        for parameter in parameters.values()
         if isinstance(parameter.default, bool | int | float | str | tuple | None)
     }
 

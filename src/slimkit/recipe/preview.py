@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from slimkit.measure.profiling import profile
-from slimkit.recipe.chains import Chain, Step
+from slimkit.recipe.chains import Chain, Step, of_stage
 from slimkit.recipe.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def preview_recipe(bench: Workbench) -> Preview:
             part = chain[:end]
             model = bench.preview(part)
             costs = profile(model, bench.example_inputs)
-            cached, shared = bool(part) and bench.is_cached(part), part in seen
+            cached, shared = bool(part) and bench.is_cached(part), of_stage(part) in seen
             seconds: float | None = 0.0
             if part and not cached and not shared:
                 seconds = _estimate(bench, bench.steps[part], model, clock)
@@ -115,7 +115,7 @@ def preview_recipe(bench: Workbench) -> Preview:
             rows.append(
                 PreviewRow(
                     variant=variant,
-                    stage=stage.name if stage else "(model)",
+                    stage=part[-1] if stage else "(model)",
                     type=stage.settings.type if stage else "",
                     params=costs.params,
                     macs=costs.macs,
@@ -124,7 +124,7 @@ def preview_recipe(bench: Workbench) -> Preview:
                     seconds=seconds,
                 )
             )
-            seen.add(part)
+            seen.add(of_stage(part))
     return Preview(bench.recipe.name, bench.data_facts(), tuple(rows))
 
 

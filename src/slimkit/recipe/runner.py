@@ -19,6 +19,7 @@ from slimkit.recipe.loading import dump_recipe
 from slimkit.recipe.preview import Preview, preview_recipe
 from slimkit.recipe.proving import Proof, measure_latency, prove, speed_warnings
 from slimkit.recipe.schema.gates import check_gates, missed_text
+from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.recipe import Recipe
 from slimkit.recipe.stages.interface import ignore_event
 from slimkit.recipe.workbench import Workbench
@@ -163,7 +164,10 @@ def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
 
 def _stage(bench: Workbench, chain: Chain) -> dict[str, Any]:
     record = bench.record(chain)
-    settings = bench.recipe.model_dump(mode="json")["stages"][chain[-1]]
+    settings = bench.recipe.model_dump(mode="json")["stages"][stage_of(chain[-1])]
+    extra = dict(record.extra)
+    if (part := part_of(chain[-1])) is not None:
+        extra |= extra.pop("models", {}).get(part, {})
     return {
         "name": chain[-1],
         "type": settings["type"],
@@ -171,7 +175,7 @@ def _stage(bench: Workbench, chain: Chain) -> dict[str, Any]:
         "seconds": round(record.seconds, 3),
         "cached": record.cached,
         "settings": settings,
-        **record.extra,
+        **extra,
     }
 
 

@@ -17,8 +17,9 @@ from slimkit.errors import CheckpointError, ModelError, SlimkitError
 from slimkit.models import MODELS, build_model, load_checkpoint
 from slimkit.plan import load
 from slimkit.recipe.cache import Cache
-from slimkit.recipe.chains import Chain, Step, resolve_steps
+from slimkit.recipe.chains import Chain, Step, of_stage, resolve_steps
 from slimkit.recipe.keys import Keys
+from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.places import at
 from slimkit.recipe.schema.recipe import ModelSettings, Recipe
 from slimkit.recipe.stages.interface import StageContext, StageResult, ignore_event
@@ -138,35 +139,40 @@ class Workbench:
             self.task.check_head(model, self.splits)
         return model
 
+    def expect(self, chain: Chain) -> None:
+        """Prepare for a chain that no variant has."""
+        self.steps.update(resolve_steps(self.recipe, [chain]))
+
     def result(self, chain: Chain) -> nn.Module:
         """The network that comes out of ``chain``; its stages are run if need be."""
         if not chain:
             return self.build(self.recipe.model, "model")
-        key = self.record(chain).key
+        key, part = self.record(chain).key, part_of(chain[-1])
         try:
-            return self._load(key)
+            return self._load(key, part)
         except SlimkitError as error:
             if not self.record(chain).cached:
                 raise
-            event = {"event": "damaged", "stage": chain[-1], "key": key, "problem": str(error)}
-            self.emit(event)
+            stage = stage_of(chain[-1])
+            self.emit({"event": "damaged", "stage": stage, "key": key, "problem": str(error)})
             self.cache.discard(key)
-            del self._records[chain]
-            return self._load(self.record(chain).key)
+            del self._records[of_stage(chain)]
+            return self._load(self.record(chain).key, part)
 
-    def _load(self, key: str) -> nn.Module:
+    def _load(self, key: str, part: str | None) -> nn.Module:
         model = self._bare(self.recipe.model, "model", checkpoint=False)
-        return load(self.cache.model_folder(key), model=model)
+        return load(self.cache.model_folder(key, part), model=model)
 
     def record(self, chain: Chain) -> StageRecord:
         """The record of the last stage of ``chain``, which is run unless it is cached."""
-        if chain not in self._records:
-            self._records[chain] = self._look_up(chain) or self._run(self.steps[chain])
-        return self._records[chain]
+        known = of_stage(chain)  # of a stage that leaves several networks there is one record
+        if known not in self._records:
+            self._records[known] = self._look_up(chain) or self._run(self.steps[chain])
+        return self._records[known]
 
     def is_cached(self, chain: Chain) -> bool:
         """Whether the last stage of ``chain`` would be taken from the cache."""
-        return self.cache.find(self.keys.chain(chain)) is not None
+        return self.cache.find(self.keys.stage(chain)) is not None
 
     def context(
         self, step: Step, teachers: Mapping[str, nn.Module], work: Path | None
@@ -182,7 +188,7 @@ class Workbench:
             teacher=next(iter(teachers.values()), None),
             teachers=teachers,
             work=work,
-            log_dir=self.log_dir / "-".join(step.chain) if self.log_dir else None,
+            log_dir=self.log_dir / "-".join(step.of_stage) if self.log_dir else None,
             max_steps=SMOKE_STEPS if self.smoke else None,
             progress=self.progress,
             emit=lambda event: self.emit({"stage": name, **event}),
@@ -241,15 +247,16 @@ class Workbench:
         return outputs.shape[1]
 
     def _look_up(self, chain: Chain) -> StageRecord | None:
-        key = self.keys.chain(chain)
+        key = self.keys.stage(chain)
         found = self.cache.find(key)
         if found is None:
             return None
-        self.emit({"event": "cached", "stage": chain[-1], "chain": list(chain), "key": key})
+        told = of_stage(chain)
+        self.emit({"event": "cached", "stage": told[-1], "chain": list(told), "key": key})
         return StageRecord(key, found["seconds"], True, found["extra"])
 
     def _run(self, step: Step) -> StageRecord:
-        key = self.keys.chain(step.chain)
+        key = self.keys.stage(step.chain)
         teachers = self._teachers(step)
         if step.parent:
             self.record(step.parent)
@@ -258,14 +265,15 @@ class Workbench:
             found = self._look_up(step.chain)  # another process may have done it meanwhile
             if found is not None:
                 return found
-            self.emit({"event": "start", "stage": step.name, "chain": list(step.chain), "key": key})
+            told = list(step.of_stage)
+            self.emit({"event": "start", "stage": step.name, "chain": told, "key": key})
             started = time.perf_counter()
             result = self._work(step, teachers, key)
             extra = dict(result.extra)
             seconds = time.perf_counter() - started
             self.cache.store(
                 key,
-                result.model,
+                result.models if result.model is None else result.model,
                 {
                     "type": step.settings.type,
                     "name": step.name,
@@ -279,24 +287,31 @@ class Workbench:
         return StageRecord(key, seconds, False, extra)
 
     def _work(self, step: Step, teachers: Mapping[str, nn.Module], key: str) -> StageResult:
+        """Run a stage; once more from its start, if it cannot go on where an earlier run was."""
+        interrupted = self.cache.has_work(key)
+        try:
+            return self._attempt(step, teachers, key)
+        except CheckpointError:
+            if not interrupted:  # an error of the stage's own: it would only come again
+                raise
+        # the checkpoint of an interrupted run that another version of the library left
+        self.cache.reset_work(key)
+        self.emit({"event": "restart", "stage": step.name, "key": key})
+        return self._attempt(step, self._teachers(step), key)
+
+    def _attempt(self, step: Step, teachers: Mapping[str, nn.Module], key: str) -> StageResult:
         where = f"stages.{step.name}"
         model = self.result(step.parent)
         context = self.context(step, teachers, self.cache.work(key))
         seed_everything(self.recipe.seed)
         self.splits.train.set_seed(self.recipe.seed)
-        try:
-            with at(where):
-                result = step.settings.run(model, context)
-        except CheckpointError:
-            if not self.cache.reset_work(key):
-                raise
-            # the checkpoint of an interrupted run that another version of the library left
-            self.emit({"event": "restart", "stage": step.name, "key": key})
-            return self._work(step, teachers, key)
+        with at(where):
+            result = step.settings.run(model, context)
         if not isinstance(result, StageResult):
             raise SlimkitError(
                 f"run() returned {type(result).__name__}, not a StageResult", where=where
             )
+        _check_parts(step, result.models, where)
         return result
 
     def _teachers(self, step: Step) -> dict[str, nn.Module]:
@@ -318,8 +333,21 @@ class Workbench:
         step = self.steps[chain]
         teachers = self.preview_teachers(step)
         model = self.preview(step.parent)
-        with at(f"stages.{step.name}"):
-            return step.settings.preview(model, self.context(step, teachers, None))
+        where = f"stages.{step.name}"
+        with at(where):
+            found = step.settings.preview(model, self.context(step, teachers, None))
+        if not isinstance(found, Mapping):
+            return found
+        _check_parts(step, found, where)
+        return found[str(part_of(chain[-1]))]
+
+
+def _check_parts(step: Step, models: Mapping[str, object], where: str) -> None:
+    """Make sure that a stage leaves the networks that it announced."""
+    announced = step.settings.parts()
+    if set(models) != set(announced):
+        left, told = (", ".join(names) or "one network" for names in (models, announced))
+        raise SlimkitError(f"it left {left}, and parts() says {told}", where=where)
 
 
 def takes_classes(name: str) -> bool:

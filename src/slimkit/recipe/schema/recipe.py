@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
-from slimkit.errors import nearest
 from slimkit.recipe.schema.fields import OneOf, TypedBy, wrong
+from slimkit.recipe.schema.links import LINK, full_link, link_problem, parts_problem
 from slimkit.recipe.stages.interface import UNPRUNED, Stage
 from slimkit.tasks.data.settings import DataSettings
 
@@ -23,6 +32,9 @@ __all__ = [
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
 """Of stages, teachers and variants: part of paths and folder names, so no dots or slashes."""
+
+Link = Annotated[str, WithJsonSchema({"type": "string", "pattern": LINK})]
+"""A stage's name, or STAGE.PART for one of several networks that it leaves."""
 
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -119,8 +131,9 @@ class Recipe(Settings):
         model: the network that every variant starts from.
         teachers: trained networks that stages can name as their ``teacher``.
         stages: stage name → typed settings.
-        variants: variant name → chain of stage names. The first is the baseline, the last the
-            final one; common beginnings run once. An empty chain is the model as it is.
+        variants: variant name → chain of stage names, or STAGE.PART where a stage leaves several
+            networks. The first is the baseline, the last the final one; common beginnings run
+            once. An empty chain is the model as it is.
         measure: what is measured.
         require: gates.
     """
@@ -132,32 +145,43 @@ class Recipe(Settings):
     model: ModelSettings
     teachers: dict[Name, TeacherSettings] = {}
     stages: dict[Name, Annotated[Stage, TypedBy("slimkit.recipe.stages.interface:STAGES")]] = {}
-    variants: Annotated[dict[Name, tuple[str, ...]], Field(min_length=1)]
+    variants: Annotated[dict[Name, tuple[Link, ...]], Field(min_length=1)]
     measure: MeasureSettings = MeasureSettings()
     require: RequireSettings = RequireSettings()
+
+    @field_validator("variants")
+    @classmethod
+    def _default_parts_are_written_out(
+        cls, variants: dict[str, tuple[str, ...]], info: ValidationInfo
+    ) -> dict[str, tuple[str, ...]]:
+        stages = info.data.get("stages", {})
+        return {
+            name: tuple(full_link(link, stages) for link in chain)
+            for name, chain in variants.items()
+        }
+
+    @model_validator(mode="after")
+    def _parts_have_names(self) -> Self:
+        for name, stage in self.stages.items():
+            if problem := parts_problem(stage):
+                raise wrong(problem, path=f"stages.{name}")
+        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
         for variant, chain in self.variants.items():
             for number, stage in enumerate(chain):
-                if stage not in self.stages:
-                    raise wrong(
-                        f"there is no stage {stage!r}",
-                        nearest(stage, self.stages),
-                        path=f"variants.{variant}.{number}",
-                    )
+                if problem := link_problem(stage, self.stages):
+                    raise wrong(*problem, path=f"variants.{variant}.{number}")
         for name in self.teachers:
             if name in self.stages:
                 raise wrong("a stage has the same name", "rename one", path=f"teachers.{name}")
         for name, stage_settings in self.stages.items():
-            known = [*self.teachers, *self.stages, UNPRUNED]
+            others = [*self.teachers, UNPRUNED]
             for teacher, place in stage_settings.teacher_names().items():
-                if teacher not in known:
-                    raise wrong(
-                        f"there is no teacher and no stage called {teacher!r}",
-                        nearest(teacher, known),
-                        path=f"stages.{name}.{place}",
-                    )
+                problem = link_problem(teacher, self.stages, others=others)
+                if teacher not in others and problem is not None:
+                    raise wrong(*problem, path=f"stages.{name}.{place}")
         return self
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from slimkit.errors import SlimkitError
 from slimkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -50,15 +51,27 @@ def ignore_event(event: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage leaves behind.
+    """What a stage leaves behind: one network, or several by name.
 
     Attributes:
         model: the network to hand on; its weights and the plans applied to it are cached.
-        extra: JSON-able facts for the report, such as ``history`` or ``channels``.
+        extra: JSON-able facts for the report, such as ``history`` or ``channels``. Of a stage that
+            leaves several networks ``extra["models"][NAME]`` are the facts of one of them.
+        models: in place of ``model``: name → network, for exactly the names of
+            :meth:`Stage.parts`. A chain names one of them ``STAGE.NAME``.
+
+    Raises:
+        SlimkitError: there are both or none.
     """
 
-    model: nn.Module
+    model: nn.Module | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    models: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (not self.models):
+            given = "neither" if self.model is None else "both"
+            raise SlimkitError(f"a StageResult has a model, or models by name; here are {given}")
 
 
 @dataclass(frozen=True)
@@ -113,12 +126,27 @@ class Stage(BaseModel):
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """Do the work on ``model`` (which may be changed) and return what comes out."""
 
-    def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
+    def preview(
+        self, model: nn.Module, context: StageContext
+    ) -> nn.Module | Mapping[str, nn.Module]:
         """The structure that :meth:`run` would leave, on untrained weights and in seconds.
 
+        Of a stage with :meth:`parts`: name → structure, or one for all of them.
         Used by ``--dry-run``, and before a run so that a mistake shows before hours of training.
         """
         return model
+
+    def parts(self) -> tuple[str, ...]:
+        """Names of the networks that :meth:`run` leaves, if it leaves several.
+
+        A search leaves a front, for instance; a chain goes on with one of them: ``search.small``.
+        They follow from the settings alone, so that chains are checked before anything runs.
+        """
+        return ()
+
+    def default_part(self) -> str | None:
+        """Which of :meth:`parts` a chain means that names the stage alone; None: it has to say."""
+        return None
 
     def teacher_name(self) -> str | None:
         """The teacher or stage that this stage learns from, if any."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from slimkit.errors import RecipeError, nearest
 from slimkit.recipe.keys import file_hash
 from slimkit.recipe.schema.fields import wrong
+from slimkit.recipe.schema.links import full_link, link_problem
 from slimkit.recipe.schema.places import at
 from slimkit.recipe.stages.interface import StageContext
 
@@ -155,16 +156,16 @@ def recipe_teacher(recipe: Recipe, name: str | None = None, **options: Any) -> N
                 hint=nearest("", [*recipe.teachers, *recipe.stages]),
             )
         (name,) = recipe.teachers
-    if name not in recipe.teachers and name not in recipe.stages:
-        raise RecipeError(
-            f"there is no teacher and no stage called {name!r}",
-            where="teachers",
-            hint=nearest(name, [*recipe.teachers, *recipe.stages]),
-        )
+    problem = link_problem(name, recipe.stages, others=recipe.teachers)
+    if name not in recipe.teachers and problem is not None:
+        raise RecipeError(problem[0], where="teachers", hint=problem[1])
     bench = Workbench(recipe, Cache(None))
     if name in recipe.teachers:
         network = bench.build(recipe.teachers[name], f"teachers.{name}")
     else:
-        network = bench.result(teacher_chain(recipe, name, (name,)))
+        link = full_link(name, recipe.stages)
+        chain = teacher_chain(recipe, link, (link,))
+        bench.expect(chain)
+        network = bench.result(chain)
     samples = training_samples(bench.splits, seed=recipe.seed)
     return NetworkTeacher(network, samples, name=name, **options)
