@@ -149,7 +149,7 @@ def write_tensors(
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     with atomic_file(path) as temporary:
         try:
-            save_file(plain, str(temporary), metadata=dict(metadata or {}))
+            save_file(plain, str(temporary), metadata=dict(metadata) if metadata else None)
         except Exception as error:  # safetensors wraps I/O errors in its own type
             raise ArtifactError(f"cannot write tensors: {error}", where=str(path)) from error
 

@@ -8,7 +8,9 @@ therefore always *weights + plans*: :func:`save` writes both, :func:`load` repla
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -187,18 +189,23 @@ def applied_plans(model: nn.Module) -> list[Plan]:
     return list(getattr(model, _ATTRIBUTE, ()))
 
 
-def load_weights(
-    model: nn.Module, state: Mapping[str, Tensor], *, where: str | None = None
-) -> None:
+def load_weights(model: nn.Module, state: Mapping[str, Any], *, where: str | None = None) -> None:
     """Load ``state`` strictly, with an error that says what does not fit.
 
+    Args:
+        model: changed in place.
+        state: tensors by name, as from ``state_dict()``. Its ``_metadata`` tells modules in which
+            version they were saved; without it they are taken to be of today's.
+        where: what an error names.
+
     Raises:
-        CheckpointError: missing or unexpected keys, or other shapes; nothing was loaded.
+        CheckpointError: missing or unexpected keys, or other shapes, and nothing was loaded; or
+            a module refuses what it gets.
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    wrong = [key for key in own if key in state and _shape(own[key]) != _shape(state[key])]
     if missing or extra or wrong:
         parts = []
         if missing:
@@ -210,12 +217,66 @@ def load_weights(
             key = wrong[0]
             parts.append(
                 f"{len(wrong)} of another shape, first {key!r}: the model has "
-                f"{tuple(own[key].shape)}, the file {tuple(state[key].shape)}"
+                f"{_shape(own[key])}, the file {_shape(state[key])}"
             )
         raise CheckpointError(
             f"the weights do not fit {type(model).__name__}: " + "; ".join(parts), where=where
         )
-    model.load_state_dict(dict(state))
+    try:
+        versions = getattr(state, "_metadata", getattr(own, "_metadata", None))
+        model.load_state_dict(_with_metadata(state, versions))
+    except Exception as error:  # a user's own _load_from_state_dict may raise anything
+        reason = str(error).strip() or type(error).__name__
+        raise CheckpointError(
+            f"{type(model).__name__} refuses the weights: {reason}", where=where
+        ) from error
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Of a tensor; None of what else a module keeps as its extra state."""
+    shape = getattr(value, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def _with_metadata(
+    state: Mapping[str, Any], metadata: Mapping[str, Any] | None
+) -> OrderedDict[str, Any]:
+    """A state dict as torch makes them: the versions of modules are an attribute of it."""
+    found = OrderedDict(state)
+    if metadata is not None:
+        found._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
+    return found
+
+
+def _split_state(
+    state: Mapping[str, Any], where: PathLike
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors, extra states that are no tensors, and the metadata as far as it is JSON.
+
+    Raises:
+        ArtifactError: an extra state is neither a tensor nor JSON.
+    """
+    import torch
+
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    extra = {key: value for key, value in state.items() if key not in tensors}
+    for key, value in extra.items():
+        if not _is_json(value):
+            raise ArtifactError(
+                f"the extra state {key!r} is a {type(value).__name__}, neither a tensor nor JSON",
+                where=str(where),
+                hint="get_extra_state() may return tensors, numbers, text, lists and dictionaries",
+            )
+    metadata = getattr(state, "_metadata", {})
+    return tensors, extra, {key: value for key, value in metadata.items() if _is_json(value)}
+
+
+def _is_json(value: object) -> bool:
+    """Whether ``value`` is the same after it was written as JSON and read."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError):
+        return False
 
 
 def save(model: nn.Module, directory: PathLike) -> Path:
@@ -226,15 +287,23 @@ def save(model: nn.Module, directory: PathLike) -> Path:
         directory: gets ``weights.safetensors`` and ``plans.json`` (and sidecars).
 
     Raises:
-        ArtifactError: not writable; what was there before stays.
+        ArtifactError: not writable, or a module's extra state is neither a tensor nor JSON; what
+            was there before stays.
     """
+    tensors, extra, metadata = _split_state(model.state_dict(), directory)
     with atomic_directory(directory) as folder:
-        write_tensors(folder / "weights.safetensors", model.state_dict())
+        write_tensors(folder / "weights.safetensors", tensors)
         names = []
         for number, plan in enumerate(applied_plans(model)):
             names.append(f"plan{number}_{plan.kind}.json")
             plan.save(folder / names[-1])
-        index = {"format": FORMAT_VERSION, "model": type(model).__name__, "plans": names}
+        index = {
+            "format": FORMAT_VERSION,
+            "model": type(model).__name__,
+            "plans": names,
+            "metadata": metadata,
+            "extra_state": extra,
+        }
         write_json(folder / "plans.json", index)
     return Path(directory)
 
@@ -258,7 +327,8 @@ def load(directory: PathLike, *, model: nn.Module) -> nn.Module:
     weights = read_tensors(folder / "weights.safetensors")
     for name in index["plans"]:
         model = apply(model, Plan.load(folder / name))
-    load_weights(model, weights, where=str(folder / "weights.safetensors"))
+    state = _with_metadata({**weights, **index.get("extra_state", {})}, index.get("metadata"))
+    load_weights(model, state, where=str(folder / "weights.safetensors"))
     return model
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import slimkit as sk
 from slimkit.artifact import read_json, write_json
 from slimkit.errors import ArtifactError, CheckpointError, PlanError
-from slimkit.plan import PLAN_KINDS, Plan, applied_plans
+from slimkit.plan import PLAN_KINDS, Plan, applied_plans, load_weights
 
 
 @dataclass(frozen=True)
@@ -149,3 +149,60 @@ def test_weights_of_another_network_are_refused_untouched(tmp_path: Path) -> Non
 def test_a_missing_or_damaged_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nowhere"):
         sk.load(tmp_path / "nowhere", model=nn.Linear(1, 1))
+
+
+class Versioned(nn.Linear):
+    """Loads differently by the version in the metadata, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, local_metadata, *rest) -> None:  # type: ignore[no-untyped-def]
+        if local_metadata.get("version") not in (1, 2):
+            raise ValueError("version should be set to 1 or 2")
+        super()._load_from_state_dict(state, prefix, local_metadata, *rest)
+
+
+def test_the_versions_of_modules_are_kept(tmp_path: Path) -> None:
+    model = nn.Sequential(Versioned(3, 2))
+    sk.save(model, tmp_path / "net")
+    loaded = sk.load(tmp_path / "net", model=nn.Sequential(Versioned(3, 2)))
+    assert torch.equal(loaded(torch.ones(1, 3)), model(torch.ones(1, 3)))
+    assert read_json(tmp_path / "net" / "plans.json")["metadata"]["0"] == {"version": 2}
+
+
+def test_folders_without_versions_still_load(tmp_path: Path) -> None:
+    model = nn.Sequential(Versioned(3, 2))
+    sk.save(model, tmp_path / "net")
+    index = read_json(tmp_path / "net" / "plans.json")
+    write_json(tmp_path / "net" / "plans.json", {k: index[k] for k in ("format", "model", "plans")})
+    loaded = sk.load(tmp_path / "net", model=nn.Sequential(Versioned(3, 2)))
+    assert torch.equal(loaded(torch.ones(1, 3)), model(torch.ones(1, 3)))
+
+
+def test_a_module_that_refuses_its_weights_is_a_checkpoint_error() -> None:
+    model = nn.Sequential(Versioned(3, 2))
+    load_weights(model, dict(model.state_dict()))  # names and shapes are those of today
+    old = model.state_dict()
+    old._metadata = {"0": {"version": 0}}  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match=r"refuses the weights.*version"):
+        load_weights(model, old, where="file")
+
+
+class Counts(nn.Module):
+    def __init__(self, count: object) -> None:
+        super().__init__()
+        self.count = count
+
+    def get_extra_state(self) -> object:
+        return self.count
+
+    def set_extra_state(self, state: object) -> None:
+        self.count = state
+
+
+def test_extra_state_is_kept_or_refused_by_name(tmp_path: Path) -> None:
+    sk.save(nn.Sequential(Counts({"seen": [3, 4]})), tmp_path / "net")
+    assert sk.load(tmp_path / "net", model=nn.Sequential(Counts(None)))[0].count == {"seen": [3, 4]}
+    with pytest.raises(ArtifactError, match=r"0\._extra_state.*set"):
+        sk.save(nn.Sequential(Counts({1, 2})), tmp_path / "net")
+    assert sk.load(tmp_path / "net", model=nn.Sequential(Counts(None)))[0].count == {"seen": [3, 4]}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from slimkit.artifact import PathLike, read_tensors
 from slimkit.errors import CheckpointError, nearest
+from slimkit.plan import load_weights
 
 __all__ = ["load_checkpoint"]
 
@@ -40,7 +41,7 @@ def load_checkpoint(model: nn.Module, path: PathLike) -> nn.Module:
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     _check_fits(model.state_dict(), tensors, where=str(source))
-    model.load_state_dict(tensors)
+    load_weights(model, tensors, where=str(source))
     return model
 
 
