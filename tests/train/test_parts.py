@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slimkit.errors import InputError
-from slimkit.train import TrainSettings, WeightAverage, reestimate_batch_norm
+from slimkit.train import TrainSettings, WeightAverage, fit, reestimate_batch_norm
 from slimkit.train.optimisation import build_optimizer, learning_rate
 
 
@@ -123,3 +123,98 @@ def test_reestimation_of_a_model_without_norms_does_nothing() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainSettings(**wrong)  # type: ignore[arg-type]
+
+
+def late_gradients(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for step in range(6):
+        for index, parameter in enumerate(parameters):
+            absent = (index == 1 and step < 3) or (index == 2 and step % 2)
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = None if absent else drawn
+        optimizer.step()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_gradient_that_comes_late_is_stepped_as_by_torchs_own_sgd(
+    nesterov: bool, decay: float
+) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(9, 5), nn.Linear(5, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    settings = TrainSettings(lr=0.1, weight_decay=decay, nesterov=nesterov)
+    late_gradients(build_optimizer(models[0], settings), list(models[0].parameters()))
+    own = torch.optim.SGD(
+        models[1].parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=decay
+    )
+    late_gradients(own, list(models[1].parameters()))
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_momentum_from_the_start_changes_no_bit_of_fused_sgd() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(9, 5), nn.Linear(5, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    mine = build_optimizer(models[0], TrainSettings(lr=0.1, weight_decay=0.1))
+    assert all("momentum_buffer" in mine.state[p] for p in models[0].parameters())
+    theirs = torch.optim.SGD(
+        models[1].parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, fused=True
+    )
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            two.grad = one.grad.clone()
+        mine.step()
+        theirs.step()
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_path_that_is_taken_later_trains(optimizer: str) -> None:
+    class OnePath(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.steps = nn.Linear(4, 2), nn.Linear(4, 2), 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.steps += self.training
+            return (self.a if self.steps <= 2 else self.b)(x)
+
+    network = OnePath()
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    data = [(torch.randn(8, 4), torch.arange(8) % 2)] * 4
+    settings = TrainSettings(epochs=1, lr=0.01, optimizer=optimizer, precision="fp32")  # type: ignore[arg-type]
+    fit(network, data, loss_fn=nn.functional.cross_entropy, settings=settings, progress=False)
+    assert not any(torch.equal(before[name], t) for name, t in network.state_dict().items())
+
+
+def test_statistics_are_measured_on_whatever_a_loader_yields() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.norm(a + b)
+
+    class Images(Words):
+        def forward(self, images: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+            return self.norm(torch.stack([image.mean((1, 2)) for image in images]))
+
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 3), torch.randn(6, 3)
+    for item in ({"a": a, "b": b}, ({"b": b, "a": a}, None), ((a, b), torch.zeros(6))):
+        model = Words()
+        assert reestimate_batch_norm(model, [item]) == 1
+        torch.testing.assert_close(model.norm.running_mean, (a + b).mean(0))
+    images = [torch.randn(3, 4, 5), torch.randn(3, 6, 2)]
+    listed = Images()
+    reestimate_batch_norm(listed, [(images, [{}, {}])])
+    means = torch.stack([image.mean((1, 2)) for image in images])
+    torch.testing.assert_close(listed.norm.running_mean, means.mean(0))
+    with pytest.raises(InputError, match="batches"):
+        reestimate_batch_norm(Words(), ["words"])

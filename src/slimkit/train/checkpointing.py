@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from slimkit.artifact import read_tensors, write_tensors
 from slimkit.errors import ArtifactError, CheckpointError
+from slimkit.plan import load_weights
 from slimkit.train.ema import WeightAverage
 
 __all__ = ["RunState", "check_state", "restore", "save_run"]
@@ -122,7 +123,7 @@ def restore(path: Path, state: RunState) -> bool:
         )
     _check_classes(path, header["extras"], state.extras)
     tensors = read_tensors(path)
-    state.model.load_state_dict({**_under(tensors, "model/"), **header["model"]})
+    load_weights(state.model, {**_under(tensors, "model/"), **header["model"]}, where=str(path))
     _restore_optimizer(state.optimizer, _under(tensors, "optimizer/"), header["optimizer"])
     if state.average is not None:
         state.average.steps = header["average_steps"]
@@ -226,13 +227,13 @@ def _is_json(value: object) -> bool:
 
 def _described(value: object) -> str:
     """The type of a value, and of the first thing inside that is no JSON."""
-    inside: list[object] = []
-    if isinstance(value, dict):
-        inside = [value[key] if isinstance(key, str) else key for key in value]
-    elif isinstance(value, list):
-        inside = value
-    culprit = next((item for item in inside if not _is_json(item)), None)
     kind = type(value).__name__
+    if isinstance(value, dict):
+        odd = next((key for key in value if not isinstance(key, str)), None)
+        if odd is not None:
+            return f"a {kind} with the key {odd!r}"
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    culprit = next((item for item in inside if not _is_json(item)), None)
     return f"a {kind}" if culprit is None else f"a {kind} that holds a {type(culprit).__name__}"
 
 

@@ -8,11 +8,11 @@ no bf16 instructions at all is there nothing to measure.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimkit.runtime.surroundings import multiplies_bf16
 from slimkit.train.snapshot import undone
@@ -25,14 +25,15 @@ _WORTHWHILE = 0.95
 
 
 def choose_precision(
-    step: Callable[[bool], Tensor | None], model: nn.Module, device: torch.device
+    step: Callable[[bool], Tensor | None], things: Iterable[Any], device: torch.device
 ) -> tuple[Literal["fp32", "bf16"], dict[str, float]]:
     """Time forward and backward in both precisions and leave no trace.
 
     Args:
         step: runs one forward with (True) or without bf16 autocast and returns the loss; None
             where there is nothing to go backward from.
-        model: afterwards it is as before, see :func:`slimkit.train.snapshot.undone`.
+        things: what a step may change, the model above all; afterwards they are as before,
+            see :func:`slimkit.train.snapshot.undone`.
         device: where it runs.
 
     Returns:
@@ -42,7 +43,7 @@ def choose_precision(
     if device.type == "cpu" and not multiplies_bf16(device):
         return "fp32", {}
     times: dict[str, list[float]] = {"fp32": [], "bf16": []}
-    with undone([model], device):
+    with undone(things, device):
         for repeat in range(_WARMUP + _STEPS):
             for name, seconds in times.items():  # interleaved: a busy moment hits both
                 spent = _timed(step, name == "bf16", device)

@@ -243,8 +243,10 @@ class Run:
             yield batch
 
     def _choose_precision(self, batch: Batch) -> None:
+        batch_loss = self.objective.batch_loss
+        owner = getattr(batch_loss, "__self__", batch_loss)  # of a method
         chosen, self.history.precision_ms = choose_precision(
-            lambda bf16: self.tools.trial(batch, bf16), self.model, self.device.device
+            lambda bf16: self.tools.trial(batch, bf16), [self.model, owner], self.device.device
         )
         self.history.precision = self.device.agreed(chosen)
         self.tools.bf16 = self.history.precision == "bf16"

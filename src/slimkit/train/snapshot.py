@@ -19,32 +19,34 @@ __all__ = ["undone"]
 Undo = Callable[[], object]
 
 _FIXED = (
-    type(None), bool, int, float, complex, str, bytes, type, ModuleType, FunctionType, MethodType,
+    type(None), bool, int, float, complex, str, bytes, type, ModuleType, FunctionType,
     BuiltinFunctionType, torch.dtype, torch.device, torch.Size, np.dtype,
 )  # fmt: skip
-"""What cannot change, or belongs to another: the owner of a method that is a hook."""
+"""What cannot change, or not be seen into."""
 
 
 @contextlib.contextmanager
-def undone(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Whatever happens inside to these modules and to random numbers is undone at the end.
+def undone(things: Iterable[Any], device: torch.device) -> Iterator[None]:
+    """Whatever happens inside to these things and to random numbers is undone at the end.
 
     Put back are parameters, buffers and gradients, training flags, and what modules keep beside
     them: Python values, lists, dictionaries, sets, tensors, generators of random numbers and
     plain objects of those, in place, so that whoever else holds one of them sees it too. The
-    state of the random numbers of torch, NumPy and Python is put back. Files, and objects of
-    compiled extensions, are not.
+    state of the random numbers of torch, NumPy and Python is put back. Of who listens by a
+    hook that is a method, the attributes and what they contain are put back, not the tensors.
+    Files, objects of compiled extensions, and variables of functions are not.
 
     Args:
-        modules: which; their submodules are meant too.
+        things: modules, with all inside of them, and other objects.
         device: whose random state is kept beside the CPU's.
     """
     undo: list[Undo] = []
     seen: set[int] = set()
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            _remember(tensor, undo, seen)  # those of scripted modules are nowhere else
-        _remember(module, undo, seen)
+    for thing in things:
+        if isinstance(thing, nn.Module):  # the tensors of scripted ones are nowhere else
+            for tensor in (*thing.parameters(), *thing.buffers()):
+                _remember(tensor, undo, seen)
+        _remember(thing, undo, seen)
     devices = [device] if device.type == "cuda" else []
     drawn, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
@@ -58,28 +60,49 @@ def undone(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]
                 step()
 
 
-def _remember(value: Any, undo: list[Undo], seen: set[int]) -> None:
-    """Add what brings ``value`` back to what it is now, and all that is reached from it."""
-    if isinstance(value, _FIXED) or id(value) in seen:
-        return
-    seen.add(id(value))
+def _remember(thing: Any, undo: list[Undo], seen: set[int]) -> None:
+    """Add what brings ``thing`` back to what it is now, and all that is reached from it."""
+    found = [thing]
+    while found:
+        value = found.pop()
+        if isinstance(value, _FIXED) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        inside, step = _opened(value)
+        found.extend(inside)
+        undo.extend(step)
+
+
+def _opened(value: Any) -> tuple[Iterable[Any], list[Undo]]:
+    """What is to be followed in a value, and what brings itself back."""
     if isinstance(value, Tensor):
-        if value.layout is torch.strided and not value.is_meta:
-            undo.append(_tensor(value))
-    elif isinstance(value, (dict, list, set, deque)):
-        undo.append(_container(value))
-        for item in list(value.values() if isinstance(value, dict) else value):
-            _remember(item, undo, seen)
-    elif isinstance(value, (tuple, frozenset)):
-        for item in value:
-            _remember(item, undo, seen)
-    elif isinstance(value, (random.Random, torch.Generator, np.random.Generator)):
-        undo.append(_generator(value))
-    elif isinstance(value, np.ndarray):
-        array = value.copy()
-        undo.append(lambda: np.copyto(value, array))
-    elif hasattr(value, "__dict__") and (isinstance(value, nn.Module) or not _is_torchs(value)):
-        _remember(vars(value), undo, seen)
+        known = value.layout is torch.strided and not value.is_meta
+        return (), [_tensor(value)] if known else []
+    if isinstance(value, (dict, list, set, deque)):
+        return list(value.values() if isinstance(value, dict) else value), [_container(value)]
+    if isinstance(value, (tuple, frozenset)):
+        return value, []
+    if isinstance(value, (random.Random, torch.Generator, np.random.Generator)):
+        return (), [_generator(value)]
+    if isinstance(value, np.ndarray):
+        return (), [partial(np.copyto, value, value.copy())]
+    if isinstance(value, partial):
+        methods = [item for item in (value.func, *value.args) if callable(item)]
+        return [item for item in methods if isinstance(item, (MethodType, partial))], []
+    if isinstance(value, MethodType):
+        return _owner(value.__self__)
+    followed = isinstance(value, nn.Module) or not type(value).__module__.startswith("torch.")
+    return [vars(value)] if followed and hasattr(value, "__dict__") else [], []
+
+
+def _owner(owner: Any) -> tuple[Iterable[Any], list[Undo]]:
+    """Whose method it is. Not all that it leads to: that may be a teacher or a data set."""
+    if isinstance(owner, nn.Module):
+        return [owner], []
+    if isinstance(owner, _FIXED) or not hasattr(owner, "__dict__"):
+        return (), []
+    held = [vars(owner), *vars(owner).values()]
+    return (), [_container(item) for item in held if isinstance(item, (dict, list, set, deque))]
 
 
 def _tensor(tensor: Tensor) -> Undo:
@@ -128,8 +151,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
     return one is other
-
-
-def _is_torchs(value: object) -> bool:
-    """Whether it is of torch itself, such as what a compiled model keeps."""
-    return type(value).__module__.partition(".")[0] == "torch"
