@@ -455,7 +455,8 @@ def test_nothing_is_left_on_the_student_when_it_cannot_be_built(x: Tensor) -> No
     ("arguments", "error", "parts"),
     [
         ({"teacher": {}}, InputError, ["teacher", "no teacher"]),
-        ({"teacher": {"a.b": Net()}}, InputError, ["'a.b'"]),
+        ({"teacher": {"": Net()}}, InputError, ["''"]),
+        ({"teacher": {"a.b": Net(), "a:b": Net()}}, InputError, ["'a.b'"]),
         ({"teacher": {"a": 3}}, InputError, ["teacher.a", "int"]),
         ({"teacher_weights": [1]}, InputError, ["teacher_weights", "1 weights for 2"]),
         (
