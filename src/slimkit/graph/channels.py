@@ -121,12 +121,12 @@ class ChannelTracker:
     Args:
         graph: a captured graph.
         adjustable: paths of the layers whose groups or shape are attributes that follow.
-
         kernels: names of convolution weights, whose last dimensions are no channels.
         classes: module path → class name.
         avoided: kind of split → axes that should not shrink there; see :class:`SplitChoice`.
         heads: module path of an attention → whether its heads should shrink rather than the
             channels of each head.
+        protected: value number → why its channels stay.
 
     Attributes:
         failed: operators whose rule could not read their arguments; treated as unknown.
@@ -146,8 +146,10 @@ class ChannelTracker:
         classes: Mapping[str, str] | None = None,
         avoided: Mapping[SplitKind, frozenset[int]] | None = None,
         heads: Mapping[str, bool] | None = None,
+        protected: Mapping[int, str] | None = None,
     ) -> None:
         self.graph = graph
+        self.protected = protected or {}
         self.kernels = kernels
         self.classes = classes or {}
         self.avoided = avoided or {}
@@ -414,6 +416,8 @@ class ChannelTracker:
                 RULES["opaque"](self, op)
         for value in self.graph.outputs:
             self.freeze_value(value, "it is part of the model's output")
+        for value, reason in self.protected.items():
+            self.freeze_value(value, reason)
 
     def powers(self, size: Powers) -> list[tuple[AtomArray, int]]:
         """The atoms behind each factor of a size, with its exponent.

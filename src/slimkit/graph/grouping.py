@@ -6,7 +6,7 @@ and hashing whole arrays, so that the cost stays linear in the number of channel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +24,10 @@ __all__ = ["dependency_groups", "groups_of"]
 
 @uncollected()
 def dependency_groups(
-    graph: Graph, model: nn.Module, attention: AttentionPart | None = None
+    graph: Graph,
+    model: nn.Module,
+    attention: AttentionPart | None = None,
+    protected: Mapping[int, str] | None = None,
 ) -> list[Group]:
     """Find all channels of a network and what leaves with each.
 
@@ -37,11 +40,13 @@ def dependency_groups(
         model: the captured model.
         attention: whether whole heads (``"heads"``) or channels of every head
             (``"channels"``) form the groups of an attention, where both can leave.
+        protected: value number → why its channels stay, beside what the capture itself shows;
+            see :func:`~slimkit.graph.unseen.protected_values`.
 
     Returns:
         Groups in the order in which their first layers run.
     """
-    return groups_of(track(graph, model, attention))
+    return groups_of(track(graph, model, attention, protected))
 
 
 def groups_of(tracker: ChannelTracker) -> list[Group]:

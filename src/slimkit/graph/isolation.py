@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from slimkit.graph.sizes import TrackedInt, attribute_origin
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.modules import evaluation
 
 if TYPE_CHECKING:
-    from slimkit.graph.capturing import Graph
+    from slimkit.graph.captured import Graph
 
-__all__ = ["own_inputs", "tracked_attributes", "uncollected", "undisturbed"]
+__all__ = [
+    "KeptParameters",
+    "own_inputs",
+    "tracked_attributes",
+    "training_flags",
+    "uncollected",
+    "undisturbed",
+]
 
 _TORCH_OWN = frozenset(vars(nn.Module()))
 
@@ -78,6 +88,67 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
 
 
+@contextmanager
+def training_flags(model: nn.Module) -> Iterator[None]:
+    """Training mode, and random numbers that are the same every time; used in `undisturbed`.
+
+    Layers of torch itself, batch normalization and modules without parameters (dropout,
+    stochastic depth) stay in evaluation mode: they read the same tensors in both modes, and one
+    example is too few for the statistics of a batch.
+    The random states of torch (every device of the model), Python and NumPy are restored.
+    """
+    numbers, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            for module in model.modules():
+                layer = type(module).__module__.startswith("torch.nn.")
+                holds = next(module.parameters(), None) is not None
+                module.training = holds and not layer and not isinstance(module, _NormBase)
+            yield
+    finally:
+        random.setstate(numbers)
+        np.random.set_state(arrays)  # noqa: NPY002
+
+
+class KeptParameters:
+    """Parameters that a forward writes to (a momentum encoder), with their values from before.
+
+    A copy is made of one that is about to be written, and of no other.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+        self._by_storage = {_storage(data): data for _, data in self._parameters}
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def before_write(self, tensors: Iterable[Tensor]) -> None:
+        """Some of ``tensors`` will be overwritten."""
+        for tensor in tensors:
+            held = self._by_storage.get(_storage(tensor))
+            if held is not None and id(held) not in self._saved:
+                self._saved[id(held)] = held, held.clone()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        with torch.no_grad():
+            for held, saved in self._saved.values():
+                held.copy_(saved)
+        for parameter, data in self._parameters:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+
+
+def _storage(tensor: Tensor) -> int:
+    """A number for the memory of a tensor, shared by its views."""
+    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr()
+
+
 class _Attributes:
     """The plain attributes of a module, with a copy of those that are lists or dictionaries."""
 
@@ -108,11 +179,14 @@ class _Attributes:
 @contextmanager
 def tracked_attributes(model: nn.Module, graph: Graph) -> Iterator[None]:
     """Inside, whole-number attributes of modules remember that they are attributes."""
+    numbers = {attribute: number for number, attribute in enumerate(graph.attributes)}
 
     def tracked(path: str, name: str, value: Any) -> Any:
         if type(value) is int and value > 1:
-            graph.attributes.append((path, name, value))
-            origin = attribute_origin(len(graph.attributes) - 1)
+            number = numbers.setdefault((path, name, value), len(graph.attributes))
+            if number == len(graph.attributes):
+                graph.attributes.append((path, name, value))
+            origin = attribute_origin(number)
             return TrackedInt(value, ((origin, 1),), graph.fixed)
         if type(value) in (list, tuple) and all(type(item) is int for item in value):
             items = (tracked(path, f"{name}[{i}]", item) for i, item in enumerate(value))

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from slimkit.graph import rules, rules_join, rules_norm, rules_view  # noqa: F401 - they fill RULES
+from slimkit.graph.branches import deciding_values
 from slimkit.graph.capturing import Graph
 from slimkit.graph.channels import ChannelTracker, SplitChoice, SplitKind, rule_name
 from slimkit.graph.components import components
@@ -20,7 +21,12 @@ _ROUNDS = 8
 """Other choices that are tried at most; each repeats the pass over the whole graph."""
 
 
-def track(graph: Graph, model: nn.Module, attention: AttentionPart | None = None) -> ChannelTracker:
+def track(
+    graph: Graph,
+    model: nn.Module,
+    attention: AttentionPart | None = None,
+    protected: Mapping[int, str] | None = None,
+) -> ChannelTracker:
     """Run all rules over the graph of a model.
 
     Where channels are split into heads × channels per head, either could shrink. If the first
@@ -32,7 +38,10 @@ def track(graph: Graph, model: nn.Module, attention: AttentionPart | None = None
         model: the captured model.
         attention: the first choice in modules that compute attention; None takes what the
             model's code follows best.
+        protected: value number → why its channels stay; see
+            :func:`~slimkit.graph.unseen.protected_values`.
     """
+    whole = {**deciding_values(graph, rules.MIXING), **(protected or {})}
     adjustable = frozenset(
         path
         for path, module in model.named_modules()
@@ -49,7 +58,7 @@ def track(graph: Graph, model: nn.Module, attention: AttentionPart | None = None
     def run(
         avoided: Mapping[SplitKind, frozenset[int]],
     ) -> tuple[ChannelTracker, list[SplitChoice]]:
-        tracker = ChannelTracker(graph, adjustable, kernels, classes, avoided, heads)
+        tracker = ChannelTracker(graph, adjustable, kernels, classes, avoided, heads, whole)
         tracker.run()
         if not tracker.choices:
             return tracker, []
