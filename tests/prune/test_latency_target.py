@@ -169,7 +169,8 @@ class Deciding(nn.Module):
 
 
 def test_a_network_that_cannot_be_exported_names_the_layer():
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), Deciding(), nn.Conv2d(16, 4, 3)).eval()
+    layers = nn.Conv2d(3, 16, 3), Deciding(), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 3)
+    model = nn.Sequential(*layers).eval()
     with pytest.raises(ExportError, match=r"cannot be exported: in 1, its forward") as caught:
         sk.prune.plan(model, X, latency=0.3, progress=False)
     assert caught.value.where == "latency"

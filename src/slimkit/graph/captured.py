@@ -110,6 +110,7 @@ class Graph:
         inputs: value numbers of the example tensors.
         outputs: value numbers of the tensors in the model's result.
         parameters: name of a parameter or buffer → value number; tied names share it.
+        buffers: which of those names are buffers.
         aliases: first name → all names, for tied parameters only.
         attributes: (module path, name, value) of the modules' whole-number attributes; their
             origin in a tracked size is :func:`~slimkit.graph.sizes.attribute_origin`.
@@ -125,6 +126,7 @@ class Graph:
         self.inputs: tuple[int, ...] = ()
         self.outputs: tuple[int, ...] = ()
         self.parameters: dict[str, int] = {}
+        self.buffers: set[str] = set()
         self.aliases: dict[str, list[str]] = {}
         self.attributes: list[tuple[str, str, int]] = []
         self.fixed: list[Powers] = []

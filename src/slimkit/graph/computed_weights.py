@@ -19,7 +19,7 @@ from slimkit.errors import PlanError, nearest
 from slimkit.graph.capturing import Graph
 from slimkit.modules import copy_module
 
-__all__ = ["SamePadConv2d", "computed_weights", "make_plain"]
+__all__ = ["SamePadConv2d", "computed_weights", "make_plain", "masked_weights"]
 
 _LAYER_CALLS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 _SETTINGS = (
@@ -44,6 +44,23 @@ def computed_weights(model: nn.Module, graph: Graph) -> tuple[str, ...]:
         and graph.tensors[call.inputs[1]].name is None
     )
     return tuple(path for path in dict.fromkeys(computing) if path and _plain(modules[path]))
+
+
+def masked_weights(graph: Graph) -> dict[str, str]:
+    """Parameter → the buffer of zeros and ones that its layer multiplies it by.
+
+    As ``torch.nn.utils.prune`` does (``weight_orig``, ``weight_mask``), and layers that keep a
+    mask of their own.
+    """
+    found = {}
+    for op in graph.ops:
+        if op.name.startswith("aten.mul.") and len(op.inputs) == 2:
+            infos = [graph.tensors[value] for value in op.inputs]
+            names = [info.name for info in infos if info.name is not None]
+            masks = [name for name in names if name in graph.buffers]
+            if len(names) == 2 and len(masks) == 1 and infos[0].shape == infos[1].shape:
+                found[next(name for name in names if name not in masks)] = masks[0]
+    return found
 
 
 def make_plain(model: nn.Module, paths: Iterable[str]) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import CaptureError
-from slimkit.graph.capturing import Graph, capture, tensors_in
+from slimkit.graph.capturing import Graph, capture_both_modes, tensors_in
 from slimkit.graph.decisions import Decisions, largest_difference
 from slimkit.graph.isolation import own_inputs, undisturbed
 from slimkit.graph.masking import PruningPlan, masked_outputs
@@ -130,13 +130,13 @@ def _captured_copy(
         original = copy_module(model).double()
         precise = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
         try:
-            return original, precise, capture(original, precise), True
+            return original, precise, capture_both_modes(original, precise).both, True
         except CaptureError:  # raised again below unless its own precision is what it needs
             pass
     original = copy_module(model)
-    return original, inputs, capture(original, inputs), False
+    return original, inputs, capture_both_modes(original, inputs).both, False
 
 
 def _largest(tensor: Tensor) -> float:
     finite = tensor[torch.isfinite(tensor)] if tensor.is_floating_point() else tensor
-    return float(finite.abs().max()) if finite.numel() else 0.0
+    return float(finite.double().abs().max()) if finite.numel() else 0.0

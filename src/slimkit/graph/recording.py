@@ -71,6 +71,7 @@ class Recorder:
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ]
+        self.graph.buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         first: dict[int, str] = {}
         for name, tensor in named:
             value = self.value(tensor, name)

@@ -132,6 +132,9 @@ def convolution(tracker: ChannelTracker, op: Op) -> None:
     a = tracker.arguments(op)
     x, weight, groups = a["input"].id, a["weight"].id, int(a["groups"])
     bias = a["bias"].id if a.get("bias") is not None else None
+    if tracker.graph.tensors[weight].name is None:  # computed, from what is a kernel, too
+        for taps in tracker.dims(weight)[2:]:
+            tracker.freeze(taps, f"they are taps of the kernel of {where(op)}")
     transposed = bool(a.get("transposed", False))
     rank = len(tracker.shape(weight)) - 2
     dims = tracker.dims(x)

@@ -132,6 +132,10 @@ _LEADS_THROUGH = frozenset(
 """Operators whose result is a view or a copy of their first operand: a parameter stays one."""
 
 
+_MASKING = frozenset({"aten.mul", "aten.where", "aten.masked_fill"})
+"""Operators that give a weight zeros where a tensor of the same shape says so."""
+
+
 def _parameter(graph: Graph, value: int) -> str | None:
     """The parameter that ``value`` is, or is a view, a standardised or a quantized copy of."""
     while True:
@@ -153,8 +157,12 @@ def _parameter(graph: Graph, value: int) -> str | None:
         else:  # a kernel computed from one of the same size, as in weight standardisation
             elements = math.prod(graph.tensors[value].shape)
             alike = [r for r in op.inputs if math.prod(graph.tensors[r].shape) == elements]
-            if len(alike) != 1 or base in MAC_RULES:
+            if base in MAC_RULES:
                 return None
+            if len(alike) != 1:  # weight × mask: the mask is a buffer, or of parameters too
+                names = [_parameter(graph, ref) for ref in alike] if base in _MASKING else []
+                own = [n for n in names if n is not None and n not in graph.buffers]
+                return own[0] if own and None not in names else None
             value = alike[0]
 
 
@@ -162,9 +170,11 @@ def owner_of(name: str) -> tuple[str, str]:
     """(path of the layer, name of the tensor in it) for the name of a parameter or buffer.
 
     What a parametrization computes belongs to the layer that uses it:
-    ``"conv.parametrizations.weight.original0"`` is ``("conv", "weight")``.
+    ``"conv.parametrizations.weight.original0"`` is ``("conv", "weight")``; so does what
+    ``torch.nn.utils.prune`` masks, ``"conv.weight_orig"``.
     """
     path, _, local = name.rpartition(".")
+    local = local.removesuffix("_orig")
     head, inside, rest = path.rpartition("parametrizations.")
     return (head.rstrip("."), rest) if inside and "." not in rest else (path, local)
 

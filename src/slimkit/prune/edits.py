@@ -81,6 +81,11 @@ class PrunePlan(Plan):
         """Layer → (output channels kept, output channels before)."""
         return {layer.name: (layer.kept, layer.channels) for layer in self.layers}
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know: modules that did not run, a noisy measurement."""
+        return tuple(self.settings.get("warnings", ()))
+
     def explain(self) -> str:
         """A table of all layers that multiply: group, channels before → after, or why not."""
         return explanation(self.model, self.layers, self.before, self.after, self.settings)

@@ -76,11 +76,11 @@ def explanation(
             f"{100 * removed / layer.channels:.0f} %" if removed else "",
             _note(layer, members),
         )
-    told = {"measured_ms", "backend", "threads", "warnings"} if "measured_ms" in settings else set()
+    told = {"measured_ms", "backend", "threads"} if "measured_ms" in settings else set()
     how = ", ".join(
         f"{key}={value}"
         for key, value in settings.items()
-        if value not in (None, []) and key not in told
+        if value not in (None, []) and key not in {*told, "warnings"}
     )
     lines = [
         f"{model}: {how}" if how else model,

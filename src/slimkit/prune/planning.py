@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import InputError, PlanError, nearest
-from slimkit.graph.capturing import capture
+from slimkit.graph.capturing import BothModes, Graph, capture_both_modes
+from slimkit.graph.computed_weights import masked_weights
 from slimkit.graph.grouping import dependency_groups
 from slimkit.graph.groups import ATTENTION, AttentionPart, Group
 from slimkit.graph.patterns import Pattern, match_modules
+from slimkit.graph.unseen import Unseen, protected_values, unseen_parts, without_unused
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.prune.allocation.ranking import ALLOCATIONS, Allocation, GivenRatios
-from slimkit.prune.criteria.scores import CRITERIA, Criterion, scored
+from slimkit.prune.criteria.scores import CRITERIA, Criterion, prepared, scored
 from slimkit.prune.edits import PrunePlan
 from slimkit.prune.fitting import allowed_counts
 from slimkit.prune.prune_space import Evaluate, PruneSpace, checked_evaluation, units_of
@@ -42,6 +44,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     allocation: str | Allocation | Mapping[str, float] = "uniform",
     ignore: Pattern | Iterable[Pattern] = (),
     only: Pattern | Iterable[Pattern] = (),
+    unused: Pattern | Iterable[Pattern] = (),
     equal: Iterable[Iterable[Pattern]] = (),
     limits: Mapping[str, tuple[int | None, int | None]] | None = None,
     attention: AttentionPart | None = None,
@@ -53,6 +56,9 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     progress: bool = True,
 ) -> PrunePlan:
     """Decide which channels of ``model`` to remove. The model is not changed.
+
+    The model is run once in evaluation and once in training mode: auxiliary heads that run in
+    training only are pruned along, and what ran in neither is named in the plan's warnings.
 
     Exactly one target, a fraction between 0 and 1 that is *removed*:
 
@@ -72,6 +78,9 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         ignore: patterns of module paths or class names, or classes, whose *output*
             channels all stay; their inputs follow the layers before them.
         only: if given, only groups made of nothing but matching layers are pruned.
+        unused: patterns of modules and parameters that run neither in evaluation nor in
+            training, and never will: without this, everything that they could read stays whole
+            (the plan's warnings name them).
         equal: lists of patterns; the layers of one list keep equal fractions.
         limits: pattern → (fewest, most) output channels that a layer keeps; None for no limit.
         attention: ``"heads"`` removes whole heads of attention layers, ``"channels"`` some
@@ -102,6 +111,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         criterion=criterion,
         ignore=ignore,
         only=only,
+        unused=unused,
         equal=equal,
         limits=limits,
         attention=attention,
@@ -137,6 +147,7 @@ def space(
     criterion: str | Criterion = "l2",
     ignore: Pattern | Iterable[Pattern] = (),
     only: Pattern | Iterable[Pattern] = (),
+    unused: Pattern | Iterable[Pattern] = (),
     equal: Iterable[Iterable[Pattern]] = (),
     limits: Mapping[str, tuple[int | None, int | None]] | None = None,
     attention: AttentionPart | None = None,
@@ -159,8 +170,11 @@ def space(
     ignored = match_modules(model, ignore, where="ignore")
     chosen = match_modules(model, only, where="only") if only else None
     bounds = _bounds(model, limits or {})
-    graph = capture(model, inputs)
-    groups = _equalised(dependency_groups(graph, model, attention), model, equal)
+    captured = capture_both_modes(model, inputs)
+    unseen = without_unused(unseen_parts(model, captured), model, unused)
+    protected = protected_values(unseen, captured)
+    found = dependency_groups(captured.both, model, attention, protected)
+    groups = _equalised(found, model, equal)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     _check_finite(groups, tensors)
 
@@ -177,23 +191,24 @@ def space(
         else:
             reasons[group.name] = reason
     prunable = _linked_alike(groups, allowed, reasons, round_to)
-    prepare = getattr(score, "prepare", None)
-    if prepare is not None and prunable:
-        score = prepare(model, prunable)
+    if prunable:
+        score = prepared(score, model, prunable)
+    effective = {**tensors, **_masked(tensors, captured.both)}
     scores: dict[str, Tensor] = {}
     for group in prunable:
         try:
-            scores[group.name] = scored(score, group, tensors)
+            scores[group.name] = scored(score, group, effective)
         except PlanError as error:
             del allowed[group.name]
             reasons[group.name] = error.message
     prunable = _linked_alike(groups, allowed, reasons, round_to)
     if not prunable:
-        raise _nothing_to_prune(model, reasons)
+        raise _nothing_to_prune(model, reasons, unseen)
     return PruneSpace(
         model,
         inputs,
-        graph,
+        captured.evaluation,
+        captured.both,
         groups,
         prunable,
         {group.name: scores[group.name] for group in prunable},
@@ -203,9 +218,31 @@ def space(
             "criterion": _name(criterion),
             "round_to": round_to,
             **({"attention": attention} if attention else {}),
+            **_warnings(unseen, captured),
         },
         evaluate=None if evaluate is None else checked_evaluation(evaluate),
     )
+
+
+def _masked(tensors: Mapping[str, Tensor], graph: Graph) -> dict[str, Tensor]:
+    """Weights that are multiplied by a mask, as the network sees them."""
+    masks = masked_weights(graph)
+    return {name: tensors[name].detach() * tensors[mask] for name, mask in masks.items()}
+
+
+def _warnings(unseen: Sequence[Unseen], captured: BothModes) -> dict[str, list[str]]:
+    """The plan's setting ``warnings``, where there is something to say."""
+    if not unseen:
+        return {}
+    named = ", ".join(str(part) for part in unseen[:8])
+    more = f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""
+    text = (
+        f"did not run on the example inputs: {named}{more}; what they could read stays whole "
+        "(name them in unused= if they stay out of use)"
+    )
+    if captured.failure:
+        text += f"; training mode was not seen whole: {captured.failure}"
+    return {"warnings": [text]}
 
 
 def _equalised(
@@ -348,13 +385,16 @@ def _check_finite(groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> Non
             )
 
 
-def _nothing_to_prune(model: nn.Module, reasons: Mapping[str, str]) -> PlanError:
+def _nothing_to_prune(
+    model: nn.Module, reasons: Mapping[str, str], unseen: Sequence[Unseen]
+) -> PlanError:
     listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
     more = f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
     return PlanError(
         f"no channels of {type(model).__name__} can be pruned: "
         + (listed + more or "no convolution or linear layer was found"),
         where="prune.plan",
+        hint="name in unused= what never runs" if unseen else None,
     )
 
 

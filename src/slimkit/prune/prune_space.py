@@ -70,7 +70,8 @@ class PruneSpace:
     Attributes:
         model: the unpruned network; not to be changed.
         inputs: example inputs.
-        graph: its capture.
+        graph: its capture in evaluation mode, which counts for costs.
+        both: the same with what only training mode runs.
         all_groups: every group, frozen ones too.
         groups: the groups that can lose channels.
         scores: group name → ``(size,)`` float64, higher = keep.
@@ -86,6 +87,7 @@ class PruneSpace:
     model: nn.Module
     inputs: Inputs
     graph: Graph
+    both: Graph
     all_groups: Sequence[Group]
     groups: Sequence[Group]
     scores: Mapping[str, Tensor]
@@ -205,12 +207,12 @@ class PruneSpace:
                 )
         return write_plan(
             self.model,
-            self.graph,
+            self.both,
             self.all_groups,
             self.channels(kept),
             reasons,
             costs=(self.cost(), self.cost(kept)),
-            settings={**self.settings, **self._notes.get(self.key(kept), {})},
+            settings=self._settings(kept),
         )
 
     def pruned(self, kept: Mapping[str, int]) -> nn.Module:
@@ -232,6 +234,12 @@ class PruneSpace:
             where=target.kind,
             hint="lower round_to or min_channels, ignore fewer layers, or ask for less",
         )
+
+    def _settings(self, kept: Mapping[str, int]) -> dict[str, Any]:
+        """How the plan with these counts is made, with the warnings of all who have some."""
+        notes = self._notes.get(self.key(kept), {})
+        warnings = [*self.settings.get("warnings", ()), *notes.get("warnings", ())]
+        return {**self.settings, **notes, **({"warnings": warnings} if warnings else {})}
 
     def _cost_of(self, kind: str, kept: Mapping[str, int]) -> float:
         return float(getattr(self.cost(kept), kind))

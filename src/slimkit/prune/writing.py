@@ -35,7 +35,7 @@ def write_plan(
 
     Args:
         model: the unpruned network.
-        graph: its capture.
+        graph: its capture, with what only training mode runs.
         groups: all of its groups.
         channels: group name → channels that stay; other groups stay whole.
         reasons: group name → why it stays whole.
