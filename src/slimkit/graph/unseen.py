@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from slimkit.errors import PatternError, nearest
@@ -138,5 +139,5 @@ def _around(names: Iterable[str]) -> list[str]:
 
 
 def _size(parameter: Tensor) -> int:
-    lazy = isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+    lazy = torch.nn.parameter.is_lazy(parameter)
     return 0 if lazy else parameter.numel()

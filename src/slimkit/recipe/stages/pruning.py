@@ -64,6 +64,8 @@ class PruneStage(Stage):
             ``ratio`` as the target the other layers lose that, else all are scaled alike.
         ignore: patterns of layers that keep their channels.
         only: patterns of layers that alone may lose channels; empty for all.
+        unused: patterns of modules and parameters that never run: what they could read need not
+            stay whole.
         equal: lists of patterns; the layers of one list keep equal fractions.
         limits: pattern of layers → fewest and most channels that they keep; null for no limit.
         attention: whole ``heads``, or ``channels`` of every head; null for what the model's code
@@ -96,6 +98,7 @@ class PruneStage(Stage):
     ratios: dict[str, Part] = Field(default={})
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     equal: tuple[tuple[str, ...], ...] = ()
     limits: dict[str, tuple[Channels | None, Channels | None]] = Field(default={})
     attention: Literal["heads", "channels"] | None = None
@@ -234,6 +237,7 @@ class PruneStage(Stage):
             "allocation": self.ratios or self._allocation(context),
             "ignore": self.ignore,
             "only": self.only,
+            "unused": self.unused,
             "equal": self.equal,
             "limits": self.limits,
             "attention": self.attention,
