@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 
 from slimkit.artifact import (
     PathLike,
@@ -23,13 +23,22 @@ from slimkit.artifact import (
     write_json,
     write_tensors,
 )
-from slimkit.errors import ArtifactError, CheckpointError, PlanError, nearest
+from slimkit.errors import ArtifactError, CheckpointError, InputError, PlanError, nearest
 from slimkit.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["PLAN_KINDS", "Plan", "applied_plans", "apply", "load", "load_weights", "save"]
+__all__ = [
+    "PLAN_KINDS",
+    "Companion",
+    "Plan",
+    "applied_plans",
+    "apply",
+    "load",
+    "load_weights",
+    "save",
+]
 
 FORMAT_VERSION = 1
 """Of the envelope around every plan's JSON; a file of another version is refused."""
@@ -39,6 +48,24 @@ Module = TypeVar("Module", bound="nn.Module")
 
 PLAN_KINDS: Registry[type[Plan]] = Registry("plan kind")
 """Kind → plan class. Methods add theirs by name only, so that reading a plan imports one method."""
+
+
+class Companion(Protocol):
+    """What is made for a model and has to change with it, given to :func:`apply`.
+
+    Optimizers, masks (a dictionary of tensors by name) and networks of the same structure need
+    none of this.
+    """
+
+    def follow(self, plan: Plan) -> Callable[[nn.Module], None]:
+        """Check that it can go on after ``plan``, and change nothing yet.
+
+        Returns:
+            What makes it so; is called with the changed model when all of it has changed.
+
+        Raises:
+            PlanError: it cannot; the model then stays as it is, too.
+        """
 
 
 class Plan(ABC):
@@ -78,24 +105,44 @@ class Plan(ABC):
             PlanError: the plan was made for another model; says where they differ.
         """
 
-    def follow(self, model: nn.Module, optimizer: Any) -> Callable[[nn.Module], None]:
-        """Check that ``optimizer`` can go on after this plan; return what makes it so.
+    def follow(
+        self, model: nn.Module, companion: Any, *, where: str = "companions"
+    ) -> Callable[[nn.Module], None]:
+        """Check that ``companion`` can go on after this plan; return what makes it so.
+
+        For companions that do not know it themselves, as a :class:`Companion` does.
 
         Args:
             model: not changed yet.
-            optimizer: trains it.
+            companion: an optimizer that trains it, tensors by name, a second network.
+            where: what an error names.
 
         Returns:
             To be called with the changed model.
 
         Raises:
-            PlanError: plans of this kind do not know how.
+            PlanError: plans of this kind do not know how, or it does not fit.
         """
         raise PlanError(
-            f"an optimizer cannot follow a {self.kind} plan",
-            where="optimizer",
-            hint="apply the plan without it, and make a new optimizer",
+            f"{type(companion).__name__} cannot follow a {self.kind} plan",
+            where=where,
+            hint="apply the plan without it, and make a new one",
         )
+
+    @property
+    def sliced(self) -> Mapping[str, tuple[int, ...]]:
+        """Parameters and buffers that the plan makes smaller → their shapes before."""
+        return {}
+
+    def slice_state(self, name: str, tensor: Tensor) -> Tensor:
+        """What stays of a tensor that is as large as the parameter or buffer ``name``.
+
+        For companions that hold such tensors: a momentum, an average, a mask.
+
+        Raises:
+            PlanError: it is not as large, or plans of this kind slice nothing.
+        """
+        raise PlanError(f"a {self.kind} plan slices no tensors", where=name)
 
     def save(self, path: PathLike) -> Path:
         """Write ``path`` (JSON) and, if the plan has tensors, ``path`` with ``.safetensors``."""
@@ -155,7 +202,9 @@ def _unpacked(data: Any, tensors: Mapping[str, Tensor], *, where: str) -> Plan:
         raise ArtifactError(f"the {kind} plan is damaged: {error!r}", where=where) from error
 
 
-def apply(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> nn.Module:
+def apply(
+    model: nn.Module, plan: Plan, *, optimizer: Any = None, companions: Iterable[Any] = ()
+) -> nn.Module:
     """Apply ``plan`` to ``model`` in place and return the model.
 
     The plan is remembered on the model, so that :func:`save` can write it. A quantization
@@ -167,21 +216,50 @@ def apply(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> nn.Module:
         optimizer: in the middle of training, the optimizer of ``model``: what it remembers
             of each weight (momentum, second moments) is sliced along with the weight, so
             that training goes on as if the rest had never been there. For pruning plans.
+        companions: whatever else was made for this model and has to go on with it, one after
+            the other: masks (a dictionary: name of a parameter → tensor of its shape, or of one
+            that broadcasts against it; its entries are replaced), weight averages
+            (:class:`slimkit.train.WeightAverage`, ``torch.optim.swa_utils.AveragedModel``),
+            networks of the same structure such as a teacher that learns too (the plan is applied
+            to them), further optimizers, and objects of your own (:class:`Companion`).
 
     Raises:
-        PlanError: the plan does not fit this model, or the optimizer cannot follow it;
-            nothing was changed.
-        InputError: the optimizer is not one of this model.
+        PlanError: the plan does not fit this model, or the optimizer or a companion cannot
+            follow it; nothing was changed, neither here nor there.
+        InputError: the optimizer is not one of this model, or a companion is nothing that could
+            follow.
     """
     if not isinstance(plan, Plan):
         raise PlanError(f"expected a slimkit.Plan, got {type(plan).__name__}", where="plan")
     earlier = applied_plans(model)
-    follow = None if optimizer is None else plan.follow(model, optimizer)
+    followers = [] if optimizer is None else [_follower(plan, model, optimizer, "optimizer")]
+    if isinstance(companions, Mapping) or not isinstance(companions, Iterable):
+        companions = (companions,)  # one alone
+    distinct = {id(each): each for each in companions if each is not optimizer}
+    for number, companion in enumerate(distinct.values()):
+        followers.append(_follower(plan, model, companion, f"companions.{number}"))
     changed = plan.apply_to(model)
-    if follow is not None:
+    for follow in followers:
         follow(changed)
     setattr(changed, _ATTRIBUTE, [*earlier, plan])
     return changed
+
+
+def _follower(
+    plan: Plan, model: nn.Module, companion: Any, where: str
+) -> Callable[[nn.Module], None]:
+    """What makes a companion follow a plan, now that it is certain that it can."""
+    own = getattr(companion, "follow", None)
+    if not callable(own):
+        return plan.follow(model, companion, where=where)
+    step = own(plan)
+    if not callable(step):
+        raise InputError(
+            f"{type(companion).__name__}.follow(plan) returned {type(step).__name__}",
+            where=where,
+            hint="it has to return a function that is called with the changed model",
+        )
+    return cast("Callable[[nn.Module], None]", step)
 
 
 def applied_plans(model: nn.Module) -> list[Plan]:

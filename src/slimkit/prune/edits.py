@@ -152,7 +152,7 @@ class PrunePlan(Plan):
             PlanError: a tensor or attribute differs from what the plan expects; nothing
                 was changed.
         """
-        self._check(model)
+        self.check(model)
         holders = _holders(model)
         for name, edits in _by_tensor(self.edits).items():
             old = _find(model, name)
@@ -163,17 +163,40 @@ class PrunePlan(Plan):
             _set_attribute(model.get_submodule(edit.module), edit.attribute, edit.after)
         return model
 
-    def follow(self, model: nn.Module, optimizer: Any) -> Callable[[nn.Module], None]:
-        """See the base class, and :func:`slimkit.prune.optimizer_state.following`."""
-        from slimkit.prune.optimizer_state import following
+    def follow(
+        self, model: nn.Module, companion: Any, *, where: str = "companions"
+    ) -> Callable[[nn.Module], None]:
+        """See the base class, and :func:`slimkit.prune.companions.following`."""
+        from slimkit.prune.companions import following
 
-        return following(self, model, optimizer)
+        return following(self, model, companion, where)
+
+    @property
+    def sliced(self) -> Mapping[str, tuple[int, ...]]:
+        """See the base class."""
+        return self.shapes
 
     def slice_state(self, name: str, tensor: Tensor) -> Tensor:
-        """What stays of a tensor that is as large as the parameter ``name``: its momentum."""
-        return _sliced(tensor, [edit for edit in self.edits if edit.tensor == name])
+        """See the base class. Dimensions of size 1, which broadcast, stay."""
+        shape = self.shapes.get(name)
+        if shape is None:
+            return tensor
+        if tensor.dim() != len(shape) or any(
+            own not in {1, size} for own, size in zip(tensor.shape, shape, strict=True)
+        ):
+            raise PlanError(
+                f"expected a tensor of shape {tuple(shape)}, got {tuple(tensor.shape)}",
+                where=name,
+            )
+        edits = [e for e in self.edits if e.tensor == name]
+        return _sliced(tensor, [e for e in edits if tensor.shape[e.dim] == shape[e.dim]])
 
-    def _check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:
+        """Make sure that the plan fits ``model``, as :meth:`apply_to` does first.
+
+        Raises:
+            PlanError: a tensor or attribute differs from what the plan expects.
+        """
         named = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers()),

@@ -46,6 +46,7 @@ def iterate(
     latency: float | None = None,
     reallocate: bool = False,
     optimizer: Any = None,
+    companions: Sequence[Any] = (),
     **options: Any,
 ) -> list[PrunePlan]:
     """Prune ``model`` in place, in several steps with training after each.
@@ -69,6 +70,7 @@ def iterate(
         reallocate: divide what is left among the groups anew in each step, by the scores of
             that step; for ``macs`` and ``params``.
         optimizer: the one that ``train`` uses: its state is sliced along with the weights.
+        companions: what else goes on with the network, as for :func:`slimkit.apply`.
         options: of :func:`slimkit.prune.plan`: criterion, allocation, ignore, round_to …
 
     Returns:
@@ -106,7 +108,7 @@ def iterate(
         else:
             found = _toward(model, example_inputs, end, share, settings, options)
         if found is not None:
-            apply(model, found, optimizer=optimizer)
+            apply(model, found, optimizer=optimizer, companions=companions)
             done.append(found)
         train(model, step)
     return done

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimkit.errors import PlanError, nearest
+
+if TYPE_CHECKING:
+    from slimkit.plan import Plan
 
 __all__ = ["WeightAverage"]
 
@@ -32,6 +38,7 @@ class WeightAverage:
         self.decay = decay
         self.steps = 0
         self._live = _averaged(model)
+        self._names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
         self._parameters = [name for name, _ in model.named_parameters() if name in self._live]
         self.average = {name: t.detach().clone() for name, t in self._live.items()}
 
@@ -54,6 +61,27 @@ class WeightAverage:
         self.keep_zeros()
         for name, live in self._live.items():
             live.copy_(self.average[name])
+
+    def follow(self, plan: Plan) -> Callable[[nn.Module], None]:
+        """Go on with the model after a pruning plan: ``sk.apply(…, companions=[average])``.
+
+        Raises:
+            PlanError: the plan slices nothing, or is one for another model; nothing is changed.
+        """
+        foreign = [name for name in plan.sliced if name not in self._names]
+        if foreign:
+            raise PlanError(
+                f"the model that is averaged has no {foreign[0]!r}",
+                where="companions",
+                hint=nearest(foreign[0], self._names),
+            )
+        sliced = {name: plan.slice_state(name, tensor) for name, tensor in self.average.items()}
+
+        def go_on(model: nn.Module) -> None:
+            self._live = _averaged(model)
+            self.average = {name: sliced[name] for name in self._live}
+
+        return go_on
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
