@@ -42,6 +42,7 @@ from benchmarks.quantize_peers import ort_static
 from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.graph.capturing import tensors_in
 from slimkit.inputs import Inputs, as_inputs
+from slimkit.limits import Limit
 from slimkit.runtime import export, open_session
 from slimkit.search import Choice, Parameter
 from slimkit.train.batch_norm import reestimate_batch_norm, tracking_norms
@@ -161,7 +162,7 @@ def _attempts(
         yield f"{MANY} images, {observer}", quantized
         reached[observer] = decibels(exact, [_floats(call.call(quantized)) for call in few])
     first, second, _ = sorted(reached, key=lambda observer: -reached[observer])
-    settings: dict[str, Any] = {"calibration": calibration, "max_float": MAX_FLOAT}
+    settings: dict[str, Any] = {"calibration": calibration, "limit": Limit(max_float=MAX_FLOAT)}
     for observer in (first, second):
         quantized = sk.quantize.ptq(model, example, observer=observer, **settings)
         yield f"{observer}, a tenth in float", quantized
@@ -176,7 +177,7 @@ def _attempts(
     found = sk.quantize.search_settings(
         model, example, calibration=data, space=space, trials=TRIALS, max_float=MAX_FLOAT
     )
-    settings = {"calibration": data[: 3 * len(data) // 4], "max_float": MAX_FLOAT}
+    settings = {"calibration": data[: 3 * len(data) // 4], "limit": Limit(max_float=MAX_FLOAT)}
     yield SEARCH, sk.quantize.ptq(model, example, **settings, **found.settings)
 
 
@@ -332,8 +333,8 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             f"`ptq(model, example, calibration=…)` with {FEW} images and nothing else: min-max, "
             'weights per channel, every layer that can be in integers. *Mse* is `observer="mse"`, '
             f"*{MANY} images* are that many for calibration, *a tenth in float* on top is "
-            f"`max_float={MAX_FLOAT:g}`, and *methods* are `methods={list(METHODS)}`, *equalized "
-            "first* with `equalize` before them; "
+            f"`limit=Limit(max_float={MAX_FLOAT:g})`, and *methods* are "
+            f"`methods={list(METHODS)}`, *equalized first* with `equalize` before them; "
             f"*{SEARCH}* is the best of {TRIALS} trials over observers, these methods and "
             f"`equalize` on {SEARCHED} images. "
             "The machine above wrote the page and measured what is latest; older records are of "
@@ -343,7 +344,7 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
             *(
                 [
                     "† The last measurement is by an older procedure: *at least* and *limit* are "
-                    '`min_sqnr=…` with `fewest="macs"` instead of a share of the MACs; *methods* '
+                    '`Limit(min_sqnr=…, fewest="macs")` instead of a share of the MACs; *methods* '
                     "had `equalize` among them, or no attempt with it beside one without, and "
                     "corrected biases also by what may have been chance; or histograms were of all "
                     "values."

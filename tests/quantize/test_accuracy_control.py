@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.errors import InputError
-from slimkit.quantize import METHODS, EvaluationError, LayerSensitivity, ptq
+from slimkit.quantize import METHODS, EvaluationError, LayerSensitivity, Limit, ptq
 from slimkit.quantize.layer_choice.accuracy_control import AccuracyLimit, _fewest, _Trials
 from slimkit.quantize.outputs.distance import OutputDistance, decibels
 from slimkit.quantize.outputs.noise_estimate import NoiseShares
@@ -50,7 +50,7 @@ def test_the_poisoned_layer_alone_goes_back_to_float(
     quality = Quality(poisoned, images(16, 9))
     q = ptq(
         poisoned, images(1), calibration=batches, granularity="tensor", methods=[],
-        evaluate=quality, max_drop=65, sensitivity=tmp_path / "layers.json",
+        limit=Limit(evaluate=quality, max_drop=65, sensitivity=tmp_path / "layers.json"),
     )  # fmt: skip
     reason = "left in float to keep the metric within 65"
     assert {d.module: d.reason for d in q.plan.decisions if d.reason == reason} == {
@@ -79,7 +79,7 @@ def test_without_labels_the_outputs_are_the_limit(
     whole = ptq(poisoned, images(1), **choices)
     distance = OutputDistance(poisoned, [sk.Inputs((x,)) for x in batches])
     assert decibels(distance.noise(whole)) < 25
-    q = ptq(poisoned, images(1), min_sqnr=30, **choices)
+    q = ptq(poisoned, images(1), limit=Limit(min_sqnr=30), **choices)
     assert integer_layers(q.plan) == ("conv1", "depthwise", "branch", "fc")
     assert decibels(distance.noise(q)) >= 30
     assert q.plan.warnings[0].startswith("pointwise left in float to keep the outputs at 30 dB: ")
@@ -95,7 +95,7 @@ def test_multiply_adds_in_float_can_count_instead_of_layers(
     least = decibels(distance.noise(whole)) + 4.2  # fc alone brings about 3
     left = {}
     for fewest in ("layers", "macs"):
-        q = ptq(small, images(1), calibration=batches, min_sqnr=least, fewest=fewest)
+        q = ptq(small, images(1), calibration=batches, limit=Limit(min_sqnr=least, fewest=fewest))
         assert decibels(distance.noise(q)) >= least
         left[fewest] = [name for name in LAYERS if name not in integer_layers(q.plan)]
     spent = {fewest: sum(macs[name] for name in names) for fewest, names in left.items()}
@@ -110,23 +110,30 @@ def test_multiply_adds_in_float_can_count_instead_of_layers(
         ({"min_sqnr": float("nan")}, "min_sqnr"),
         ({"min_sqnr": 300}, "min_sqnr"),
         ({"min_sqnr": 20, "max_drop": 1, "evaluate": lambda _: 1.0}, "min_sqnr"),
-        ({"min_sqnr": 20, "mode": "dynamic", "calibration": None}, "calibration"),
+        ({}, "limit"),
+        ({"fewest": "macs"}, "limit"),
         ({"min_sqnr": 20, "fewest": "flops"}, "fewest"),
     ],
 )
-def test_limits_that_make_no_sense(
-    small: nn.Module, images: Images, wrong: dict[str, Any], where: str
-) -> None:
+def test_limits_that_make_no_sense(wrong: dict[str, Any], where: str) -> None:
     with pytest.raises(InputError) as caught:
-        ptq(small, images(1), **{"calibration": [images(4)], **wrong})
+        Limit(**wrong)
     assert caught.value.where == where
+
+
+def test_a_limit_of_the_outputs_needs_data(small: nn.Module, images: Images) -> None:
+    with pytest.raises(InputError, match="calibration: min_sqnr needs data"):
+        ptq(small, images(1), mode="dynamic", limit=Limit(min_sqnr=20))
+    wrong: Any = 20
+    with pytest.raises(InputError, match="limit: expected a Limit, got 20"):
+        ptq(small, images(1), calibration=[images(4)], limit=wrong)
 
 
 def test_where_the_limit_holds_everything_stays_integer(
     small: nn.Module, images: Images, batches: list[Tensor]
 ) -> None:
     quality = Quality(small, images(8, 9))
-    q = ptq(small, images(1), calibration=batches, evaluate=quality, max_drop=80)
+    q = ptq(small, images(1), calibration=batches, limit=Limit(evaluate=quality, max_drop=80))
     expected = ptq(small, images(1), calibration=batches)
     assert q.plan == expected.plan
     assert quality.seen == [(), LAYERS]
@@ -139,7 +146,10 @@ def test_a_limit_that_only_float_meets_is_met_with_a_warning(
 ) -> None:
     with pytest.warns(UserWarning, match="no layer is left to quantize"):
         q = ptq(
-            small, images(1), calibration=batches, evaluate=Quality(small, images(8, 9)), max_drop=0
+            small,
+            images(1),
+            calibration=batches,
+            limit=Limit(evaluate=Quality(small, images(8, 9)), max_drop=0),
         )
     assert integer_layers(q.plan) == ()
 
@@ -153,7 +163,7 @@ def test_a_limit_out_of_reach_gives_the_best_and_says_so(
         return 70.0 + (10.0 if integer_layers(model.plan) == LAYERS[:4] else 0.0)
 
     with pytest.warns(UserWarning, match="cannot be kept within 1, not even in float: with fc in"):
-        q = ptq(small, images(1), calibration=batches, evaluate=evaluate, max_drop=1)
+        q = ptq(small, images(1), calibration=batches, limit=Limit(evaluate=evaluate, max_drop=1))
     assert "falls by 10 from 90, and by 20 with every layer quantized" in q.plan.warnings[0]
     assert integer_layers(q.plan) == LAYERS[:4]
 
@@ -174,7 +184,7 @@ def test_a_failing_evaluation_loses_nothing(
 
     named = ("the float network", "all integer", "1 layer in float")[at]
     with pytest.raises(EvaluationError, match=named) as caught:
-        ptq(small, images(1), calibration=batches, evaluate=evaluate, max_drop=1)
+        ptq(small, images(1), calibration=batches, limit=Limit(evaluate=evaluate, max_drop=1))
     if at == 0:
         assert caught.value.model is None
         return
@@ -194,11 +204,9 @@ def test_a_failing_evaluation_loses_nothing(
         ({"evaluate": "accuracy", "max_drop": 1}, "evaluate"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(
-    small: nn.Module, images: Images, options: Any, where: str
-) -> None:
+def test_arguments_that_do_not_fit_are_named(options: Any, where: str) -> None:
     with pytest.raises(InputError, match=f"^{where}"):
-        ptq(small, images(1), calibration=[images(4)], **options)
+        Limit(**options)
 
 
 def test_a_layer_in_float_gets_back_what_methods_changed(
@@ -220,7 +228,7 @@ def test_a_layer_in_float_gets_back_what_methods_changed(
         plain = ptq(poisoned, images(1), calibration=batches, granularity="tensor", methods=[])
         q = ptq(
             poisoned, images(1), calibration=iter(batches), granularity="tensor",
-            methods=["shift"], evaluate=Quality(poisoned, images(16, 9)), max_drop=65,
+            methods=["shift"], limit=Limit(evaluate=Quality(poisoned, images(16, 9)), max_drop=65),
         )  # fmt: skip
     assert "pointwise" not in integer_layers(q.plan)
     for layer in LAYERS:
@@ -235,7 +243,7 @@ def test_methods_run_again_on_the_layers_that_stay_integer(
     choices: dict[str, Any] = {"calibration": batches, "weight_bits": 4, "methods": ["gptq"]}
     distance = OutputDistance(small, [sk.Inputs((x,)) for x in batches])
     whole = decibels(distance.noise(ptq(small, images(1), **choices)))
-    q = ptq(small, images(1), min_sqnr=whole + gain, **choices)
+    q = ptq(small, images(1), limit=Limit(min_sqnr=whole + gain), **choices)
     assert decibels(distance.noise(q)) >= whole + gain
     left = [name for name in LAYERS if name not in integer_layers(q.plan)]
     assert 0 < len(left) < len(LAYERS)
@@ -249,7 +257,7 @@ def test_methods_cannot_reach_every_limit(
     small: nn.Module, images: Images, batches: list[Tensor]
 ) -> None:
     with pytest.warns(UserWarning, match="no layer is left to quantize"):
-        q = ptq(small, images(1), calibration=batches, methods=["gptq"], min_sqnr=150)
+        q = ptq(small, images(1), calibration=batches, methods=["gptq"], limit=Limit(min_sqnr=150))
     assert integer_layers(q.plan) == ()
 
 
@@ -351,6 +359,5 @@ def test_nothing_is_said_when_all_is_well(
             small,
             images(1),
             calibration=batches,
-            evaluate=Quality(small, images(8, 9)),
-            max_drop=52,
+            limit=Limit(evaluate=Quality(small, images(8, 9)), max_drop=52),
         )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimkit.quantize import Method, QuantizedModel, ptq, qat, sensitivity
+from slimkit.quantize import Limit, Method, PerGroup, QuantizedModel, ptq, qat, sensitivity
 from slimkit.quantize.methods.adaround import AdaRound
 from slimkit.quantize.methods.gptq import GPTQ
 from slimkit.quantize.methods.reconstruction import Reconstruct
@@ -68,11 +68,11 @@ def test_every_method(make: Callable[..., Any], methods: list[str | Method]) -> 
     "options",
     [
         {"mode": "dynamic"},
-        {"mode": "weights", "granularity": "group", "group_size": 16, "weight_bits": 4},
+        {"mode": "weights", "granularity": PerGroup(16), "weight_bits": 4},
         {"granularity": "tensor"},
         {"target": "onnxruntime-avx2"},
-        {"max_float": 0.2},
-        {"min_sqnr": 32},
+        {"limit": Limit(max_float=0.2)},
+        {"limit": Limit(min_sqnr=32)},
     ],
     ids=str,
 )

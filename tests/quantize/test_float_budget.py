@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.errors import InputError
-from slimkit.quantize import ptq
+from slimkit.quantize import Limit, ptq
 from slimkit.quantize.layer_choice.float_budget import best_within, worst_within
 from slimkit.quantize.outputs.distance import OutputDistance
 from slimkit.quantize.outputs.noise_estimate import NoiseShares
@@ -36,7 +36,7 @@ def test_the_budget_is_kept_and_helps(small: nn.Module, images: Images, share: f
     data = [images(8, seed) for seed in range(2)]
     macs = macs_of(small, images(1))
     whole = ptq(small, images(1), calibration=data)
-    q = ptq(small, images(1), calibration=data, max_float=share)
+    q = ptq(small, images(1), calibration=data, limit=Limit(max_float=share))
     assert 0 < in_float(q, macs) <= share
     distance = OutputDistance(small, [sk.Inputs((x,)) for x in data])
     assert distance.noise(q) < distance.noise(whole)
@@ -51,7 +51,7 @@ def test_the_poisoned_layer_goes_first(poisoned: nn.Module, images: Images) -> N
     data, macs = [images(8, 0)], macs_of(poisoned, images(1))
     share = macs["pointwise"] / sum(macs.values())
     settings: dict[str, Any] = {"calibration": data, "granularity": "tensor", "methods": []}
-    q = ptq(poisoned, images(1), max_float=share, **settings)
+    q = ptq(poisoned, images(1), limit=Limit(max_float=share), **settings)
     assert "pointwise" not in integer_layers(q.plan)
     assert in_float(q, macs) <= share
 
@@ -59,13 +59,13 @@ def test_the_poisoned_layer_goes_first(poisoned: nn.Module, images: Images) -> N
 def test_what_is_skipped_is_part_of_the_budget(small: nn.Module, images: Images) -> None:
     macs = macs_of(small, images(1))
     share = macs["conv1"] / sum(macs.values())
-    q = ptq(small, images(1), calibration=[images(8)], skip="conv1", max_float=share)
+    q = ptq(small, images(1), calibration=[images(8)], skip="conv1", limit=Limit(max_float=share))
     assert set(macs) - set(integer_layers(q.plan)) == {"conv1"}
     assert q.plan.warnings == ()
 
 
 def test_methods_adjust_the_rest(small: nn.Module, images: Images) -> None:
-    data, settings = [images(32, 1)], {"granularity": "tensor", "max_float": 0.1}
+    data, settings = [images(32, 1)], {"granularity": "tensor", "limit": Limit(max_float=0.1)}
     q = ptq(small, images(1), calibration=data, methods=["gptq"], **settings)
     plain = ptq(small, images(1), calibration=data, methods=[], **settings)
     assert integer_layers(q.plan) == integer_layers(plain.plan)
@@ -85,9 +85,14 @@ def test_it_works_without_static_scales() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
     x = torch.randn(16, 8)
-    q = ptq(model, x[:1], mode="dynamic", calibration=[x], max_float=0.3)
+    q = ptq(model, x[:1], mode="dynamic", calibration=[x], limit=Limit(max_float=0.3))
     assert integer_layers(q.plan) == ("2",)
-    assert ptq(model, x[:1], mode="weights", calibration=[x], max_float=0.01).plan.warnings == ()
+    assert (
+        ptq(
+            model, x[:1], mode="weights", calibration=[x], limit=Limit(max_float=0.01)
+        ).plan.warnings
+        == ()
+    )
 
 
 def chosen(shares: NoiseShares, layers: tuple[str, ...]) -> float:
@@ -132,21 +137,21 @@ def test_nothing_is_spent_on_nothing() -> None:
 @pytest.mark.parametrize("share", [0, -0.1, 1.5, True, "0.1", float("nan")])
 def test_a_wrong_share(small: nn.Module, images: Images, share: Any) -> None:
     with pytest.raises(InputError, match=r"max_float: expected a share") as caught:
-        ptq(small, images(1), calibration=[images(8)], max_float=share)
+        ptq(small, images(1), calibration=[images(8)], limit=Limit(max_float=share))
     assert caught.value.hint
 
 
 def test_percent_is_understood(small: nn.Module, images: Images) -> None:
     with pytest.raises(InputError) as caught:
-        ptq(small, images(1), calibration=[images(8)], max_float=10)
+        ptq(small, images(1), calibration=[images(8)], limit=Limit(max_float=10))
     assert caught.value.hint == "0.1"
 
 
 def test_a_budget_is_no_limit(small: nn.Module, images: Images) -> None:
     with pytest.raises(InputError, match="max_float"):
-        ptq(small, images(1), calibration=[images(8)], max_float=0.1, min_sqnr=20)
+        ptq(small, images(1), calibration=[images(8)], limit=Limit(max_float=0.1, min_sqnr=20))
     with pytest.raises(InputError, match="max_float needs data"):
-        ptq(small, images(1), mode="dynamic", max_float=0.1)
+        ptq(small, images(1), mode="dynamic", limit=Limit(max_float=0.1))
 
 
 class Transform(nn.Module):
@@ -164,5 +169,5 @@ def test_a_layer_whose_weight_is_a_buffer_has_its_price() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Transform(), nn.ReLU(), nn.Linear(64, 8)).eval()
     data = [torch.randn(16, 64)]
-    q = ptq(model, data[0], calibration=data, max_float=0.2)
+    q = ptq(model, data[0], calibration=data, limit=Limit(max_float=0.2))
     assert integer_layers(q.plan) == ("0",)  # 4096 of 4608 multiply-adds

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.errors import ArtifactError, DataError, InputError, PatternError
-from slimkit.quantize import EvaluationError, LayerSensitivity, ptq, sensitivity
+from slimkit.quantize import EvaluationError, LayerSensitivity, Limit, ptq, sensitivity
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
 from slimkit.quantize.planning.partial_plans import integer_layers, leave_in_float
 from slimkit.quantize.targets import resolve_target
@@ -260,7 +260,7 @@ def test_test_data_is_refused_where_it_can_be_seen(
         with pytest.raises(DataError, match="test data"):
             sensitivity(small, images(1), calibration=batches, evaluate=evaluate)
         with pytest.raises(DataError, match="test data"):
-            ptq(small, images(1), calibration=batches, evaluate=evaluate, max_drop=1)
+            ptq(small, images(1), calibration=batches, limit=Limit(evaluate=evaluate, max_drop=1))
 
 
 @pytest.mark.parametrize("bits", [(), 9, (8, 1), (4.0,)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import slimkit as sk
-from slimkit.quantize import ptq
+from slimkit.quantize import Limit, ptq
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
 from slimkit.quantize.outputs import noise_estimate
 from slimkit.quantize.outputs.distance import OutputDistance
@@ -135,4 +135,4 @@ def test_without_derivatives_layers_are_measured_one_by_one(wholly: bool) -> Non
     else:
         assert estimated_noise(switches, [sk.Inputs((x,))]).of(switches.layers) == 0
     with pytest.warns(UserWarning, match="no layer is left to quantize"):
-        ptq(model, x[:1], calibration=[x], min_sqnr=150)
+        ptq(model, x[:1], calibration=[x], limit=Limit(min_sqnr=150))

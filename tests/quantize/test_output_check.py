@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import slimkit as sk
-from slimkit.quantize import ptq
+from slimkit.quantize import Limit, ptq
 
 Images = Callable[..., Tensor]
 
@@ -74,7 +74,7 @@ def test_a_limit_speaks_for_itself(ruined: nn.Module) -> None:
     x = torch.randn(6, 3, 8, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        q = ptq(ruined, x, calibration=[x], min_sqnr=20)
+        q = ptq(ruined, x, calibration=[x], limit=Limit(min_sqnr=20))
     (told,) = q.plan.warnings
     assert "left in float to keep the outputs at 20 dB" in told
 
@@ -121,7 +121,7 @@ def test_outputs_that_are_not_finite_any_more_are_the_worst() -> None:
     x = torch.tensor([100.0, 0.01])[:, None].expand(2, 4).contiguous()
     with pytest.warns(UserWarning, match="the outputs are not finite any more; most is rounded"):
         ptq(model, x, calibration=[x])
-    q = ptq(model, x, calibration=[x], min_sqnr=20)
+    q = ptq(model, x, calibration=[x], limit=Limit(min_sqnr=20))
     assert {d.module for d in q.plan.decisions if d.integer} == {"second"}
     with torch.no_grad():
         assert torch.isfinite(q(x)).all()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import slimkit as sk
 from slimkit.errors import DataError, InputError
-from slimkit.quantize import METHODS, OBSERVERS, ptq, search_settings
+from slimkit.quantize import METHODS, OBSERVERS, Limit, ptq, search_settings
 from slimkit.quantize.outputs.distance import OutputDistance, decibels
 from slimkit.quantize.settings_search import arguments_of, settings_space
 from slimkit.search import Choice, SearchError
@@ -139,7 +139,9 @@ def test_every_trial_keeps_the_budget(
         for share in (0.5, None)
     )
     assert within.value > without.value + 1
-    q = ptq(small, images(1), calibration=batches[:3], max_float=0.5, **within.settings)
+    q = ptq(
+        small, images(1), calibration=batches[:3], limit=Limit(max_float=0.5), **within.settings
+    )
     distance = OutputDistance(small, [sk.Inputs((batches[3],))])
     assert within.value == pytest.approx(decibels(distance.noise(q)), abs=1e-3)
     with pytest.raises(InputError, match="max_float"):

@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from slimkit.errors import ExportError, InputError
-from slimkit.quantize import TARGETS, NumberFormat, QuantizedModel, Target, ptq
+from slimkit.quantize import TARGETS, NumberFormat, PerGroup, QuantizedModel, Target, ptq
 from slimkit.quantize.targets import resolve_target
 from slimkit.runtime import export
 from slimkit.runtime.output_parity import parity
@@ -49,8 +49,7 @@ def tensorrt(
         ({"target": "litert", "mode": "weights", "granularity": "group"}, "'channel', 'tensor'"),
         ({"mode": "dinamic"}, "unknown mode 'dinamic' .did you mean 'dynamic'"),
         ({"granularity": "group"}, "granularity: integer kernels.*mode='weights'"),
-        ({"group_size": 32}, "group_size: .*granularity='group'"),
-        ({"mode": "weights", "granularity": "group", "group_size": 48}, "the nearest is 64"),
+        ({"mode": "weights", "granularity": PerGroup(48)}, "the nearest is 64"),
         ({"weight_bits": 9}, "9-bit weights .the nearest is 8"),
     ],
 )

@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from slimkit.errors import ExportError, PlanError
-from slimkit.quantize import QuantizedModel, ptq
+from slimkit.quantize import PerGroup, QuantizedModel, ptq
 from slimkit.quantize.scales import weight_grid
 from slimkit.quantize.targets import TARGETS, NumberFormat
 from slimkit.runtime import export, fusion_report, open_session
@@ -30,11 +30,11 @@ def initializers(path: Path) -> dict[str, onnx.TensorProto]:
     return {item.name: item for item in onnx.load(path).graph.initializer}
 
 
-def grouped(**options: int) -> QuantizedModel:
+def grouped(granularity: str | PerGroup = "group") -> QuantizedModel:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 40), nn.ReLU(), nn.Linear(40, 10))
     x = torch.randn(4, 96)
-    return ptq(model, x, mode="weights", granularity="group", weight_bits=4, **options)
+    return ptq(model, x, mode="weights", granularity=granularity, weight_bits=4)
 
 
 def test_each_group_has_the_scale_of_its_largest_weight() -> None:
@@ -49,7 +49,7 @@ def test_each_group_has_the_scale_of_its_largest_weight() -> None:
 
 
 def test_groups_are_packed_two_to_a_byte_and_scaled_by_block(tmp_path: Path) -> None:
-    q = grouped(group_size=32)
+    q = grouped(granularity=PerGroup(32))
     assert q.quantizers["0_weight"].scale.shape == (40, 3)
     assert q.quantizers["2_weight"].scale.shape == (10,)  # 40 inputs are no groups of 32
     export(q, tmp_path / "group.onnx", torch.randn(4, 96))
@@ -64,7 +64,7 @@ def test_groups_are_packed_two_to_a_byte_and_scaled_by_block(tmp_path: Path) -> 
 
 
 def test_the_runtime_multiplies_by_packed_integers(tmp_path: Path) -> None:
-    q = grouped(group_size=32)
+    q = grouped(granularity=PerGroup(32))
     export(q, tmp_path / "group.onnx", torch.randn(4, 96))
     assert fusion_report(tmp_path / "group.onnx").operators["MatMulNBits"] == 1  # 40 is too odd
     assert parity(q, tmp_path / "group.onnx", [torch.randn(8, 96)]).sqnr_db >= 30
@@ -72,7 +72,7 @@ def test_the_runtime_multiplies_by_packed_integers(tmp_path: Path) -> None:
 
 def test_pointwise_convolutions_have_groups_too(images: Images, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 1))
-    q = ptq(model, images(1), mode="weights", granularity="group", group_size=16, weight_bits=4)
+    q = ptq(model, images(1), mode="weights", granularity=PerGroup(16), weight_bits=4)
     assert q.quantizers["2_weight"].scale.shape == (8, 2)
     export(q, tmp_path / "conv.onnx", images(1))
     assert initializers(tmp_path / "conv.onnx")["2.weight"].data_type == TensorProto.INT4
@@ -148,7 +148,7 @@ def test_activations_of_few_bits_saturate_where_torch_does(images: Images, tmp_p
 
 
 def test_a_plan_with_other_groups_is_refused() -> None:
-    plan = grouped(group_size=32).plan
+    plan = grouped(granularity=PerGroup(32)).plan
     with pytest.raises(PlanError, match="3 groups"):
         plan.apply_to(nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 10)))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.errors import InputError
-from slimkit.quantize import Method, QuantizedModel, ptq
+from slimkit.quantize import Method, PerGroup, QuantizedModel, ptq
 from slimkit.quantize.methods.adaround import AdaRound
 from slimkit.quantize.methods.bias_correction import BiasCorrection
 from slimkit.quantize.methods.bias_tuning import BiasTuning
@@ -305,7 +305,7 @@ def test_shared_rare_and_skipped_layers(images: Images, method: Method) -> None:
     [
         {"mode": "dynamic"},
         {"mode": "weights"},
-        {"mode": "weights", "granularity": "group", "group_size": 16},
+        {"mode": "weights", "granularity": PerGroup(16)},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimkit.cli.mirrored import options_of
 from slimkit.cli.options import Arguments, Checkpoint, ModelName
+from slimkit.limits import KINDS, Limit
 
 if TYPE_CHECKING:
     from slimkit.quantize.evaluating import Evaluate
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["quantize_command"]
 
 
+@options_of(Limit, into="limit")
 def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     model: ModelName,
     data: Annotated[
@@ -58,34 +61,8 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
             "else none",
         ),
     ] = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(
-            help="Points of accuracy on validation images that may go; as few layers as possible "
-            "stay in float for it.",
-            show_default="everything is quantized",
-        ),
-    ] = None,
-    min_sqnr: Annotated[
-        float | None,
-        typer.Option(
-            help="dB that the outputs must lie above their difference from the float network's; "
-            "as --max-drop, without labels.",
-            show_default="everything is quantized",
-        ),
-    ] = None,
-    max_float: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the multiply-adds that may stay in float, 0.1 for a tenth, in the "
-            "layers where that helps the outputs most.",
-            show_default="everything is quantized",
-        ),
-    ] = None,
-    fewest: Annotated[
-        str,
-        typer.Option(help="What stays in float as little as possible for a limit: layers or macs."),
-    ] = "layers",
+    *,
+    limit: dict[str, Any],
 ) -> None:
     """Turn a trained network into an ONNX file of integers, without training (PTQ)."""
     import torch
@@ -94,6 +71,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     from slimkit.cli.models import parse_arguments, parse_weight_bits
     from slimkit.models import build_model, load_checkpoint
     from slimkit.quantize import ptq
+    from slimkit.quantize.planning.requests import granularity_of
     from slimkit.recipe.prediction import model_metadata
     from slimkit.runtime import export, fusion_report, parity
     from slimkit.tasks import ClassificationTask
@@ -111,19 +89,14 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
         example,
         calibration=splits.calibration,
         mode=mode,
-        granularity=granularity,
-        group_size=group_size,
+        granularity=granularity_of(granularity, group_size),
         observer=observer,
         skip=skip or (),
         batches=batches,
         target=target,
         weight_bits=parse_weight_bits(weight_bits),
         methods=[] if method == ["none"] else method or None,
-        evaluate=None if max_drop is None else _on_validation_images(splits),
-        max_drop=max_drop,
-        min_sqnr=min_sqnr,
-        max_float=max_float,
-        fewest=fewest,
+        limit=_limit(limit, splits),
         progress=True,
     )
     metadata = model_metadata(splits.preprocessing, splits.classes)
@@ -133,6 +106,14 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     output.print(f"{out}: {written.bytes / 1000:,.1f} kB")
     output.print(f"in ONNX Runtime: {fusion_report(out)}", markup=False)
     output.print(f"against the float network on training images: {agreement}", markup=False)
+
+
+def _limit(settings: dict[str, Any], splits: Splits) -> Limit | None:
+    """What the options say; None where they ask for no limit."""
+    if settings["fewest"] == "layers" and all(settings[name] is None for name in KINDS):
+        return None
+    evaluate = None if settings["max_drop"] is None else _on_validation_images(splits)
+    return Limit(**settings, evaluate=evaluate)
 
 
 def _on_validation_images(splits: Splits) -> Evaluate:

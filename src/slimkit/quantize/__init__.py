@@ -7,6 +7,7 @@ into integer kernels.
 
 from __future__ import annotations
 
+from slimkit.limits import Limit
 from slimkit.quantize.aware_training import qat
 from slimkit.quantize.bit_allocation import BitAllocation, mixed_precision
 from slimkit.quantize.calibration import ptq
@@ -22,6 +23,7 @@ from slimkit.quantize.observers.ranges import (
     Observer,
     Percentile,
 )
+from slimkit.quantize.planning.requests import PerGroup
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.sensitivity_analysis import sensitivity
 from slimkit.quantize.settings_search import SettingsSearch, search_settings
@@ -37,12 +39,14 @@ __all__ = [
     "BitAllocation",
     "EvaluationError",
     "LayerSensitivity",
+    "Limit",
     "MeanOfMaxima",
     "Method",
     "MinMax",
     "MovingAverage",
     "NumberFormat",
     "Observer",
+    "PerGroup",
     "Percentile",
     "QuantPlan",
     "QuantizedModel",

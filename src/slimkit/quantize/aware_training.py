@@ -13,6 +13,7 @@ from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.calibration import WeightBits, attach, calibrate
 from slimkit.quantize.observers.ranges import Observer
+from slimkit.quantize.planning.requests import PerGroup
 from slimkit.quantize.targets import Target
 from slimkit.quantize.wrapper import QuantizedModel
 
@@ -26,8 +27,7 @@ def qat(
     calibration: Iterable[Any] | None = None,
     target: str | Target = "onnxruntime",
     mode: str = "static",
-    granularity: str = "channel",
-    group_size: int | None = None,
+    granularity: str | PerGroup = "channel",
     observer: str | Observer | None = None,
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
@@ -48,7 +48,6 @@ def qat(
         target: name in :data:`~slimkit.quantize.targets.TARGETS`, or a Target.
         mode: as for :func:`~slimkit.quantize.ptq`; only ``"static"`` observes ranges.
         granularity: as for :func:`~slimkit.quantize.ptq`.
-        group_size: as for :func:`~slimkit.quantize.ptq`.
         observer: how ``calibration`` is summarised; as for :func:`~slimkit.quantize.ptq`.
             Default: ``"moving_average"``; for learned scales ``"mse"``, since with few bits they
             do not find the way back from too wide a range.
@@ -88,7 +87,6 @@ def qat(
         target=target,
         mode=mode,
         granularity=granularity,
-        group_size=group_size,
         observer=observer,
         skip=skip,
         weight_bits=weight_bits,

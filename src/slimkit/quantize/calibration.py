@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.artifact import PathLike
 from slimkit.errors import DataError, InputError, SlimkitError
 from slimkit.graph.capturing import capture
 from slimkit.graph.computed_weights import computed_weights, make_plain
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.limits import Limit
 from slimkit.modules import copy_module
 from slimkit.plan import apply
 from slimkit.quantize.batches import Batches
-from slimkit.quantize.evaluating import Evaluate
+from slimkit.quantize.evaluating import refuse_test_data
 from slimkit.quantize.layer_choice.accuracy_control import Repair, accuracy_limit
-from slimkit.quantize.layer_choice.float_budget import float_budget
+from slimkit.quantize.layer_choice.float_budget import FloatBudget
 from slimkit.quantize.methods.default_choice import usual_methods
 from slimkit.quantize.methods.interface import (
     Method,
@@ -32,7 +32,7 @@ from slimkit.quantize.methods.interface import (
 from slimkit.quantize.observers.ranges import Observer, describe_observer, new_observer
 from slimkit.quantize.outputs.check import output_check
 from slimkit.quantize.planning.laying_out import lay_out
-from slimkit.quantize.planning.requests import check_request
+from slimkit.quantize.planning.requests import PerGroup, check_request
 from slimkit.quantize.planning.suitability import check_network, compiled_parts, warn_of_nothing
 from slimkit.quantize.quantizers.learned import with_scales
 from slimkit.quantize.scheme import QuantPlan
@@ -48,26 +48,20 @@ _LARGEST_ACTIVATION = 20 << 20
 """Bytes: below 32 MiB glibc keeps freed memory; above, every activation waits for fresh pages."""
 
 
-def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
+def ptq(
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
     calibration: Iterable[Any] | None = None,
     target: str | Target = "onnxruntime",
     mode: str = "static",
-    granularity: str = "channel",
-    group_size: int | None = None,
+    granularity: str | PerGroup = "channel",
     observer: str | Observer = "minmax",
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
     weight_bits: WeightBits | None = None,
     methods: Iterable[str | Method] | None = None,
-    evaluate: Evaluate | None = None,
-    max_drop: float | None = None,
-    min_sqnr: float | None = None,
-    max_float: float | None = None,
-    fewest: str = "layers",
-    sensitivity: PathLike | None = None,
+    limit: Limit | None = None,
     progress: bool = False,
 ) -> QuantizedModel:
     """Quantize a trained network without training it.
@@ -84,9 +78,9 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         mode: scales of activations are ``"static"``, from calibration; or ``"dynamic"``, computed
             from each batch as it comes; or there are none and only ``"weights"`` are integers.
         granularity: one weight scale per output ``"channel"``, per ``"tensor"``, or per
-            ``"group"`` of inputs of each output channel (linear layers and 1×1 convolutions whose
-            inputs divide into groups; the other layers per channel; only ``mode="weights"``).
-        group_size: inputs of one group; 32 by default.
+            ``"group"`` of 32 inputs of each output channel, ``PerGroup(64)`` for other sizes
+            (linear layers and 1×1 convolutions whose inputs divide into groups; the other layers
+            per channel; only ``mode="weights"``).
         observer: how ranges of activations are found: a name in
             :data:`~slimkit.quantize.observers.ranges.OBSERVERS`, or an observer with settings
             such as ``Percentile(percentile=99.9)``.
@@ -99,18 +93,8 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             own. By default, if there is calibration data, ``gptq`` and ``bias_correction`` for
             weights with one scale per tensor; for fewer than 8 bits these, behind the activation
             function, and ``bias_tuning``; else nothing.
-        evaluate: network → metric on validation data, higher is better; for ``max_drop``.
-        max_drop: as few layers stay in float as it takes for the metric to fall by no more than
-            this, in its own unit (0.5 points of a metric in percent); the plan names them.
-        min_sqnr: the same without labels: the outputs on the calibration batches must lie so many
-            dB above their difference from the float network's, 0 to 200; 20 to 30 are usual.
-        max_float: so much of the network's multiply-adds may stay in float, 0.1 for a tenth: in
-            the layers where that brings the outputs on the calibration batches closest to the
-            float network's. A budget where ``min_sqnr`` is a goal; not together with a limit.
-        fewest: what is left in float as little as possible for either limit: ``"layers"``, or
-            ``"macs"``, the multiply-adds in them, which is what they cost at run time.
-        sensitivity: layers are ranked for either limit by estimates of their noise, from a few
-            backward passes. With a file each is measured alone instead, and the file keeps it.
+        limit: a limit of what quantization may cost, or a budget of what may stay in float: what
+            stays in float for it is chosen, and the plan names it; see :class:`Limit`.
         progress: show on standard error how far it is.
 
     Returns:
@@ -119,8 +103,8 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         the float network, a warning, in the plan too, names the layers that round most away.
 
     Raises:
-        EvaluationError: ``evaluate`` failed or gave no finite number; what was quantized by then
-            is in its ``model``.
+        EvaluationError: the limit's ``evaluate`` failed or gave no finite number; what was
+            quantized by then is in its ``model``.
         UnknownNameError, PatternError, InputError: an argument is not valid.
         DataError: calibration data is empty, of another shape, not finite, or test data.
         CaptureError: the network fails on ``example_inputs``.
@@ -128,14 +112,14 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     chosen = [] if methods is None else resolve_methods(methods)
     resolved = resolve_target(target)
     example = as_inputs(example_inputs)
-    budget = float_budget(max_float)
-    if budget is not None and (max_drop is not None or min_sqnr is not None):
+    if not isinstance(limit, Limit | None):
         raise InputError(
-            "a limit says how much stays in float, and so does this",
-            where="max_float",
-            hint="leave one of them out",
+            f"expected a Limit, got {limit!r}", where="limit", hint="Limit(min_sqnr=20)"
         )
-    needed = "min_sqnr" if min_sqnr is not None else "max_float" if budget is not None else None
+    if limit is not None and limit.evaluate is not None:
+        refuse_test_data(limit.evaluate)
+    budget = FloatBudget(limit.max_float) if limit is not None and limit.max_float else None
+    needed = None if limit is None or limit.max_drop is not None else limit.given()[0]
     if calibration is None and (mode == "static" or needed):
         what = "static scales of activations need" if mode == "static" else f"{needed} needs"
         raise InputError(
@@ -150,16 +134,15 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         target=resolved,
         mode=mode,
         granularity=granularity,
-        group_size=group_size,
         observer=observer,
         skip=skip,
         weight_bits=weight_bits,
     )
     if methods is None and calibration is not None:
         chosen = usual_methods(quantized.plan)
-    limit = accuracy_limit(evaluate, max_drop, min_sqnr, quantized, sensitivity, fewest)
+    goal = None if limit is None else accuracy_limit(limit, quantized)
     given = () if calibration is None else calibration
-    data = Batches(given, example, batches, keep=bool(chosen or limit or budget))
+    data = Batches(given, example, batches, keep=bool(chosen or limit))
 
     def work_on(network: QuantizedModel) -> Work:
         def ranges() -> None:
@@ -174,7 +157,7 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     work = work_on(quantized.eval())
     run_methods(chosen, "before", work)
     work.recalibrate()
-    if limit is None:
+    if goal is None:
         check = output_check(work)
         if budget is not None:
             budget.spend(work, target=resolved)
@@ -182,11 +165,11 @@ def ptq(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         if check is not None:
             check.warn(quantized)
         return quantized.eval()
-    originals = limit.remembered(work) if chosen else {}
-    again = limit.evaluate is None and any(method.when == "after" for method in chosen)
+    originals = goal.remembered(work) if chosen else {}
+    again = goal.evaluate is None and any(method.when == "after" for method in chosen)
     repair = Repair(copy_module(quantized), adjust) if again else None
     run_methods(chosen, "after", work)
-    return limit.keep(work, target=resolved, originals=originals, repair=repair).eval()
+    return goal.keep(work, target=resolved, originals=originals, repair=repair).eval()
 
 
 def attach(
@@ -194,10 +177,9 @@ def attach(
     example_inputs: ExampleInputs,
     *,
     target: str | Target,
-    granularity: str,
+    granularity: str | PerGroup,
     observer: str | Observer,
     mode: str = "static",
-    group_size: int | None = None,
     skip: Pattern | Iterable[Pattern],
     weight_bits: WeightBits | None = None,
     scales: str = "observed",
@@ -216,7 +198,6 @@ def attach(
         chosen,
         mode=mode,
         granularity=granularity,
-        group_size=group_size,
         weight_bits=_bits_by_module(model, weight_bits),
     )
     skipped = match_modules(model, skip, where="skip") if skip else set()
@@ -235,7 +216,7 @@ def attach(
     )
     plan = QuantPlan(
         target=chosen.name,
-        granularity=granularity,
+        granularity=request.granularity,
         observer=describe_observer(observer),
         folds=folds,
         quantizers=tuple(layout.quantizers),

@@ -15,12 +15,12 @@ from slimkit.artifact import PathLike, content_hash, tensors_hash
 from slimkit.errors import DataError, InputError, nearest
 from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.limits import Limit
 from slimkit.measure.tables import rendered
 from slimkit.modules import evaluation
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.calibration import WeightBits, ptq
 from slimkit.quantize.evaluating import Evaluate, evaluated, refuse_test_data
-from slimkit.quantize.layer_choice.float_budget import float_budget
 from slimkit.quantize.methods.interface import METHODS
 from slimkit.quantize.observers.ranges import OBSERVERS
 from slimkit.quantize.outputs.distance import OutputDistance, decibels
@@ -143,7 +143,7 @@ def search_settings(  # noqa: PLR0913 - the verb: every choice is a keyword with
     if evaluate is not None:
         refuse_test_data(evaluate)
     resolved = resolve_target(target)
-    float_budget(max_float)  # wrong is wrong before the first trial
+    limit = None if max_float is None else Limit(max_float=max_float)
     data, held_out = _divided(calibration, as_inputs(example_inputs), alone=evaluate is not None)
     known = settings_space(len(data)) if space is None else dict(space)
     _check_names(known)
@@ -159,7 +159,7 @@ def search_settings(  # noqa: PLR0913 - the verb: every choice is a keyword with
                 calibration=data,
                 target=resolved,
                 skip=skip,
-                max_float=max_float,
+                limit=limit,
                 **arguments,
             )
         return score(quantized)

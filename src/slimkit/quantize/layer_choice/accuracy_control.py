@@ -6,15 +6,15 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from slimkit.artifact import PathLike
-from slimkit.errors import InputError, nearest
+from slimkit.limits import MOST_DB, Fewest, Limit
 from slimkit.modules import copy_module
 from slimkit.progress import ProgressDisplay
-from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated, refuse_test_data
+from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated
 from slimkit.quantize.layer_choice.layer_ranking import multiply_adds, noise_shares
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches, float_parameters
 from slimkit.quantize.outputs.distance import OutputDistance, decibels
@@ -26,17 +26,12 @@ if TYPE_CHECKING:
     from slimkit.quantize.methods.interface import Work
     from slimkit.quantize.wrapper import QuantizedModel
 
-__all__ = ["AccuracyLimit", "Fewest", "Repair", "accuracy_limit"]
-
-Fewest = Literal["layers", "macs"]
-"""What of the network is left in float as little as possible."""
+__all__ = ["AccuracyLimit", "Repair", "accuracy_limit"]
 
 _HOPELESS = 2.0
 """A layer that makes so many times the noise that is still allowed is not tried."""
 _ROUNDS = 6
 """Choices of layers that are repaired until the limit holds."""
-MOST_DB = 200.0
-"""What outputs without any difference count as; outputs that are not finite as its negative."""
 
 
 @dataclass(frozen=True)
@@ -235,55 +230,23 @@ class AccuracyLimit:
         network.replace_plan(replace(plan, warnings=(*plan.warnings, told)))
 
 
-def accuracy_limit(
-    evaluate: Evaluate | None,
-    max_drop: Any,
-    min_sqnr: Any,
-    model: QuantizedModel,
-    file: PathLike | None,
-    fewest: str = "layers",
-) -> AccuracyLimit | None:
-    """Check the arguments of :func:`~slimkit.quantize.ptq`, and evaluate the float network.
+def accuracy_limit(limit: Limit, model: QuantizedModel) -> AccuracyLimit | None:
+    """The goal that ``limit`` sets, with the metric of the float network.
 
     Returns:
-        None if no limit was given.
+        None for a budget.
 
     Raises:
-        InputError: one of them is missing, wrong, or too much.
-        DataError: ``evaluate`` holds test data.
-        EvaluationError: it failed on the float network.
+        EvaluationError: ``evaluate`` failed on the float network.
     """
-    if fewest not in get_args(Fewest):
-        hint = nearest(fewest, get_args(Fewest))
-        raise InputError(f"expected layers or macs, got {fewest!r}", where="fewest", hint=hint)
-    few = cast("Fewest", fewest)
-    if min_sqnr is not None:
-        if max_drop is not None or evaluate is not None:
-            raise InputError(
-                "the outputs are one limit, a metric is another",
-                where="min_sqnr",
-                hint="min_sqnr alone, or evaluate and max_drop",
-            )
-        lowest = _number(min_sqnr, "min_sqnr")
-        if lowest >= MOST_DB:
-            raise InputError(f"expected less than {MOST_DB:g} dB", where="min_sqnr", hint="20")
-        return AccuracyLimit(0.0, lowest, file=file, fewest=few)
-    if max_drop is None:
-        if evaluate is not None:
-            raise InputError("evaluate needs it", where="max_drop", hint="max_drop=0.5")
+    if limit.min_sqnr is not None:
+        lowest = float(limit.min_sqnr)
+        return AccuracyLimit(0.0, lowest, file=limit.sensitivity, fewest=limit.fewest)
+    if limit.max_drop is None or limit.evaluate is None:
         return None
-    most = _number(max_drop, "max_drop")
-    refuse_test_data(evaluate)
-    assert evaluate is not None
-    base = evaluated(evaluate, model.model, "the float network")
-    return AccuracyLimit(most, base, evaluate, file, few)
-
-
-def _number(value: Any, where: str) -> float:
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not numeric or not math.isfinite(value) or value < 0:
-        raise InputError(f"expected a number ≥ 0, got {value!r}", where=where)
-    return float(value)
+    base = evaluated(limit.evaluate, model.model, "the float network")
+    most = float(limit.max_drop)
+    return AccuracyLimit(most, base, limit.evaluate, limit.sensitivity, limit.fewest)
 
 
 @dataclass

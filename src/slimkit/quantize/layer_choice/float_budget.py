@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from slimkit.errors import InputError
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.layer_choice.layer_ranking import multiply_adds, noise_shares
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
@@ -18,7 +17,7 @@ from slimkit.quantize.targets import Target
 if TYPE_CHECKING:
     from slimkit.quantize.methods.interface import Work
 
-__all__ = ["FloatBudget", "float_budget"]
+__all__ = ["FloatBudget"]
 
 _EXAMPLES = 16
 """Calibration examples that selections are compared on."""
@@ -143,22 +142,3 @@ def _runs(layers: Sequence[str], without: Collection[str]) -> Iterator[tuple[str
             run = tuple(name for name in layers[start : start + length] if name not in without)
             if run:
                 yield run
-
-
-def float_budget(share: Any) -> FloatBudget | None:
-    """Check the argument of :func:`~slimkit.quantize.ptq`.
-
-    Raises:
-        InputError: it is not a number in (0, 1].
-    """
-    if share is None:
-        return None
-    numeric = isinstance(share, int | float) and not isinstance(share, bool)
-    if not numeric or not 0.0 < share <= 1.0:
-        hint = f"{share / 100:g}" if numeric and 1.0 < share <= 100.0 else "0.1 for a tenth"
-        raise InputError(
-            f"expected a share of the multiply-adds in (0, 1], got {share!r}",
-            where="max_float",
-            hint=hint,
-        )
-    return FloatBudget(float(share))

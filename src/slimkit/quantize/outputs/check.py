@@ -70,8 +70,8 @@ class OutputCheck:
         told = f"{found}; most is rounded away in {worst}"
         plan = quantized.plan
         quantized.replace_plan(replace(plan, warnings=(*plan.warnings, told)))
-        hint = "try observer='mse', methods=['gptq', 'bias_correction'], or min_sqnr="
-        warnings.warn(f"{told}: {hint}{ENOUGH_DB:g}", stacklevel=3)
+        hint = "try observer='mse', methods=['gptq', 'bias_correction'], or limit="
+        warnings.warn(f"{told}: {hint}Limit(min_sqnr={ENOUGH_DB:g})", stacklevel=3)
 
 
 def output_check(work: Work) -> OutputCheck | None:

@@ -9,10 +9,39 @@ from typing import get_args
 from slimkit.errors import InputError, nearest
 from slimkit.quantize.targets import Granularity, Mode, Target
 
-__all__ = ["GROUP_SIZE", "Request", "check_request"]
+__all__ = ["GROUP_SIZE", "PerGroup", "Request", "check_request", "granularity_of"]
 
 GROUP_SIZE = 32
-"""Weights that share a scale with ``granularity="group"``, unless the user says otherwise."""
+"""Weights that share a scale with ``granularity="group"``, unless the user says otherwise: the
+smallest group that every target has, and the one that loses least."""
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """Granularity: one weight scale per group of inputs of each output channel.
+
+    Attributes:
+        size: inputs of one group; what is possible, the target says.
+    """
+
+    size: int = GROUP_SIZE
+
+
+def granularity_of(name: str, group_size: int | None) -> str | PerGroup:
+    """The granularity that two plain settings describe.
+
+    Raises:
+        InputError: there is a size, but no groups.
+    """
+    if group_size is None:
+        return name
+    if name != "group":
+        raise InputError(
+            f"{name!r} scales have no groups of {group_size}",
+            where="group_size",
+            hint="use granularity='group'",
+        )
+    return PerGroup(group_size)
 
 
 @dataclass(frozen=True)
@@ -36,8 +65,7 @@ def check_request(
     target: Target,
     *,
     mode: str,
-    granularity: str,
-    group_size: int | None,
+    granularity: str | PerGroup,
     weight_bits: Mapping[str, int],
 ) -> Request:
     """The request, if ``target`` can express it.
@@ -45,17 +73,13 @@ def check_request(
     Raises:
         InputError: names the argument and the nearest choice that the target has.
     """
+    group_size = granularity.size if isinstance(granularity, PerGroup) else GROUP_SIZE
+    granularity = "group" if isinstance(granularity, PerGroup) else granularity
     _check_choice("mode", mode, get_args(Mode), target.modes, target)
     _check_choice("granularity", granularity, get_args(Granularity), target.granularities, target)
     for bits in weight_bits.values():
         _check_number("weight_bits", bits, target.weight_bits, f"{target.name} has no {bits}-bit")
     if granularity != "group":
-        if group_size is not None:
-            raise InputError(
-                f"{granularity!r} scales have no groups of {group_size}",
-                where="group_size",
-                hint="use granularity='group'",
-            )
         return Request(mode, granularity, None, weight_bits)
     if mode != "weights":
         raise InputError(
@@ -63,9 +87,9 @@ def check_request(
             where="granularity",
             hint="use mode='weights', or granularity='channel'",
         )
-    size = GROUP_SIZE if group_size is None else group_size
-    _check_number("group_size", size, target.group_sizes, f"{target.name} has no groups of {size}")
-    return Request(mode, granularity, size, weight_bits)
+    message = f"{target.name} has no groups of {group_size}"
+    _check_number("group_size", group_size, target.group_sizes, message)
+    return Request(mode, granularity, group_size, weight_bits)
 
 
 def _check_choice(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slimkit.errors import DataError, InputError
+from slimkit.limits import KINDS, Limit
 from slimkit.recipe.schema.fields import OneOf, wrong
 from slimkit.recipe.schema.methods import Method, build_method
 from slimkit.recipe.stages.interface import Stage, StageContext, StageResult
@@ -76,12 +77,13 @@ class QuantizeOptions(BaseModel):
 
     def arguments(self, context: StageContext) -> dict[str, Any]:
         """Keyword arguments for :func:`slimkit.quantize.ptq` and ``qat``."""
+        from slimkit.quantize.planning.requests import granularity_of
+
         return {
             "calibration": CalibrationBatches(context, self.batches),
             "target": self.target,
             "mode": self.mode,
-            "granularity": self.granularity,
-            "group_size": self.group_size,
+            "granularity": granularity_of(self.granularity, self.group_size),
             "observer": self.chosen_observer(),
             "skip": self.skip,
             "weight_bits": self.weight_bits,
@@ -167,34 +169,32 @@ class PtqStage(QuantizeOptions, Stage):
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
-        first, *others = [
-            name
-            for name in ("max_drop", "min_sqnr", "max_float")
-            if getattr(self, name) is not None
-        ] or [""]
+        first, *others = [name for name in KINDS if getattr(self, name) is not None] or [""]
         if others:
             message = f"{first} says already how much stays in float"
             raise wrong(message, "leave one of them out", path=others[0])
         return self
 
+    def limit(self, context: StageContext) -> Limit | None:
+        """What may stay in float, and why; None quantizes everything."""
+        given = {name: getattr(self, name) for name in KINDS}
+        if all(value is None for value in given.values()):
+            return None
+        evaluate = None if self.max_drop is None else ValidationMetric(context)
+        return Limit(**given, fewest=self.fewest, evaluate=evaluate)
+
     def run(self, model: nn.Module, context: StageContext) -> StageResult:
         """See the base class."""
         from slimkit.quantize import ptq
 
-        limit: dict[str, Any] = {}
-        if self.max_drop is not None:
-            limit = {"evaluate": ValidationMetric(context), "max_drop": self.max_drop}
         quantized = ptq(
             model.eval(),
             context.example_inputs,
             methods=None
             if self.methods is None
             else [build_method(METHOD, choice, {}) for choice in self.methods],
-            min_sqnr=self.min_sqnr,
-            max_float=self.max_float,
-            fewest=self.fewest,
+            limit=self.limit(context),
             progress=context.progress,
-            **limit,
             **self.arguments(context),
         )
         return StageResult(quantized, _told(quantized, context, original=model))
@@ -261,7 +261,7 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
 def _check(model: nn.Module, options: QuantizeOptions) -> None:
     """Patterns that match nothing, and what the target cannot express."""
     from slimkit.graph.patterns import match_modules
-    from slimkit.quantize.planning.requests import check_request
+    from slimkit.quantize.planning.requests import check_request, granularity_of
     from slimkit.quantize.targets import resolve_target
 
     if options.skip:
@@ -271,8 +271,7 @@ def _check(model: nn.Module, options: QuantizeOptions) -> None:
     check_request(
         resolve_target(options.target),
         mode=options.mode,
-        granularity=options.granularity,
-        group_size=options.group_size,
+        granularity=granularity_of(options.granularity, options.group_size),
         weight_bits=named,
     )
 
