@@ -27,6 +27,7 @@ __all__ = [
     "Batch",
     "ExampleInputs",
     "Inputs",
+    "LossOfBatch",
     "as_batch",
     "as_inputs",
     "join",
@@ -214,6 +215,18 @@ class Batch:
                 )
             )
         return parts
+
+
+@dataclass(frozen=True)
+class LossOfBatch:
+    """A loss inside the model, for what else takes a loss of (outputs, targets).
+
+    Attributes:
+        function: ``function(model, batch)`` → (the mean over the samples, the outputs), as a
+            task's :meth:`~slimkit.tasks.Task.loss`.
+    """
+
+    function: Callable[[nn.Module, Batch], tuple[Tensor, Any]]
 
 
 def join(batches: Sequence[Batch]) -> Batch:

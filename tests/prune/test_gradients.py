@@ -13,7 +13,7 @@ import slimkit as sk
 from slimkit.errors import DataError, InputError, PlanError
 from slimkit.graph.capturing import capture
 from slimkit.graph.grouping import dependency_groups
-from slimkit.inputs import as_inputs
+from slimkit.inputs import LossOfBatch, as_batch, as_inputs
 from slimkit.prune.batches import samples_of
 from slimkit.prune.criteria.fisher import GroupFisher
 from slimkit.prune.criteria.gradients import OBD, Taylor
@@ -315,7 +315,8 @@ def test_mistakes_are_named(kind, model, batches):
 
     fails(InputError, "there are no batches", [])
     fails(InputError, "expected batches, got int", 3)
-    fails(InputError, r"batches\[0\]: expected \(inputs, targets\), got Tensor", [batches[0][0]])
+    fails(InputError, r"no targets: give \(inputs, targets\)", [batches[0][0]])
+    fails(InputError, r"batches\[0\]: expected a tensor, .* got a int", [3])
     fails(InputError, "loss: the loss is nan", [(batches[0][0] * float("nan"), batches[0][1])])
     fails(InputError, r"scalar tensor, got \(\d, 3\)", loss=lambda y, t: y)
     fails(InputError, "scalar tensor, got float", loss=lambda y, t: 1.0)
@@ -378,14 +379,61 @@ def test_batches_come_in_every_form_a_model_is_called_with():
         assert all(torch.equal(first, other) for other in rest)
 
 
-def test_samples_of_lists_and_shared_arguments():
+def test_samples_of_lists_and_dictionaries():
     images, boxes = [torch.zeros(3, 4, 5), torch.ones(3, 6, 7)], [{"box": 0}, {"box": 1}]
-    parts = samples_of((([*images], torch.arange(3)), boxes))
-    assert [targets for _, targets in parts] == [[{"box": 0}], [{"box": 1}]]
-    assert [float(inputs[0][0].mean()) for inputs, _ in parts] == [0, 1]
-    assert all(torch.equal(inputs[1], torch.arange(3)) for inputs, _ in parts)
+    parts = samples_of(as_batch((images, boxes)))
+    assert [part.targets for part in parts] == [[{"box": 0}], [{"box": 1}]]
+    assert [float(part.inputs.args[0][0].mean()) for part in parts] == [0, 1]
+    parts = samples_of(as_batch(({"x": torch.arange(2)}, torch.ones(2))))
+    assert [int(part.inputs.kwargs["x"]) for part in parts] == [0, 1]
     with pytest.raises(InputError, match="cannot be taken apart into 2 samples"):
-        samples_of((torch.zeros(3, 3), torch.zeros(2)))
+        samples_of(as_batch(((torch.zeros(3, 3), torch.zeros(4)), torch.zeros(2))))
+
+
+class Detector(nn.Module):
+    """A list of images of different sizes, losses inside in training, as in torchvision."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.head = (
+            nn.Conv2d(3, 16, 3),
+            nn.BatchNorm2d(16),
+            nn.Conv2d(16, 4, 1),
+        )
+
+    def forward(self, images, targets=None):
+        maps = [self.norm(self.stem(image[None])).relu() for image in images]
+        found = torch.cat([self.head(each).mean((2, 3)) for each in maps])
+        if not self.training:
+            return found
+        wanted = torch.stack([target["box"] for target in targets])
+        return {"box": F.mse_loss(found, wanted), "size": found.square().mean()}
+
+
+def loss_inside(model, batch):
+    losses = model(*batch.inputs.args, batch.targets)
+    return sum(losses.values()), losses
+
+
+@pytest.mark.parametrize("kind", [Taylor, OBD, GroupFisher])
+def test_a_loss_inside_a_model_of_image_lists(kind):
+    torch.manual_seed(0)
+    model = Detector().eval()
+    images = [torch.randn(3, size, 8) for size in (8, 10, 6)]
+    batch = images, [{"box": torch.rand(4)} for _ in images]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    criterion = kind([batch], LossOfBatch(loss_inside))
+    plan = sk.prune.plan(model, (images,), ratio=0.5, criterion=criterion)
+    assert plan.kept["stem"] == (8, 16)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not model.training
+
+    def outside(found, targets):
+        wanted = torch.stack([target["box"] for target in targets])
+        return F.mse_loss(found, wanted) + found.square().mean()
+
+    other = sk.prune.plan(model, (images,), ratio=0.5, criterion=kind([batch], outside))
+    assert other.edits == plan.edits
 
 
 def test_scores_do_not_depend_on_the_device(batches, device):

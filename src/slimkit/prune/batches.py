@@ -1,54 +1,49 @@
 """Training batches and a loss, for criteria that look at gradients.
 
-Batches are an iterable that can be read again and gives ``(inputs, targets)``; inputs are a
-tensor, a tuple of arguments, a mapping of keywords or :class:`slimkit.Inputs`. The loss is
-``loss(outputs, targets)``, the mean over the samples of a batch.
+Batches are an iterable that can be read again and gives what :func:`slimkit.inputs.as_batch`
+reads: ``(inputs, targets)``, where inputs are a tensor, a tuple of arguments, a mapping of
+keywords, a list of images or :class:`slimkit.Inputs`. The loss is ``loss(outputs, targets)``, the
+mean over the samples of a batch; or, where it is inside the model (a torchvision detector), a
+:class:`slimkit.inputs.LossOfBatch`, whose model is then in training mode but for its batch
+normalization and dropout.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from slimkit.errors import DataError, InputError, SlimkitError
-from slimkit.graph.isolation import undisturbed
-from slimkit.inputs import Inputs, as_batch
+from slimkit.graph.isolation import training_flags, undisturbed
+from slimkit.inputs import Batch, LossOfBatch, as_batch
 from slimkit.modules import copy_module
 
-__all__ = [
-    "Batch",
-    "Batches",
-    "Loss",
-    "each_batch",
-    "evaluated_copy",
-    "loss_of",
-    "sample_count",
-    "samples_of",
-]
-
-Batch = tuple[Any, Any]
-"""Inputs and targets."""
+__all__ = ["Batches", "Loss", "each_batch", "evaluated_copy", "loss_of", "samples_of"]
 
 Batches = Iterable[Any]
-"""Training batches, pairs of inputs and targets, that can be iterated more than once."""
+"""Training batches that can be iterated more than once."""
 
-Loss = Callable[[Any, Any], Tensor]
-"""Outputs and targets → a scalar, the mean over the samples."""
+Loss = Callable[[Any, Any], Tensor] | LossOfBatch
+"""Outputs and targets → a scalar, the mean over the samples; or a loss inside the model."""
 
 
 @contextmanager
-def evaluated_copy(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy in evaluation mode whose parameters need no gradients; random state restored."""
+def evaluated_copy(model: nn.Module, loss: Loss) -> Iterator[nn.Module]:
+    """A copy whose parameters need no gradients; random state restored.
+
+    It is in evaluation mode, or for a loss inside the model in what
+    :func:`~slimkit.graph.isolation.training_flags` makes of training mode.
+    """
     twin = copy_module(model).requires_grad_(False)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with (
         undisturbed(twin),
+        training_flags(twin) if isinstance(loss, LossOfBatch) else nullcontext(),
         torch.random.fork_rng(devices=sorted(devices, key=str)),
         torch.enable_grad(),
     ):
@@ -58,8 +53,13 @@ def evaluated_copy(model: nn.Module) -> Iterator[nn.Module]:
 def each_batch(batches: Batches, model: nn.Module, limit: int | None) -> Iterator[Batch]:
     """Copies of the batches on the device of ``model``.
 
+    Args:
+        batches: see above.
+        model: whose device.
+        limit: at most so many; None for all.
+
     Raises:
-        InputError: nothing to iterate, no batches, or one that is no pair.
+        InputError: nothing to iterate, no batches, or one of another form.
         DataError: they are the test split.
     """
     if getattr(batches, "role", None) == "test":
@@ -69,24 +69,11 @@ def each_batch(batches: Batches, model: nn.Module, limit: int | None) -> Iterato
     if not isinstance(batches, Iterable):
         raise InputError(f"expected batches, got {type(batches).__name__}", where="batches")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def moved(leaf: Any) -> Any:
-        return leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf
-
     count = 0
-    for batch in itertools.islice(batches, limit):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise InputError(
-                f"expected (inputs, targets), got {type(batch).__name__}",
-                where=f"batches[{count}]",
-            )
-        inputs, targets = batch
-        if isinstance(inputs, Inputs):
-            inputs = inputs.map(moved)
-        else:  # a mapping may be of a class that torch does not look into
-            inputs = tree_map(moved, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    for item in itertools.islice(batches, limit):
+        batch = as_batch(item, where=f"batches[{count}]")
         count += 1
-        yield inputs, tree_map(moved, targets)
+        yield batch.map(lambda tensor: tensor.detach().to(device, copy=True))
     if not count:
         raise InputError(
             "there are no batches",
@@ -124,70 +111,33 @@ def loss_of(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
 def _outcome(model: nn.Module, batch: Batch, loss: Loss) -> object:
     from slimkit.train.stepping import as_float
 
-    inputs, targets = batch
     try:
-        outputs = as_batch((inputs, targets)).inputs.call(model)
-        return loss(as_float(outputs), targets)
+        if isinstance(loss, LossOfBatch):
+            return loss.function(model, batch)[0]
+        return loss(as_float(batch.inputs.call(model)), batch.targets)
     except SlimkitError:
         raise
     except Exception as error:
+        bare = batch.targets is None and not isinstance(loss, LossOfBatch)
         raise InputError(
-            f"a batch or the loss fails with {type(error).__name__}: {error}", where="batches"
+            f"a batch or the loss fails with {type(error).__name__}: {error}",
+            where="batches",
+            hint="the batches have no targets: give (inputs, targets)" if bare else None,
         ) from error
 
 
 def samples_of(batch: Batch) -> list[Batch]:
     """The samples of a batch, as batches of one.
 
-    Tensors and lists that are as long as the targets are taken apart; everything else goes
-    with each sample.
-
     Raises:
-        InputError: the inputs hold nothing of that length.
+        InputError: they cannot be told apart.
     """
-    inputs, targets = batch
-    count = sample_count(batch)
-    if count == 1:
+    if batch.size in (None, 1):
         return [batch]
-    arguments = (inputs.args, dict(inputs.kwargs)) if isinstance(inputs, Inputs) else inputs
-    if not any(_is_long(leaf, count) for leaf in _leaves(arguments, count)):
+    if batch.inputs.examples is None:
         raise InputError(
-            f"the inputs cannot be taken apart into {count} samples",
+            f"the inputs cannot be taken apart into {batch.size} samples",
             where="batches",
             hint="give batches of one sample",
         )
-    return [(_sample(inputs, i, count), _sample(targets, i, count)) for i in range(count)]
-
-
-def sample_count(batch: Batch) -> int:
-    """How many samples a batch has: the length of the targets, else of the inputs."""
-    for part in reversed(batch):
-        if isinstance(part, list):
-            return len(part)
-        tree = (part.args, dict(part.kwargs)) if isinstance(part, Inputs) else part
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor) and leaf.dim():
-                return len(leaf)
-    return 1
-
-
-def _is_long(leaf: Any, count: int) -> bool:
-    long = isinstance(leaf, list) or (isinstance(leaf, Tensor) and leaf.dim() > 0)
-    return long and len(leaf) == count
-
-
-def _leaves(tree: Any, count: int) -> list[Any]:
-    """Tensors, and lists with one entry per sample."""
-    return tree_leaves(tree, is_leaf=lambda node: isinstance(node, list) and _is_long(node, count))
-
-
-def _sample(tree: Any, index: int, count: int) -> Any:
-    if isinstance(tree, Inputs):
-        return Inputs(*_sample((tree.args, dict(tree.kwargs)), index, count))
-
-    def pick(leaf: Any) -> Any:
-        return leaf[index : index + 1] if _is_long(leaf, count) else leaf
-
-    return tree_map(
-        pick, tree, is_leaf=lambda node: isinstance(node, list) and _is_long(node, count)
-    )
+    return batch.split(1)

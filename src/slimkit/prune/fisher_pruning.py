@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import InputError
-from slimkit.inputs import ExampleInputs
+from slimkit.inputs import Batch, ExampleInputs
 from slimkit.modules import restored_flags
-from slimkit.prune.batches import Batch, Batches, Loss, each_batch, evaluated_copy
+from slimkit.prune.batches import Batches, Loss, each_batch, evaluated_copy
 from slimkit.prune.criteria.fisher import ChannelMasks, Saving
 from slimkit.prune.criteria.scores import Random, check_choice
 from slimkit.prune.planning import space
@@ -77,7 +77,7 @@ def one_by_one(
         check_choice(normalise, Saving, where="normalise")
     choices = space(model, example_inputs, **{"criterion": Random(), **options})
     race = _Race(choices, target, normalise)
-    with _masked(model, choices, optimizer) as masks:
+    with _masked(model, choices, loss, optimizer) as masks:
         information = torch.zeros_like(masks.alive, dtype=torch.float64)
         for step, batch in enumerate(_endless(batches, model), start=1):
             if optimizer is None:
@@ -180,10 +180,12 @@ class _Race:
 
 
 @contextmanager
-def _masked(model: nn.Module, choices: PruneSpace, optimizer: Any) -> Iterator[ChannelMasks]:
+def _masked(
+    model: nn.Module, choices: PruneSpace, loss: Loss, optimizer: Any
+) -> Iterator[ChannelMasks]:
     """Masks on a copy that stays as it is, or on the model itself, which is trained."""
     if optimizer is None:
-        with evaluated_copy(model) as twin:
+        with evaluated_copy(model, loss) as twin:
             yield ChannelMasks(twin, choices.groups)
         return
     with restored_flags(model), torch.enable_grad():

@@ -1,7 +1,7 @@
 """Allocations: how a target is divided among the groups.
 
-An allocation looks at a :class:`~slimkit.prune.prune_space.PruneSpace` and answers with a *proposal*:
-a function from a fraction (0 … 1) to the number of channels that each group keeps.
+An allocation looks at a :class:`~slimkit.prune.prune_space.PruneSpace` and answers with a
+*proposal*: a function from a fraction (0 … 1) to the number of channels that each group keeps.
 :meth:`PruneSpace.fit <slimkit.prune.prune_space.PruneSpace.fit>` finds the fraction that meets the
 target, rounds, and gives back what rounding took too much, so every allocation takes every
 target. Register one by name::

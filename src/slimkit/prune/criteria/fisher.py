@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from slimkit.errors import InputError
 from slimkit.graph.addressing import AddressMode, function_name
+from slimkit.inputs import Batch
 from slimkit.prune.batches import (
-    Batch,
     Batches,
     Loss,
     each_batch,
     evaluated_copy,
     loss_of,
-    sample_count,
     samples_of,
 )
 from slimkit.prune.criteria.gradients import not_prepared
@@ -77,7 +76,7 @@ class GroupFisher:
             InputError, DataError: no batches, a batch of another form, a loss that is not
                 finite, no scalar, or does not depend on the channels.
         """
-        with evaluated_copy(model) as twin:
+        with evaluated_copy(model, self.loss) as twin:
             masks = ChannelMasks(twin, groups)
             totals = sum(
                 masks.slopes(batch, self.loss).double().square().sum(dim=0).cpu()
@@ -148,7 +147,7 @@ class ChannelMasks(AddressMode):
 
     def slopes(self, batch: Batch, loss: Loss) -> Tensor:
         """∂(loss of a sample)/∂(mask of a channel), shape ``(samples, channels)``."""
-        count = sample_count(batch)
+        count = batch.size or 1
         if self._together:
             found = self._slopes(batch, loss, count)
             if not self._mixed:
@@ -163,7 +162,7 @@ class ChannelMasks(AddressMode):
             InputError: a layer mixes samples into another dimension.
         """
         optimizer.zero_grad()
-        count = sample_count(batch)
+        count = batch.size or 1
         value = self._value(batch, loss, count)
         if self._mixed:
             raise InputError(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import InputError
+from slimkit.inputs import Batch
 from slimkit.prune.batches import (
-    Batch,
     Batches,
     Loss,
     each_batch,
@@ -86,10 +86,10 @@ class Taylor:
         """
         totals: dict[str, Tensor] = {}
         count = 0
-        with _Gradients(model, groups, self.members) as gradients:
+        with _Gradients(model, groups, self.members, self.loss) as gradients:
             for batch in each_batch(self.batches, model, self.max_batches):
                 count += 1
-                found = gradients.of(batch, self.loss)
+                found = gradients.of(batch)
                 for group in groups:
                     parts = [
                         channel_sums(slot, weight.float() * slope.float())
@@ -149,11 +149,11 @@ class OBD:
         """
         information: dict[str, Tensor] = {}
         count = 0
-        with _Gradients(model, groups, self.members) as gradients:
+        with _Gradients(model, groups, self.members, self.loss) as gradients:
             for batch in each_batch(self.batches, model, self.max_batches):
                 for part in samples_of(batch) if self.per_sample else [batch]:
                     count += 1
-                    for name, slope in gradients.of(part, self.loss).items():
+                    for name, slope in gradients.of(part).items():
                         _add(information, name, slope.double().square())
             scores = {}
             for group in groups:
@@ -173,8 +173,11 @@ class OBD:
 class _Gradients:
     """Gradients of a loss with respect to the parameters of groups, on a copy of the model."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], members: Members) -> None:
-        self._context = evaluated_copy(model)
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], members: Members, loss: Loss
+    ) -> None:
+        self._loss = loss
+        self._context = evaluated_copy(model, loss)
         self._slots = {group.name: _parameter_slots(group, model, members) for group in groups}
 
     def __enter__(self) -> _Gradients:
@@ -187,9 +190,9 @@ class _Gradients:
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)
 
-    def of(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
+    def of(self, batch: Batch) -> dict[str, Tensor]:
         """Name → gradient, of those parameters that the loss depends on."""
-        value = loss_of(self._model, batch, loss)
+        value = loss_of(self._model, batch, self._loss)
         slopes = torch.autograd.grad(value, list(self._parameters.values()), allow_unused=True)
         found: dict[str, Tensor | None] = dict(zip(self._parameters, slopes, strict=True))
         return {name: slope for name, slope in found.items() if slope is not None}
