@@ -10,7 +10,7 @@ from pathlib import Path
 from slimkit.artifact import write_text
 from slimkit.runtime.surroundings import environment
 
-__all__ = ["ROOT", "machine", "markdown", "mean_spread", "write_page"]
+__all__ = ["PAGES", "ROOT", "machine", "markdown", "mean_spread", "write_page"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "benchmarks"
