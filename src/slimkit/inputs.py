@@ -92,7 +92,8 @@ class Inputs:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """A copy with ``function`` applied to every tensor."""
-        return Inputs(map_tensors(function, self.args), map_tensors(function, dict(self.kwargs)))
+        kwargs = map_tensors(function, dict(self.kwargs)) if self.kwargs else {}
+        return Inputs(map_tensors(function, self.args), kwargs)
 
     @property
     def plain(self) -> Any:
@@ -114,6 +115,9 @@ class Inputs:
 
         Tensors without dimensions, numbers, strings and None count nothing.
         """
+        if len(self.args) == 1 and not self.kwargs:  # the usual call, once in every step
+            only = _length(self.args[0])
+            return None if only == _UNCOUNTED else only
         sizes = {_length(argument) for argument in (*self.args, *self.kwargs.values())}
         sizes.discard(_UNCOUNTED)
         return sizes.pop() if len(sizes) == 1 else None

@@ -26,6 +26,7 @@ from slimkit.tasks.data.settings import AugmentSettings, DataSettings
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
+    "docs/training.md",
     "docs/pruning.md",
     "docs/quantization.md",
     "docs/distillation.md",

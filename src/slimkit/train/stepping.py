@@ -267,7 +267,8 @@ class StepTools:
         parts = list(terms)
         if own is not None:
             _check_scalar(own)
-            parts.append(self._objective.weight * own)
+            weight = self._objective.weight
+            parts.append(own if weight == 1 else weight * own)
         if len(parts) == 1:
             return parts[0]
         if not parts:
