@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from slimkit.cli.options import Arguments, Checkpoint, InputShape, ModelName
+from slimkit.cli.options import Checkpoint, InputShape, ModelArguments, ModelName
 
 __all__ = ["explain_command"]
 
@@ -15,7 +15,7 @@ __all__ = ["explain_command"]
 def explain_command(
     model: ModelName,
     input_shape: InputShape = None,
-    arg: Arguments = None,
+    arg: ModelArguments = None,
     checkpoint: Checkpoint = None,
     ratio: Annotated[
         float | None, typer.Option(help="Fraction of the channels to remove.", show_default="0.5")

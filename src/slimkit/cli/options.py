@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Arguments", "Checkpoint", "InputShape", "ModelName"]
+__all__ = ["Checkpoint", "InputShape", "ModelArguments", "ModelName"]
 
 ModelName = Annotated[
     str,
@@ -22,7 +22,7 @@ InputShape = Annotated[
         "--input", metavar="N,C,H,W", help="Shape of the input.", show_default="fits the model"
     ),
 ]
-Arguments = Annotated[
+ModelArguments = Annotated[
     list[str] | None,
     typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the factory; may be repeated."),
 ]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slimkit.cli.options import Arguments, InputShape, ModelName
+from slimkit.cli.options import InputShape, ModelArguments, ModelName
 
 __all__ = ["profile_command"]
 
@@ -14,7 +14,7 @@ __all__ = ["profile_command"]
 def profile_command(
     model: ModelName,
     input_shape: InputShape = None,
-    arg: Arguments = None,
+    arg: ModelArguments = None,
     depth: Annotated[
         int | None, typer.Option("--depth", min=1, help="Fold deeper layers into their parents.")
     ] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimkit.cli.mirrored import options_of
-from slimkit.cli.options import Arguments, Checkpoint, ModelName
+from slimkit.cli.options import Checkpoint, ModelArguments, ModelName
 from slimkit.limits import KINDS, Limit
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     ],
     out: Annotated[Path, typer.Option("--out", help="The ONNX file to write.")],
     checkpoint: Checkpoint = None,
-    arg: Arguments = None,
+    arg: ModelArguments = None,
     image_size: Annotated[
         int | None,
         typer.Option(min=4, max=4096, help="Height and width.", show_default="of the images"),

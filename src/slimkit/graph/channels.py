@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from slimkit.graph.capturing import Call, Graph, Op, Ref
 from slimkit.graph.disjoint import DisjointSets
-from slimkit.graph.groups import Role
+from slimkit.graph.groups import SlotRole
 from slimkit.graph.sizes import Powers, TrackedInt
 
 __all__ = [
@@ -52,7 +52,7 @@ class ParameterDim:
     dim: int
     start: int
     size: int
-    role: Role | None = None
+    role: SlotRole | None = None
 
 
 SplitKind = tuple[str, str, int]
@@ -200,7 +200,7 @@ class ChannelTracker:
             for dim, size in enumerate(info.shape)
         ]
 
-    def parameter_dim(self, value: int, dim: int, role: Role | None = None) -> Dim:
+    def parameter_dim(self, value: int, dim: int, role: SlotRole | None = None) -> Dim:
         """The atoms of one dimension of a weight, made on first use.
 
         Args:
@@ -312,7 +312,7 @@ class ChannelTracker:
         for dim in self.dims(value):
             self.freeze(dim, reason)
 
-    def mark(self, dim: Dim, role: Role | None) -> None:
+    def mark(self, dim: Dim, role: SlotRole | None) -> None:
         """Say what the parameters behind these atoms do for their channels."""
         if isinstance(dim, str) or role is None or not dim.size:
             return

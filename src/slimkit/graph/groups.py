@@ -11,14 +11,14 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ATTENTION", "AttentionPart", "Group", "Role", "Slot"]
+__all__ = ["ATTENTION", "AttentionPart", "Group", "Slot", "SlotRole"]
 
 AttentionPart = Literal["heads", "channels"]
 """What of an attention leaves where both could: whole heads, or channels of every head."""
 
 ATTENTION: tuple[AttentionPart, ...] = get_args(AttentionPart)
 
-Role = Literal["producer", "consumer", "vector", "size"]
+SlotRole = Literal["producer", "consumer", "vector", "size"]
 """What a tensor's dimension does for a channel: ``"producer"`` makes it (output dimension of
 a convolution's weight), ``"consumer"`` reads it (input dimension), ``"vector"`` holds one
 number per channel (bias, batch-norm scale and statistics, layer scale). ``"size"`` is no tensor
@@ -33,7 +33,7 @@ class Slot:
         tensor: name of the parameter or buffer (the first of tied names), or of an attribute:
             ``"blocks.0.attn:num_heads"``.
         dim: the dimension.
-        role: see :data:`Role`.
+        role: see :data:`SlotRole`.
         positions: integers of shape ``(size, width)``: row ``i`` holds the indices along
             ``dim`` that belong to channel ``i`` of the group. ``width`` is 1 for most
             layers, 49 for a linear layer behind a flattened 7×7 map, the number of groups
@@ -42,7 +42,7 @@ class Slot:
 
     tensor: str
     dim: int
-    role: Role
+    role: SlotRole
     positions: npt.NDArray[np.int64]
 
     @property

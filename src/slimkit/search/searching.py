@@ -41,9 +41,9 @@ from slimkit.search.values import (
 if TYPE_CHECKING:
     from slimkit.artifact import PathLike
 
-__all__ = ["Constraint", "Executor", "Objective", "search"]
+__all__ = ["Constraint", "Executor", "ObjectiveFunction", "search"]
 
-Objective = Callable[[Parameters, Candidate], float | Mapping[str, float]]
+ObjectiveFunction = Callable[[Parameters, Candidate], float | Mapping[str, float]]
 """The objective function: (parameters, candidate) → its value, or several metrics by name."""
 
 Constraint = Callable[[Parameters], str | None]
@@ -59,7 +59,7 @@ another. Both arguments can be pickled if the evaluation can.
 
 def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     space: SearchSpace,
-    evaluate: Objective,
+    evaluate: ObjectiveFunction,
     *,
     trials: int,
     sampler: str | Sampler = "tpe",
@@ -334,7 +334,7 @@ class _Proposing:
         return None
 
 
-def _attempted(evaluate: Objective, candidate: Candidate) -> Outcome:
+def _attempted(evaluate: ObjectiveFunction, candidate: Candidate) -> Outcome:
     """Evaluate, and make a mistake an outcome."""
     begin = time.perf_counter()
     try:

@@ -248,7 +248,7 @@ def _cut_torn_line(handle: IO[bytes], file: Path) -> None:
 
 @contextlib.contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """Optuna's complaints about a damaged file as ours."""
+    """Errors of Optuna about a damaged file as :class:`ArtifactError`."""
     try:
         yield
     except (InputError, OSError):
