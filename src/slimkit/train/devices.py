@@ -44,14 +44,26 @@ class Device:
         """Whose random state is to be kept beside the CPU's."""
         return [self.device] if self.device.type == "cuda" else []
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """Move ``model`` here and into its layout; returns what is to be called (DDP or it)."""
+    def place(self, model: nn.Module, *, in_parts: bool = False) -> nn.Module:
+        """Move ``model`` here and into its layout; returns what is to be called (DDP or it).
+
+        Args:
+            model: changed in place.
+            in_parts: a forward may leave parameters out, as in a supernet; across processes
+                those must then be looked for.
+        """
         convolutional = any(isinstance(m, nn.Conv2d) for m in model.modules())
         if self._wanted_layout is True or (self._wanted_layout == "auto" and convolutional):
             self._layout = torch.channels_last
         _to(model, self.device, self._layout)
         if self.processes == 1:  # Accelerate would look for sharded tensors: seconds of imports
             return model
+        if in_parts:
+            from accelerate import DistributedDataParallelKwargs
+
+            self._accelerator.ddp_handler = DistributedDataParallelKwargs(
+                find_unused_parameters=True
+            )
         return cast("nn.Module", self._accelerator.prepare_model(model))
 
     def put_back(self, model: nn.Module, device: torch.device) -> None:

@@ -87,7 +87,7 @@ class Run:
         self.total = max(1, round(settings.epochs * self.steps_per_epoch))
         if max_steps is not None:
             self.total = min(self.total, max_steps)
-        forward = device.place(model)
+        forward = device.place(model, in_parts=objective.step is not None)
         self.extra = _parameters_of(objective.terms, device.device)
         self.optimizer = build_optimizer(model, settings, self.extra)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
