@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "AddressError",
     "ArtifactError",
     "BackendError",
     "CaptureError",
@@ -61,6 +62,10 @@ class UnknownNameError(SlimkitError, LookupError):
 
 class PatternError(SlimkitError, LookupError):
     """A name pattern (``ignore``, ``only``, ``skip`` …) matches nothing."""
+
+
+class AddressError(SlimkitError, RuntimeError):
+    """A forward makes other calls than the captured one, and a planned one cannot be told."""
 
 
 class CaptureError(SlimkitError, RuntimeError):

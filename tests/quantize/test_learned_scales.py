@@ -19,7 +19,7 @@ from slimkit.quantize.quantizers.learned import (
     PactActivation,
 )
 from slimkit.quantize.scales import mse_weight_grid, pair_sums, weight_grid
-from slimkit.quantize.scheme import QuantizerSpec
+from slimkit.quantize.specs import QuantizerSpec
 from slimkit.runtime import export
 from slimkit.runtime.fake_quantize import quantized_integers
 from slimkit.runtime.fusion import fusion_report

@@ -176,7 +176,7 @@ def test_the_default_target_follows_the_processor(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_fixed_scale_stays() -> None:
-    from slimkit.quantize.scheme import QuantizerSpec
+    from slimkit.quantize.specs import QuantizerSpec
 
     quantizer = WeightQuantizer(QuantizerSpec("w", INT8, "w", channels=2, scale="fixed"))
     quantizer.scale.copy_(torch.tensor([0.5, 0.25]))

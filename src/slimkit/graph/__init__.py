@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from slimkit.graph.addressing import AddressMode, function_name
+from slimkit.graph.addressing import AddressMode
 from slimkit.graph.capturing import Call, Graph, Op, Ref, TensorInfo, capture
 from slimkit.graph.channels import rule
 from slimkit.graph.equivalence import Equivalence, check_equivalence
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
+from slimkit.graph.functions import function_name
 from slimkit.graph.grouping import dependency_groups
 from slimkit.graph.groups import Group, Slot
 from slimkit.graph.masking import masked_outputs

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimkit.graph.call_table import CallTable
 from slimkit.graph.sizes import Powers
 
 __all__ = ["Call", "Graph", "Op", "Ref", "TensorInfo", "tensors_in"]
@@ -76,7 +77,7 @@ class Call:
     Attributes:
         index: position in :attr:`Graph.calls`.
         module: path of the innermost module that was running.
-        function: normalised name (:func:`~slimkit.graph.addressing.function_name`).
+        function: normalised name (:func:`~slimkit.graph.functions.function_name`).
         ordinal: how many calls of ``function`` this module had made before.
         inputs: value numbers of the tensors in the arguments, in order.
         outputs: value numbers of the tensors in the result. A function that hands its
@@ -96,7 +97,7 @@ class Call:
 
     @property
     def address(self) -> str:
-        """``"module:function#ordinal"``, the same in every forward of the model."""
+        """``"module:function#ordinal"``: its name, also in other forwards of the model."""
         return f"{self.module}:{self.function}#{self.ordinal}"
 
 
@@ -117,6 +118,8 @@ class Graph:
         fixed: products of sizes that the model relies on in arithmetic or comparisons.
         read: (module path, value number) of tensors whose numbers Python read without an
             operator (``x.tolist()``); reads by an operator (``bool(x)``) are among the ``ops``.
+        table: by which the calls of other forwards are recognised as those of the evaluation
+            forward.
     """
 
     def __init__(self) -> None:
@@ -131,7 +134,7 @@ class Graph:
         self.attributes: list[tuple[str, str, int]] = []
         self.fixed: list[Powers] = []
         self.read: list[tuple[str, int]] = []
-        self.table: Any = None
+        self.table = CallTable()
         self._producer: dict[int, Op] = {}
         self._consumers: dict[int, list[Op]] = {}
         self._call_producer: dict[int, Call] = {}

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from slimkit.graph.addressing import AddressMode
+from slimkit.graph.call_table import CallTable
 from slimkit.graph.capturing import Graph, Op, tensors_in
 
 __all__ = ["Addresses", "Decisions", "largest_difference", "ops_by_address"]
@@ -26,10 +27,15 @@ Key = tuple[str, int]
 
 
 class Addresses(AddressMode):
-    """Knows which call is running, so that operators of two forwards can be matched."""
+    """Knows which call is running, so that operators of two forwards can be matched.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    Args:
+        model: what runs.
+        table: of the capture that both forwards are compared with.
+    """
+
+    def __init__(self, model: nn.Module, table: CallTable) -> None:
+        super().__init__(model, table)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self._address = ""
         self._issued: dict[str, int] = {}
@@ -68,9 +74,14 @@ def ops_by_address(graph: Graph) -> dict[Key, Op]:
 
 
 class Decisions:
-    """What was decided in one forward, and from which numbers."""
+    """What was decided in one forward, and from which numbers.
 
-    def __init__(self) -> None:
+    Args:
+        table: of the capture of the network.
+    """
+
+    def __init__(self, table: CallTable) -> None:
+        self._table = table
         self._taken: dict[Key, tuple[list[Tensor], Any]] = {}
 
     def note(self, key: Key, func: Any, arguments: Any, result: Any) -> None:
@@ -86,7 +97,7 @@ class Decisions:
 
     def replay(self, model: nn.Module) -> Replay:
         """A mode for the second forward."""
-        return Replay(model, self._taken)
+        return Replay(model, self._table, self._taken)
 
 
 def _may_decide(func: torch._ops.OpOverload) -> bool:
@@ -103,9 +114,11 @@ class Replay(TorchDispatchMode):
         worst: largest difference of the numbers behind one, as a fraction of their size.
     """
 
-    def __init__(self, model: nn.Module, taken: Mapping[Key, tuple[list[Tensor], Any]]) -> None:
+    def __init__(
+        self, model: nn.Module, table: CallTable, taken: Mapping[Key, tuple[list[Tensor], Any]]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._addresses = Addresses(model)
+        self._addresses = Addresses(model, table)
         self._taken = taken
         self.count = 0
         self.worst = 0.0

@@ -93,8 +93,8 @@ def check_equivalence(
         PlanError: the plan does not fit the model, or splits channels that belong together.
         CaptureError: a forward failed.
     """
-    decisions = Decisions()
     original, inputs, graph, double = _captured_copy(model, as_inputs(example_inputs), double)
+    decisions = Decisions(graph.table)
     tolerance = tolerance if double else max(tolerance, 1e-4)
     masked, norms = masked_outputs(original, inputs, graph, plan, decisions)
     pruned = plan.apply_to(original)

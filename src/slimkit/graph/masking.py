@@ -71,8 +71,8 @@ def masked_outputs(
         CaptureError: the forward does not take the captured path.
     """
     tracker, doomed = _tracked(graph, model, plan)
-    addresses = Addresses(model)
-    mode = _MaskMode(tracker, doomed, addresses, decisions or Decisions())
+    addresses = Addresses(model, graph.table)
+    mode = _MaskMode(tracker, doomed, addresses, decisions or Decisions(graph.table))
     inputs = own_inputs(model, example_inputs)
     with undisturbed(model), torch.no_grad():
         torch.manual_seed(0)

@@ -102,7 +102,8 @@ class Recorder:
             ) from error
         outputs = tuple(self.value(tensor) for tensor in tensors_in(result))
         if self.kept is None:
-            self.graph.table = calls.recorded
+            recorded = {call.address for call in self.graph.calls}
+            self.graph.table = calls.recorded.restricted(recorded)
         self.graph.outputs = tuple(dict.fromkeys((*self.graph.outputs, *outputs)))
 
     def value(self, tensor: Tensor, name: str | None = None) -> int:

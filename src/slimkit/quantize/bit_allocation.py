@@ -27,8 +27,9 @@ from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
 from slimkit.quantize.layer_choice.sensitivity_table import LayerSensitivity
 from slimkit.quantize.observers.ranges import Observer
 from slimkit.quantize.outputs.distance import decibels
-from slimkit.quantize.scheme import QuantPlan, named_weights
+from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.sensitivity_analysis import calibrated
+from slimkit.quantize.specs import named_weights
 from slimkit.quantize.targets import Target, resolve_target
 
 __all__ = ["BitAllocation", "LayerBits", "mixed_precision"]

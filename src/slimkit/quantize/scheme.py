@@ -2,135 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slimkit.errors import PlanError, nearest
-from slimkit.graph.addressing import CallTable
+from slimkit.graph.call_table import CallTable
 from slimkit.graph.computed_weights import make_plain
 from slimkit.graph.folding import FusePlan
 from slimkit.modules import copy_module
 from slimkit.plan import Plan
-from slimkit.quantize.targets import NumberFormat
+from slimkit.quantize.specs import CallRule, Decision, QuantizerSpec, named_weights
+from slimkit.quantize.wrapper import QuantizedModel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from slimkit.quantize.wrapper import QuantizedModel
-
-__all__ = ["CallRule", "Decision", "QuantPlan", "QuantizerSpec", "named_weights"]
-
-
-@dataclass(frozen=True)
-class QuantizerSpec:
-    """One quantizer.
-
-    Attributes:
-        name: key in ``QuantizedModel.quantizers``.
-        form: number format.
-        parameter: the weight that it rounds, ``None`` for an activation.
-        channels: number of scales of a weight, ``None`` for one per tensor.
-        axis: dimension of the weight that the channels lie on.
-        pairs: no two products with it may exceed 16 bits; see
-            :func:`slimkit.quantize.scales.pair_sums`.
-        scale: ``"follows"`` the largest magnitude of a weight at every call, or what is observed
-            of an activation; of a weight ``"fixed"``; ``"learned"`` as a parameter (LSQ); of an
-            activation ``"clip"``: up to a learned bound (PACT).
-        blocks: a weight has so many scales per output channel, each for equally many inputs.
-        dynamic: of an activation: scale and zero point are computed from each tensor.
-        compact: of a weight: scales are powers of 2^(1/16), see
-            :func:`slimkit.runtime.fake_quantize.on_grid`.
-        bounds: of an activation: a range known beforehand, such as that of a sigmoid.
-    """
-
-    name: str
-    form: NumberFormat
-    parameter: str | None = None
-    channels: int | None = None
-    axis: int = 0
-    pairs: bool = False
-    scale: Literal["follows", "fixed", "learned", "clip"] = "follows"
-    blocks: int | None = None
-    dynamic: bool = False
-    compact: bool = False
-    bounds: tuple[float, float] | None = None
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it needs data before it can round."""
-        return self.parameter is None and not self.dynamic and self.bounds is None
-
-
-def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors that can be the weight of a layer, by name: parameters, and fixed filters."""
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    return {**buffers, **dict(model.named_parameters(remove_duplicate=False))}
-
-
-@dataclass(frozen=True)
-class CallRule:
-    """What is rounded at one call.
-
-    Attributes:
-        inputs: position among the tensors in the arguments → quantizer.
-        outputs: position among the tensors in the result → quantizer.
-        gate: of ``x · sigmoid(x)`` in one call: the quantizer of the second factor.
-    """
-
-    inputs: Mapping[int, str]
-    outputs: Mapping[int, str]
-    gate: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Positions as strings; without what is not there."""
-        data: dict[str, Any] = {
-            "inputs": {str(k): v for k, v in self.inputs.items()},
-            "outputs": {str(k): v for k, v in self.outputs.items()},
-        }
-        return data if self.gate is None else {**data, "gate": self.gate}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> CallRule:
-        """Read what :meth:`to_json` wrote."""
-        return cls(
-            {int(k): str(v) for k, v in data["inputs"].items()},
-            {int(k): str(v) for k, v in data["outputs"].items()},
-            data.get("gate"),
-        )
-
-    def names(self) -> Iterator[str]:
-        """All quantizers in it."""
-        yield from self.inputs.values()
-        yield from self.outputs.values()
-        if self.gate is not None:
-            yield self.gate
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Whether a call computes with integers, and why not.
-
-    A call that computes in float may still keep its weight as integers: it has a ``weight``.
-
-    Attributes:
-        address: ``"module:function#ordinal"``.
-        module: of the weights, or else the one that makes the call.
-        integer: it does.
-        reason: for a call left in float; empty otherwise.
-        reads: quantizers of its data inputs.
-        weight: quantizer of its weight, if it has one.
-        writes: quantizer of its output, perhaps behind a clipping activation function; ``None``
-            when the output leaves in float.
-    """
-
-    address: str
-    module: str
-    integer: bool
-    reason: str = ""
-    reads: tuple[str, ...] = ()
-    weight: str | None = None
-    writes: str | None = None
+__all__ = ["QuantPlan"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +40,8 @@ class QuantPlan(Plan):
         biases: how its file holds them, ``"int32"``, ``"float16"`` or ``"float"``.
         plain: layers that computed their weight from parameters at every call, and that are
             replaced by plain ones before anything else.
+        table: what the captured forward called: by it the calls of other forwards are recognised.
+            ``None`` in a file of an older version: then they are counted.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -186,7 +76,7 @@ class QuantPlan(Plan):
     def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantPlan:  # noqa: ARG003
         """Read what :meth:`to_json` wrote."""
         rules = {a: CallRule.from_json(rule) for a, rule in data["calls"].items()}
-        specs = tuple(_spec_from_json(spec) for spec in data["quantizers"])
+        specs = tuple(QuantizerSpec.from_json(spec) for spec in data["quantizers"])
         decisions = tuple(
             Decision(**{**entry, "reads": tuple(entry["reads"])}) for entry in data["decisions"]
         )
@@ -236,8 +126,6 @@ class QuantPlan(Plan):
         Raises:
             PlanError: a weight is missing or has another number of channels.
         """
-        from slimkit.quantize.wrapper import QuantizedModel
-
         make_plain(model, self.plain)
         parameters = named_weights(model)
         for spec in self.quantizers:
@@ -320,9 +208,3 @@ class QuantPlan(Plan):
             ),
             warnings=(*self.warnings, *(f"{d.address} {reason}: left in float" for d in left)),
         )
-
-
-def _spec_from_json(data: Mapping[str, Any]) -> QuantizerSpec:
-    bounds = data.get("bounds")
-    given = {**data, "form": NumberFormat(**data["form"])}
-    return QuantizerSpec(**{**given, "bounds": None if bounds is None else tuple(bounds)})

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slimkit.errors import InputError
-from slimkit.graph.addressing import AddressMode, function_name
+from slimkit.graph.addressing import AddressMode
+from slimkit.graph.functions import function_name
 from slimkit.inputs import Batch
 from slimkit.prune.batches import (
     Batches,

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimkit.graph.addressing import function_of
+from slimkit.graph.functions import function_of
 from slimkit.quantize.integer.activations import CURVES, GATES, curve, gated
 from slimkit.quantize.integer.arithmetic import add, layer, mean_over_space, multiply, product
 from slimkit.quantize.quantizers.dynamic import DynamicQuantizer
 from slimkit.quantize.quantizers.fixed import ActivationQuantizer, WeightQuantizer
-from slimkit.quantize.scheme import Decision
+from slimkit.quantize.specs import Decision
 
 __all__ = ["IntegerCall", "integer_call"]
 

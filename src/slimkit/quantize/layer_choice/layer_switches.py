@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from slimkit.quantize.planning.partial_plans import integer_layers, leave_in_float, with_weight_bits
 from slimkit.quantize.quantizers.fixed import WeightQuantizer
-from slimkit.quantize.scheme import QuantPlan, named_weights
+from slimkit.quantize.scheme import QuantPlan
+from slimkit.quantize.specs import named_weights
 from slimkit.quantize.targets import Target
 from slimkit.quantize.wrapper import QuantizedModel
 

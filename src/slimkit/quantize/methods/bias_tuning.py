@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from slimkit.errors import SlimkitError
-from slimkit.graph.addressing import AddressMode, function_of
+from slimkit.graph.addressing import AddressMode
+from slimkit.graph.functions import function_of
 from slimkit.inputs import Inputs
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.methods.fixed_weights import check
@@ -163,12 +164,12 @@ class _Biases(AddressMode):
     """
 
     def __init__(self, quantized: QuantizedModel) -> None:
-        super().__init__(quantized.model)
         self._wanted = {
             decision.address
             for decision in quantized.plan.decisions
             if decision.weight is not None and function_of(decision.address) in SUPPORTED
         }
+        super().__init__(quantized.model, quantized.plan.table, self._wanted)
         self.found: dict[int, tuple[nn.Parameter, float]] = {}
 
     def on_call(

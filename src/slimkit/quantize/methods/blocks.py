@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from slimkit.graph.addressing import AddressMode
+from slimkit.graph.call_table import CallTable
 from slimkit.inputs import Inputs
 
 __all__ = ["Arguments", "Block", "Outline", "Source", "outline", "tensors_in"]
@@ -172,7 +173,14 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def outline(model: nn.Module, example: Inputs, layers: Set[str], *, largest: int = 8) -> Outline:
+def outline(
+    model: nn.Module,
+    example: Inputs,
+    layers: Set[str],
+    *,
+    table: CallTable | None = None,
+    largest: int = 8,
+) -> Outline:
     """Run ``model`` once and find its blocks.
 
     They are the outermost modules that can run alone and are no ``nn.Sequential``, with at most
@@ -183,9 +191,10 @@ def outline(model: nn.Module, example: Inputs, layers: Set[str], *, largest: int
         model: in evaluation mode.
         example: one call.
         layers: addresses of the layers that count.
+        table: of the capture that these addresses are from; without it calls are counted.
         largest: a module with more of them is taken apart.
     """
-    trace = _Trace(model)
+    trace = _Trace(model, table, layers)
     with torch.no_grad(), trace.watching_modules(), trace:
         example.call(model)
     blocks: dict[str, Block] = {}
@@ -232,8 +241,8 @@ class _Run:
 
 
 class _Trace(AddressMode):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, table: CallTable | None, layers: Set[str]) -> None:
+        super().__init__(model, table, layers)
         self.root = _Run("", model)
         self.functions: dict[str, Callable[[Tensor], Any]] = {}
         self._model = model

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.graph.addressing import AddressMode
+from slimkit.graph.call_table import CallTable
 from slimkit.graph.capturing import Call, Graph
 from slimkit.inputs import Inputs
 
@@ -129,7 +130,7 @@ class ChannelRanges:
 
 @torch.no_grad()
 def channel_ranges(
-    model: nn.Module, batches: Iterable[Inputs], dims: Mapping[str, int]
+    model: nn.Module, batches: Iterable[Inputs], dims: Mapping[str, int], table: CallTable
 ) -> dict[str, ChannelRanges]:
     """Run ``model`` on all batches and look at what some calls read.
 
@@ -137,11 +138,15 @@ def channel_ranges(
         model: in evaluation mode.
         batches: calls.
         dims: call address → dimension of the channels in its first argument.
+        table: of the capture that the addresses are from.
 
     Returns:
         Call address → ranges; without the calls that never ran.
+
+    Raises:
+        AddressError: a batch makes other calls, and one of these cannot be told.
     """
-    watch = _Watch(model, dims)
+    watch = _Watch(model, dims, table)
     for inputs in batches:
         with watch:
             inputs.call(model)
@@ -149,8 +154,8 @@ def channel_ranges(
 
 
 class _Watch(AddressMode):
-    def __init__(self, model: nn.Module, dims: Mapping[str, int]) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, dims: Mapping[str, int], table: CallTable) -> None:
+        super().__init__(model, table, dims.keys())
         self._dims = dims
         self.found: dict[str, ChannelRanges] = {}
 

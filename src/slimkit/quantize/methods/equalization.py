@@ -168,12 +168,13 @@ class Equalize:
         model = work.quantized.model
         per_channel = work.quantized.plan.granularity == "channel"
         by_weights = self.ranges == "weights" or (self.ranges == "auto" and not per_channel)
-        found = links(capture(model, work.example))
+        graph = capture(model, work.example)
+        found = links(graph)
         if not found:
             warnings.warn("equalize: no two layers can be equalized", stacklevel=2)
             return
         weights = Weights(model)
-        states = list(self._states(work, found, weights, per_channel))
+        states = list(self._states(work, graph, found, weights, per_channel))
         for _ in range(self.iterations):
             changes = [
                 state.step(by_weights=by_weights, headroom=self.headroom) for state in states
@@ -183,13 +184,13 @@ class Equalize:
         weights.write()
 
     def _states(
-        self, work: Work, found: list[Link], weights: Weights, per_channel: bool
+        self, work: Work, graph: Graph, found: list[Link], weights: Weights, per_channel: bool
     ) -> Iterator[_State]:
         dims = {link.second.call.address: link.second.channel_dim for link in found}
         dims |= {
             link.clip.address: link.first.channel_dim for link in found if link.clip is not None
         }
-        seen = channel_ranges(work.quantized.model, work.inputs(), dims)
+        seen = channel_ranges(work.quantized.model, work.inputs(), dims, graph.table)
         for link in found:
             if link.second.call.address in seen:
                 magnitude = seen[link.second.call.address].magnitude

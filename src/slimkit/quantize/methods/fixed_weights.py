@@ -11,7 +11,7 @@ from torch import Tensor
 from slimkit.errors import InputError
 from slimkit.quantize.quantizers.fixed import WeightQuantizer
 from slimkit.quantize.scales import along, mse_weight_grid, weight_grid
-from slimkit.quantize.scheme import QuantizerSpec, named_weights
+from slimkit.quantize.specs import QuantizerSpec, named_weights
 from slimkit.quantize.wrapper import QuantizedModel
 
 __all__ = ["Grid", "ScaleChoice", "check", "choose_grid", "fix", "weight_of"]

@@ -136,13 +136,15 @@ class SmoothQuant:
     def run(self, work: Work) -> None:
         """Scale norms and linear layers of ``work.quantized.model`` in place."""
         model = work.quantized.model
-        found = norms(capture(model, work.example))
+        graph = capture(model, work.example)
+        found = norms(graph)
         if not found:
             warnings.warn(
                 "smoothquant: no normalisation is read by linear layers alone", stacklevel=2
             )
             return
-        seen = channel_ranges(model, work.inputs(), {n.layers[0].call.address: -1 for n in found})
+        dims = {norm.layers[0].call.address: -1 for norm in found}
+        seen = channel_ranges(model, work.inputs(), dims, graph.table)
         weights = Weights(model)
         for norm in found:
             if norm.layers[0].call.address in seen:

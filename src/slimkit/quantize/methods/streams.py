@@ -9,7 +9,7 @@ for as many images as the method asks for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.graph.addressing import AddressMode, function_of
+from slimkit.graph.addressing import AddressMode
+from slimkit.graph.call_table import CallTable
+from slimkit.graph.functions import function_of
 from slimkit.inputs import Inputs
 from slimkit.quantize.methods.blocks import Arguments, Block, Source, outline, tensors_in
 from slimkit.quantize.methods.interface import Work
 from slimkit.quantize.methods.layer_calls import SUPPORTED, LayerCall
 from slimkit.quantize.methods.sampled_layers import Samples
-from slimkit.quantize.scheme import QuantizerSpec
+from slimkit.quantize.specs import QuantizerSpec
 
 __all__ = ["BlockCall", "Layer", "Streams"]
 
@@ -69,16 +71,15 @@ class Streams:
                 addresses.setdefault(weight, []).append(decision.address)
         calls = {address for used in addresses.values() for address in used}
         self._work, self._images = work, images
-        self._outline = outline(reference, work.example, calls, largest=largest)
+        table = quantized.plan.table
+        self._outline = outline(reference, work.example, calls, table=table, largest=largest)
         self.layers = [
             self._layer(name, tuple(used))
             for name, used in addresses.items()
             if all(function_of(address) in SUPPORTED for address in used)
         ]
-        self._float = _Side(reference, lambda _: nullcontext())
-        self._quantized = _Side(
-            quantized.model, lambda followed: quantized.attachment(followed=followed)
-        )
+        self._float = _Side(reference, table, nullcontext)
+        self._quantized = _Side(quantized.model, table, quantized.attachment)
         self._order = {path: place for place, path in enumerate(self._outline.blocks)}
         self._numbers: dict[int, Mapping[str, Arguments]] = {}
         self._block: Block | None = None
@@ -94,12 +95,12 @@ class Streams:
         for number in self._float.numbers if block else range(len(self._batches())):
             if block is None:
                 batch = self._batches()[number]
-                rounded = self._quantized.watch(layer.addresses, None, batch.call)
-                exact = self._float.watch(layer.addresses, None, batch.call)
+                rounded = self._quantized.watch(layer.addresses, batch.call)
+                exact = self._float.watch(layer.addresses, batch.call)
             else:
                 arguments = self._arguments(number)[block.path]
                 rounded, exact = (
-                    side.watch(layer.addresses, block, side.caller(block, number, arguments))
+                    side.watch(layer.addresses, side.caller(block, number, arguments))
                     for side in (self._quantized, self._float)
                 )
             for address in layer.addresses:
@@ -239,7 +240,8 @@ class _Side:
 
     Args:
         model: what runs.
-        mode: a context in which it computes as it should, given the modules that will run.
+        table: of the capture that addresses are from.
+        mode: gives a context in which it computes as it should.
 
     Attributes:
         values: number of a batch → the tensors at hand in it.
@@ -248,11 +250,10 @@ class _Side:
     def __init__(
         self,
         model: nn.Module,
-        mode: Callable[[Sequence[tuple[str, nn.Module]]], AbstractContextManager[Any]],
+        table: CallTable | None,
+        mode: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self._model, self._mode = model, mode
-        self._named = list(model.named_modules())
-        self._within: tuple[Block | None, list[tuple[str, nn.Module]]] = (None, self._named)
+        self._model, self._table, self._mode = model, table, mode
         self.values: dict[int, dict[Source, Tensor]] = {}
 
     @property
@@ -282,21 +283,11 @@ class _Side:
         tensors = [copies[source] for source in block.sources]
         return lambda model: arguments.call(model.get_submodule(block.path), tensors)
 
-    def _followed(self, block: Block | None) -> list[tuple[str, nn.Module]]:
-        """The modules inside of a block, or all, with their paths."""
-        if block is None:
-            return self._named
-        before = self._within[0]
-        if before is None or before.path != block.path:
-            inside = set(self._model.get_submodule(block.path).modules())
-            self._within = (block, [(path, m) for path, m in self._named if m in inside])
-        return self._within[1]
-
     @torch.no_grad()
     def run(self, block: Block, number: int, arguments: Arguments) -> Any:
         """What a block makes of its inputs."""
         call = self.caller(block, number, arguments)
-        with self._mode(self._followed(block)):
+        with self._mode():
             return call(self._model)
 
     def go_through(self, block: Block, number: int, arguments: Arguments) -> None:
@@ -318,7 +309,7 @@ class _Side:
         module = self._model.get_submodule(block.path)
         handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            with self._mode(self._named):
+            with self._mode():
                 batch.call(self._model)
         except _Reached:
             return found[0] if found else None
@@ -344,16 +335,12 @@ class _Side:
 
     @torch.no_grad()
     def watch(
-        self,
-        addresses: tuple[str, ...],
-        block: Block | None,
-        call: Callable[[nn.Module], Any],
+        self, addresses: tuple[str, ...], call: Callable[[nn.Module], Any]
     ) -> Mapping[str, LayerCall]:
-        """What is called at these addresses when a block, or all of the network, runs."""
-        followed = self._followed(block)
-        watch = _Watch(self._model, frozenset(addresses), followed)
+        """What is called at these addresses when ``call`` runs a block, or all of the network."""
+        watch = _Watch(self._model, frozenset(addresses), self._table)
         try:
-            with self._mode(followed), watch:
+            with self._mode(), watch:
                 call(self._model)
         except _Reached:
             pass
@@ -362,12 +349,9 @@ class _Side:
 
 class _Watch(AddressMode):
     def __init__(
-        self,
-        model: nn.Module,
-        addresses: frozenset[str],
-        followed: Sequence[tuple[str, nn.Module]],
+        self, model: nn.Module, addresses: frozenset[str], table: CallTable | None
     ) -> None:
-        super().__init__(model, followed)
+        super().__init__(model, table, addresses)
         self._wanted = addresses
         self.seen: dict[str, LayerCall] = {}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimkit.inputs import Inputs
 from slimkit.modules import evaluation
 from slimkit.quantize.outputs.distance import decibels
-from slimkit.quantize.scheme import Decision, named_weights
+from slimkit.quantize.specs import Decision, named_weights
 from slimkit.quantize.wrapper import QuantizedModel
 
 __all__ = ["layer_noise"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from slimkit.graph.capturing import Call, Graph
 from slimkit.quantize.planning.requests import Request
 from slimkit.quantize.planning.roles import Roles
-from slimkit.quantize.scheme import CallRule, Decision, QuantizerSpec
+from slimkit.quantize.specs import CallRule, Decision, QuantizerSpec
 from slimkit.quantize.targets import Target
 
 __all__ = ["Draft", "Layout"]

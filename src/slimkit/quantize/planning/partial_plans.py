@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from slimkit.graph.addressing import function_of
-from slimkit.quantize.scheme import CallRule, Decision, QuantPlan
+from slimkit.graph.functions import function_of
+from slimkit.quantize.scheme import QuantPlan
+from slimkit.quantize.specs import CallRule, Decision
 from slimkit.quantize.targets import Target
 
 __all__ = ["integer_layers", "leave_in_float", "with_weight_bits"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slimkit.errors import InputError, PlanError
-from slimkit.quantize.scheme import Decision
+from slimkit.quantize.specs import Decision
 
 __all__ = ["check_network", "compiled_parts", "warn_of_nothing"]
 

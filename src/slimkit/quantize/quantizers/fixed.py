@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from slimkit.quantize.observers.ranges import MOMENTUM, Observer, new_observer, towards
 from slimkit.quantize.quantizers.host_values import HostValue
 from slimkit.quantize.scales import affine_parameters, weight_grid
-from slimkit.quantize.scheme import QuantizerSpec
+from slimkit.quantize.specs import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
 from slimkit.runtime.fake_quantize import fake_quantize
 

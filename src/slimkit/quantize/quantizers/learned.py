@@ -8,13 +8,13 @@ positive scale and a whole number; the integer evaluation and the export read on
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from slimkit.errors import UnknownNameError, nearest
-from slimkit.graph.addressing import function_of
+from slimkit.graph.functions import function_of
 from slimkit.quantize.quantizers.dynamic import DynamicQuantizer
 from slimkit.quantize.quantizers.fixed import ActivationQuantizer, WeightQuantizer
 from slimkit.quantize.quantizers.host_values import HostValue
@@ -25,8 +25,11 @@ from slimkit.quantize.quantizers.learned_scales import (
     round_tensor,
 )
 from slimkit.quantize.scales import TINY, mse_weight_grid, pair_scale, pairs_can_overflow
-from slimkit.quantize.scheme import QuantizerSpec, QuantPlan
+from slimkit.quantize.specs import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
+
+if TYPE_CHECKING:
+    from slimkit.quantize.scheme import QuantPlan
 
 __all__ = [
     "SCALES",
