@@ -119,7 +119,7 @@ class AddressMode(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         unfollow_modules(self)
-        if self._alignment is not None and error[:1] in ((), (None,)):
+        if self._alignment is not None and error[0] is None:
             self._alignment.check()
 
     def check_complete(self) -> None:
@@ -273,7 +273,7 @@ class AddressMode(TorchFunctionMode):
             for position, tensor in enumerate(tensors_in_arguments((result,))):
                 self._name_module_result(frame, tensor, position)
         if self._outermost is module:
-            self.__exit__(*((None, None, None) if self.failed is None else (RuntimeError,)))
+            self.__exit__(None if self.failed is None else RuntimeError, None, None)
 
     def _left(self, module: nn.Module) -> Frame | None:
         """Forget the frame of ``module``, and those inside that an exception skipped."""

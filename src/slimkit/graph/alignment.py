@@ -9,9 +9,9 @@ Rules, the first that applies:
    (``x * height ** -0.5``): that call. Should another, unknown call of the function run in the
    same run, it is not certain which is which.
 4. Of two or more live operands, the one made last is the last-made of exactly one captured call
-   of the function, with constants and equal operands in the same places: that call (a residual
-   branch was skipped, so that an older value comes in). Looser forms stole addresses from
-   ``y + y`` or ``y + noise``.
+   of the function, with that one, constants and equal operands in the same places: that call (a
+   residual branch was skipped, so that an older value comes in). Looser forms stole addresses
+   from ``y + y`` or ``y + noise``.
 5. Otherwise the call is unknown: nothing is planned for it. It is *transparent*, its result keeps
    the name of its first live operand, so that noise, mixup and auxiliary sums rename nothing
    behind them; that name is *tainted* from then on.
@@ -133,7 +133,7 @@ class Alignment:
         if len(entries) != 1 or entries[0][0] in self.met:
             return None
         address = entries[0][0]
-        if _pattern(self.table.calls[address].operands) != _pattern(operands):
+        if _pattern(self.table.calls[address].operands, latest) != _pattern(operands, latest):
             return None
         self._meet(frame, address, (latest,))
         return entries[0]
@@ -214,6 +214,9 @@ class Alignment:
             )
 
 
-def _pattern(operands: Operands) -> list[int]:
-    """Which operands are fixed, and which are equal."""
-    return [operands.index(operand) if is_live(operand) else -1 for operand in operands]
+def _pattern(operands: Operands, latest: str) -> list[int]:
+    """Which operands are fixed (−1), the one made last (−2), and which of the others are equal."""
+    return [
+        -2 if operand == latest else operands.index(operand) if is_live(operand) else -1
+        for operand in operands
+    ]
