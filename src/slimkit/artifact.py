@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "PathLike",
     "atomic_directory",
     "atomic_file",
+    "atomic_files",
     "content_hash",
     "read_json",
     "read_tensors",
@@ -53,6 +54,36 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
         temporary.replace(final)
+
+
+@contextlib.contextmanager
+def atomic_files(path: PathLike, companions: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield a temporary folder; on success its files go beside ``path``, and ``path`` comes last.
+
+    At no moment is there a ``path`` beside companions of another one: where companions change,
+    the old ``path`` is removed first.
+
+    Args:
+        path: the file that names the others; written into the folder under its own name.
+        companions: names of the files that go with it. Those that are beside ``path`` and were
+            not written are removed.
+
+    Raises:
+        ArtifactError: the folder is not writable or the disk is full; ``path`` is untouched.
+    """
+    final = Path(path)
+    with _temporary(final, _new_directory) as folder:
+        yield folder
+        if any((final.parent / name).exists() for name in companions):
+            final.unlink(missing_ok=True)
+        for name in companions:
+            if (folder / name).exists():
+                os.chmod(folder / name, 0o666 & ~_umask())
+                (folder / name).replace(final.parent / name)
+            else:
+                (final.parent / name).unlink(missing_ok=True)
+        os.chmod(folder / final.name, 0o666 & ~_umask())
+        (folder / final.name).replace(final)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from slimkit.artifact import (
     atomic_directory,
     atomic_file,
+    atomic_files,
     content_hash,
     read_json,
     read_tensors,
@@ -179,3 +180,18 @@ def test_tensor_hash_sees_names_types_shapes_and_bits() -> None:
         assert base != tensors_hash({"a": other, "b": one + 1})
     assert base != tensors_hash({"a": one + 1, "b": one})
     assert tensors_hash({"a": torch.tensor(1.0, dtype=torch.bfloat16)})
+
+
+def test_a_file_never_lies_beside_companions_of_another_one(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with atomic_files(target, ["model.data"]) as folder:
+        (folder / "model").write_text("old")
+        (folder / "model.data").write_text("old data")
+    assert (target.read_text(), (tmp_path / "model.data").read_text()) == ("old", "old data")
+    with pytest.raises(ArtifactError), atomic_files(target / "below", ["model.data"]):
+        pass
+    assert (target.read_text(), (tmp_path / "model.data").read_text()) == ("old", "old data")
+    with atomic_files(target, ["model.data"]) as folder:
+        (folder / "model").write_text("alone")
+    assert target.read_text() == "alone"
+    assert _names(tmp_path) == ["model"]

@@ -29,6 +29,7 @@ PAGES = [
     "docs/training.md",
     "docs/pruning.md",
     "docs/quantization.md",
+    "docs/export.md",
     "docs/distillation.md",
     "docs/knowledge.md",
     "docs/search.md",

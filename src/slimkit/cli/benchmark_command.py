@@ -17,6 +17,10 @@ def benchmark_command(
     backend: Annotated[str, typer.Option(help="See: slimkit list backends.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, help="Threads within an operator.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=N", help="Size of another open dimension: height=320."),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time per model.")] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -34,6 +38,7 @@ def benchmark_command(
         backend=backend,
         threads=threads,
         batch=batch,
+        sizes=_sizes(size or []),
         seconds=seconds,
     )
     if as_json:
@@ -57,3 +62,15 @@ def benchmark_command(
     output.print(f"{backend}, threads: {threads}, batch: {batch}")
     for warning in {timing.busy for timing in timings.values() if timing.busy}:
         errors.print(f"warning: {warning}", style="yellow")
+
+
+def _sizes(given: list[str]) -> dict[str, int]:
+    from slimkit.errors import InputError
+
+    sizes = {}
+    for entry in given:
+        name, equals, number = entry.partition("=")
+        if not equals or not number.isdecimal():
+            raise InputError(f"expected NAME=N, got {entry!r}", where="--size")
+        sizes[name] = int(number)
+    return sizes

@@ -20,10 +20,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from slimkit.artifact import PathLike
-from slimkit.errors import InputError
-from slimkit.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.errors import InputError, nearest
+from slimkit.inputs import Batch, ExampleInputs, Inputs, as_inputs
 from slimkit.modules import evaluation
 from slimkit.runtime.sessions import Session, TensorSpec, open_session
+from slimkit.runtime.structure import named_feeds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,6 +81,7 @@ def benchmark(
     backend: str = "onnxruntime",
     threads: int = 1,
     batch: int = 1,
+    sizes: Mapping[str, int] | None = None,
     inputs: ExampleInputs | Mapping[str, NDArray[Any]] | Sequence[NDArray[Any]] | None = None,
     warmup: int = 5,
     runs: int | None = None,
@@ -92,8 +94,9 @@ def benchmark(
         backend: a name in :data:`slimkit.runtime.sessions.BACKENDS`, or ``torch``.
         threads: threads within one operator, ≥ 1.
         batch: images per call; a file with a fixed batch takes only that.
+        sizes: of a file's other open dimensions, by name: ``{"height": 320, "width": 320}``.
         inputs: what to feed; a file gets random numbers by default, a module needs them.
-            Then ``batch`` is what they have in dimension 0.
+            Then ``batch`` is what they have in dimension 0. Keywords go by name.
         warmup: calls before timing, ≥ 0.
         runs: timed calls; by default as many as fit in ``seconds``, at least 5.
         seconds: time to spend when ``runs`` is not given.
@@ -108,6 +111,7 @@ def benchmark(
         backend=backend,
         threads=threads,
         batch=batch,
+        sizes=sizes,
         inputs=inputs,
         warmup=warmup,
         runs=runs,
@@ -122,6 +126,7 @@ def benchmark_interleaved(
     backend: str = "onnxruntime",
     threads: int = 1,
     batch: int = 1,
+    sizes: Mapping[str, int] | None = None,
     inputs: ExampleInputs | Mapping[str, NDArray[Any]] | Sequence[NDArray[Any]] | None = None,
     warmup: int = 5,
     runs: int | None = None,
@@ -137,6 +142,7 @@ def benchmark_interleaved(
         backend: as in :func:`benchmark`, the same for all.
         threads: the same.
         batch: the same.
+        sizes: the same.
         inputs: the same.
         warmup: calls per model before timing.
         runs: timed calls per model.
@@ -149,7 +155,7 @@ def benchmark_interleaved(
     batch = batch if inputs is None else _rows(inputs, batch)
     with contextlib.ExitStack() as stack:
         calls = {
-            name: _prepare(stack, model, backend, threads, batch, inputs)
+            name: _prepare(stack, model, backend, threads, inputs, (batch, sizes or {}))
             for name, model in models.items()
         }
         for call in calls.values():
@@ -234,8 +240,8 @@ def _prepare(
     model: PathLike | nn.Module,
     backend: str,
     threads: int,
-    batch: int,
     inputs: Any,
+    sizes: tuple[int, Mapping[str, int]],
 ) -> Callable[[], object]:
     """A function that runs the model once."""
     if isinstance(model, nn.Module):
@@ -255,8 +261,10 @@ def _prepare(
             f"the backend 'torch' takes a module, got {os.fspath(model)!r}", where="model"
         )
     session = open_session(Path(model), backend=backend, threads=threads)
-    feeds = random_feeds(session, batch) if inputs is None else _as_feeds(inputs)
-    return session.prepare(feeds)
+    if inputs is None:
+        batch, others = sizes
+        return session.prepare(random_feeds(session, batch, others))
+    return session.prepare(_as_feeds(inputs, session))
 
 
 @contextlib.contextmanager
@@ -271,31 +279,60 @@ def _torch_inference(model: nn.Module, threads: int) -> Iterator[None]:
         torch.set_num_threads(earlier)
 
 
-def random_feeds(session: Session, batch: int = 1, *, seed: int = 0) -> list[NDArray[Any]]:
+def random_feeds(
+    session: Session, batch: int = 1, sizes: Mapping[str, int] | None = None, *, seed: int = 0
+) -> list[NDArray[Any]]:
     """Random inputs that fit ``session``: normal floats, zeros and ones for integers.
 
+    Args:
+        session: a loaded file.
+        batch: size of dimension 0, where it is open and has no other name in ``sizes``.
+        sizes: name of an open dimension → its size.
+        seed: of the random numbers.
+
     Raises:
-        InputError: the file has another fixed batch, or another open dimension than the batch.
+        InputError: the file has another fixed batch, an open dimension without a size, or none
+            of a name in ``sizes``.
     """
     generator = np.random.default_rng(seed)
-    return [_random_array(spec, batch, generator) for spec in session.inputs]
+    chosen = dict(sizes or {})
+    known = {name for spec in session.inputs for name in spec.axes if name is not None}
+    for name, size in chosen.items():
+        if name not in known:
+            raise InputError(
+                f"no dimension of the file is called {name!r}",
+                where="sizes",
+                hint=nearest(name, known),
+            )
+        if size < 1:
+            raise InputError(f"expected an integer ≥ 1, got {size!r}", where=f"sizes.{name}")
+    return [_random_array(spec, batch, chosen, generator) for spec in session.inputs]
 
 
-def _random_array(spec: TensorSpec, batch: int, generator: np.random.Generator) -> NDArray[Any]:
-    fixed = spec.shape[0] if spec.shape else batch
-    if fixed not in (None, batch):
+def _random_array(
+    spec: TensorSpec, batch: int, sizes: Mapping[str, int], generator: np.random.Generator
+) -> NDArray[Any]:
+    axes = spec.axes or (None,) * len(spec.shape)
+    shape, unknown = [], []
+    for position, (fixed, name) in enumerate(zip(spec.shape, axes, strict=True)):
+        size = sizes.get(name or "", batch if position == 0 else None) if fixed is None else fixed
+        if size is None:
+            unknown.append(name or f"dimension {position}")
+        shape.append(size or 0)
+    if spec.shape and spec.shape[0] not in (None, batch):
         raise InputError(
-            f"the file takes a batch of {fixed} only, not {batch}",
+            f"the file takes a batch of {spec.shape[0]} only, not {batch}",
             where=spec.name,
             hint="export with dynamic_batch=True",
         )
-    if None in spec.shape[1:]:
+    if unknown:
+        unknown = list(dict.fromkeys(unknown))
+        example = ", ".join(f"{name!r}: …" for name in unknown)
         raise InputError(
-            f"its shape {spec.shape} is open in more than the batch",
+            f"its shape {spec.shape} is open in more than the batch: {' and '.join(unknown)}",
             where=spec.name,
-            hint="give inputs=",
+            hint=f"give sizes={{{example}}} or inputs=",
         )
-    shape = [batch if size is None else size for size in spec.shape]
     kind = np.dtype(spec.dtype)
     if kind.kind == "f":
         return generator.standard_normal(shape).astype(kind)
@@ -303,17 +340,28 @@ def _random_array(spec: TensorSpec, batch: int, generator: np.random.Generator) 
 
 
 def _rows(inputs: Any, default: int) -> int:
-    """Dimension 0 of the first input that has dimensions."""
+    """Examples in the inputs: dimension 0 of the first tensor or array, length of a first list."""
+    if isinstance(inputs, Batch):
+        inputs = inputs.inputs
+    if isinstance(inputs, (Inputs, tuple)):
+        arguments = inputs.args if isinstance(inputs, Inputs) else inputs
+        if arguments and isinstance(arguments[0], list):
+            return len(arguments[0])
     leaves = inputs.tensors() if isinstance(inputs, Inputs) else tree_leaves(inputs)
     return next((int(leaf.shape[0]) for leaf in leaves if getattr(leaf, "ndim", 0)), default)
 
 
-def _as_feeds(inputs: Any) -> Mapping[str, NDArray[Any]] | Sequence[NDArray[Any]]:
+def _as_feeds(inputs: Any, session: Session) -> Mapping[str, NDArray[Any]] | list[NDArray[Any]]:
     """Arrays by name or position, from arrays or tensors."""
+    if isinstance(inputs, Batch):
+        inputs = inputs.inputs
     if isinstance(inputs, Mapping):
-        return {name: np.asarray(value) for name, value in inputs.items()}
-    leaves = inputs.tensors() if isinstance(inputs, Inputs) else tree_leaves(inputs)
-    return [np.asarray(leaf) for leaf in leaves]
+        if not all(isinstance(value, torch.Tensor) for value in inputs.values()):
+            return {name: np.asarray(value) for name, value in inputs.items()}
+        inputs = Inputs((), dict(inputs))
+    if isinstance(inputs, Inputs):
+        return named_feeds(inputs, session.input_names)
+    return [np.asarray(leaf) for leaf in tree_leaves(inputs)]
 
 
 class _OtherLoad:

@@ -21,7 +21,8 @@ from slimkit.artifact import PathLike
 from slimkit.errors import SlimkitError
 from slimkit.measure.latency import random_feeds
 from slimkit.measure.tables import human_count
-from slimkit.runtime.fusion import load_onnx, origin
+from slimkit.runtime.fusion import origin
+from slimkit.runtime.onnx_files import load_onnx
 from slimkit.runtime.sessions import onnxruntime_options, open_session
 
 if TYPE_CHECKING:

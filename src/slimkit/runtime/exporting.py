@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,29 @@ import torch
 from torch import Tensor, nn
 
 import slimkit
-from slimkit.artifact import PathLike, atomic_file
+from slimkit.artifact import PathLike
 from slimkit.errors import ExportError, InputError
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.modules import evaluation, set_evaluation
+from slimkit.runtime.dynamic_axes import (
+    Axes,
+    DynamicAxes,
+    checked_axes,
+    fixed,
+    name_axes,
+    specialized,
+    symbolic,
+    try_out,
+)
 from slimkit.runtime.export_hooks import GRAPH_PASSES, translation_table
+from slimkit.runtime.onnx_files import write_onnx
 from slimkit.runtime.sessions import TensorSpec
 from slimkit.runtime.structure import (
     FlatModel,
     batched_positions,
     default_input_names,
     default_output_names,
+    in_signature_order,
     named_outputs,
 )
 
@@ -37,7 +49,6 @@ __all__ = ["OPSETS", "ExportResult", "export"]
 
 OPSETS = range(18, 24)
 """Opset versions that the exporter writes and ONNX Runtime reads."""
-_LIMIT = 2**31 - 1  # bytes of one protobuf message
 _CHATTER = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
 
 
@@ -47,10 +58,11 @@ class ExportResult:
 
     Attributes:
         path: the file.
-        bytes: its size.
+        bytes: its size, external data included.
         opset: ONNX operator set version.
-        inputs: name, shape (None = any batch) and dtype of every input.
+        inputs: name, shape (None = any size), dtype and names of open dimensions of every input.
         outputs: the same for the outputs, in the order of the model's own.
+        files: ``path`` and, of a model beyond 2 GiB, its external data ``model.onnx.data``.
     """
 
     path: Path
@@ -58,6 +70,7 @@ class ExportResult:
     opset: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    files: tuple[Path, ...] = ()
 
 
 def export(
@@ -66,23 +79,31 @@ def export(
     example_inputs: ExampleInputs,
     *,
     dynamic_batch: bool = True,
+    dynamic_axes: DynamicAxes | None = None,
     opset: int = 21,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ExportResult:
-    """Write ``model`` in evaluation mode as one self-contained ONNX file.
+    """Write ``model`` in evaluation mode as an ONNX file.
 
     Batch norms are merged into the convolutions before them, constants are folded, names and
     annotations shortened; the result is checked and appears at ``path`` only when complete.
-    A model from :mod:`slimkit.quantize` becomes a QDQ model with int8 weights.
+    A model from :mod:`slimkit.quantize` becomes a QDQ model with int8 weights. Inputs are named
+    by the parameters of ``forward`` and stand in its order, whatever that of a dictionary is.
+    Weights beyond 2 GiB, protobuf's limit, go to ``model.onnx.data`` beside the file.
 
     Args:
         model: any module; its training flags are as before afterwards.
         path: the ``.onnx`` file to write.
-        example_inputs: one call; its shapes are fixed in the file, but for the batch.
+        example_inputs: one call; its shapes are fixed in the file, but for open dimensions.
         dynamic_batch: let dimension 0 of every directly passed tensor be any number ≥ 1
             (of those that agree with the first one in that dimension).
+        dynamic_axes: further dimensions that stay open, as input → {dimension: name}, such as
+            ``{"input_ids": {0: "batch", 1: "sequence"}}``; dimensions of one name have one size.
+            Or a list of the usual names: ``["height", "width"]``, the last two of (N, C, H, W),
+            and ``"sequence"``, dimension 1 of (N, T) and (N, T, C). The finished file is run at
+            another size of each and compared with the network.
         opset: 18 to 23; int8 models need 21.
         input_names: one per tensor; default ``input``, or the parameter names of ``forward``.
         output_names: one per tensor; default ``logits`` (one 2-D tensor), the keys of a
@@ -92,11 +113,11 @@ def export(
     Raises:
         InputError: an argument has the wrong type, count or range.
         ExportError: the model fails on the inputs, has an operator without ONNX translation,
-            or its forward works for one batch size only.
+            or its forward works for one size only of a dimension that should stay open; names it.
         ArtifactError: ``path`` is not writable.
     """
     _check_arguments(model, path, opset, metadata)
-    inputs = _on_device(as_inputs(example_inputs), model)
+    inputs = in_signature_order(model, _on_device(as_inputs(example_inputs), model))
     with evaluation(model), torch.no_grad(), _quiet():
         batched = batched_positions(inputs) if dynamic_batch else []
         if dynamic_batch and not batched:
@@ -110,10 +131,18 @@ def export(
             raise ExportError("the model returns no tensor", where=type(model).__name__)
         ins = _checked_names(input_names, default_input_names(model, inputs), "input_names")
         outs = _checked_names(output_names, default_output_names(named), "output_names", taken=ins)
-        proto = _convert(FlatModel(model, inputs), inputs.tensors(), batched, opset, ins, outs)
-    hints = getattr(model, "export_hints", None)
-    _finish(proto, batched, ins, metadata or {}, {} if hints is None else hints())
-    return _write(proto, Path(path), opset)
+        axes = checked_axes(dynamic_axes, ins, inputs.tensors(), batched)
+        flat = set_evaluation(FlatModel(model, inputs))
+        proto = _convert(flat, inputs.tensors(), axes, opset, ins, outs)
+        hints = getattr(model, "export_hints", None)
+        _finish(proto, axes, ins, metadata or {}, {} if hints is None else hints())
+        rough = _is_rough(proto, inputs)
+        return _write(
+            proto,
+            Path(path),
+            opset,
+            lambda file: try_out(file, flat, inputs.tensors(), axes, rough=rough),
+        )
 
 
 def _check_arguments(
@@ -132,12 +161,6 @@ def _check_arguments(
                 where="metadata",
                 hint="json.dumps the value",
             )
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if size >= _LIMIT:
-        raise ExportError(
-            f"the weights take {size / 2**30:.1f} GiB; one ONNX file holds less than 2 GiB",
-            where=type(model).__name__,
-        )
 
 
 def _on_device(inputs: Inputs, model: nn.Module) -> Inputs:
@@ -173,25 +196,20 @@ def _checked_names(
 def _convert(
     flat: FlatModel,
     tensors: list[Tensor],
-    batched: list[int],
+    axes: Axes,
     opset: int,
     ins: list[str],
     outs: list[str],
 ) -> ModelProto:
     """Trace symbolically and translate to an ONNX graph with constants folded."""
-    set_evaluation(flat)
-    for index in batched:
-        if tensors[index].shape[0] == 1:  # a batch of one would be taken for a constant
-            tensors[index] = torch.cat([tensors[index]] * 2)
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = tuple({0: dynamic} if i in batched else None for i in range(len(tensors)))
+    example, shapes = symbolic(tensors, axes)
     name = type(flat.model).__name__
     try:
         program = torch.export.export(
-            flat, tuple(tensors), dynamic_shapes={"tensors": shapes}, strict=False
+            flat, example, dynamic_shapes={"tensors": shapes}, strict=False
         )
     except Exception as error:
-        raise _capture_error(error, name, dynamic_batch=bool(batched)) from error
+        raise _capture_error(error, name, ins, axes) from error
     try:
         onnx_program = torch.onnx.export(
             program,
@@ -210,14 +228,14 @@ def _convert(
     return onnx_program.model_proto
 
 
-def _capture_error(error: Exception, name: str, *, dynamic_batch: bool) -> ExportError:
+def _capture_error(error: Exception, name: str, ins: list[str], axes: Axes) -> ExportError:
     text = str(error)
-    if dynamic_batch and re.search(r"[Cc]onstraint|specializ|marked .*dynamic", text):
-        return ExportError(
-            "its forward works for one batch size only: it turns the batch into a fixed number",
-            where=name,
-            hint="use dynamic_batch=False, or -1 and tensor.shape[0] in place of the number",
-        )
+    constant = specialized(text, ins, axes)
+    if constant is not None:
+        return fixed(*constant)
+    if axes and re.search(r"[Cc]onstraint|specializ|marked .*dynamic", text):
+        labels = sorted({label for entry in axes.values() for label in entry.values()})
+        return fixed(" or ".join(labels), name)
     if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__:
         return ExportError(
             f"its forward decides by the values of tensors: {_first_line(error)}",
@@ -248,16 +266,15 @@ def _first_line(error: BaseException) -> str:
 
 def _finish(
     proto: ModelProto,
-    batched: list[int],
+    axes: Axes,
     ins: list[str],
     metadata: Mapping[str, str],
     hints: Mapping[str, str],
 ) -> None:
-    """Graph passes, tidying, name of the batch dimension, metadata, check.
+    """Graph passes, tidying, names of the open dimensions, metadata.
 
     The passes find ``hints``, what the model's ``export_hints()`` returned, among the metadata.
     """
-    import onnx
     from onnx import helper
 
     from slimkit.runtime.onnx_tidy import mean_to_global_pool, tidy
@@ -267,48 +284,31 @@ def _finish(
     for name in GRAPH_PASSES:
         GRAPH_PASSES.get(name)(proto)
     tidy(proto)
-    _name_batch(proto, [ins[index] for index in batched])
+    name_axes(proto, ins, axes)
     proto.producer_name, proto.producer_version = "slimkit", slimkit.__version__
     proto.graph.name = "main"
     helper.set_model_props(proto, {"slimkit_version": slimkit.__version__, **metadata})
-    if proto.ByteSize() >= _LIMIT:
-        raise ExportError("the graph takes 2 GiB or more; one ONNX file holds less")
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported graph is not valid: {_first_line(error)}") from error
 
 
-def _name_batch(proto: ModelProto, batched: list[str]) -> None:
-    """Call the symbol of the batch ``batch`` everywhere."""
-    graph = proto.graph
-    symbols = set()
-    for value in graph.input:
-        dims = value.type.tensor_type.shape.dim
-        if value.name in batched:
-            if not dims or not dims[0].dim_param:
-                raise ExportError(
-                    "the batch dimension became a constant",
-                    where=value.name,
-                    hint="use dynamic_batch=False",
-                )
-            symbols.add(dims[0].dim_param)
-    for value in [*graph.input, *graph.output]:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in symbols:
-                dim.dim_param = "batch"
+def _is_rough(proto: ModelProto, inputs: Inputs) -> bool:
+    """Whether rounding is coarse: quantized values, or half precision."""
+    halves = (torch.float16, torch.bfloat16)
+    return any(node.op_type.endswith("QuantizeLinear") for node in proto.graph.node) or any(
+        tensor.dtype in halves for tensor in inputs.tensors()
+    )
 
 
-def _write(proto: ModelProto, path: Path, opset: int) -> ExportResult:
-    data = proto.SerializeToString(deterministic=True)
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
+def _write(
+    proto: ModelProto, path: Path, opset: int, try_out: Callable[[Path], None]
+) -> ExportResult:
+    files = write_onnx(proto, path, check=True, accept=try_out)
     return ExportResult(
         path=path,
-        bytes=len(data),
+        bytes=sum(file.stat().st_size for file in files),
         opset=opset,
         inputs=tuple(_spec(value) for value in proto.graph.input),
         outputs=tuple(_spec(value) for value in proto.graph.output),
+        files=files,
     )
 
 
@@ -317,7 +317,9 @@ def _spec(value: ValueInfoProto) -> TensorSpec:
 
     tensor = value.type.tensor_type
     shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
-    return TensorSpec(value.name, shape, str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+    axes = tuple(d.dim_param or None for d in tensor.shape.dim)
+    kind = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return TensorSpec(value.name, shape, kind, axes)
 
 
 @contextlib.contextmanager

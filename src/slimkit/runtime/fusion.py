@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimkit.artifact import PathLike
-from slimkit.errors import ArtifactError, BackendError
+from slimkit.runtime.onnx_files import load_onnx
 from slimkit.runtime.onnx_graph import GraphEditor
 from slimkit.runtime.sessions import open_session
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import GraphProto, NodeProto
 
 __all__ = [
     "INTEGER_CONVS",
@@ -28,7 +28,6 @@ __all__ = [
     "FloatNode",
     "Fusion",
     "fusion_report",
-    "load_onnx",
     "origin",
 ]
 
@@ -152,23 +151,6 @@ def fusion_report(path: PathLike) -> Fusion:
         quantizers=_total(operators, _QUANTIZERS),
         operators=dict(sorted(operators.items())),
     )
-
-
-def load_onnx(path: PathLike) -> ModelProto:
-    """Read an ONNX file.
-
-    Raises:
-        BackendError: it is damaged.
-        ArtifactError: there is no such file.
-    """
-    import onnx
-
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except OSError as error:
-        raise ArtifactError(f"cannot read: {error.strerror or error}", where=str(path)) from error
-    except Exception as error:  # protobuf's own type, which has no stubs
-        raise BackendError("not an ONNX file", where=str(path)) from error
 
 
 def _total(counts: Counter[str], types: Iterable[str]) -> int:

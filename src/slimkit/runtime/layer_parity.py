@@ -18,10 +18,11 @@ import numpy as np
 
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError
-from slimkit.runtime.fusion import INTEGER_CONVS, INTEGER_LINEARS, fusion_report, load_onnx
+from slimkit.runtime.fusion import INTEGER_CONVS, INTEGER_LINEARS, fusion_report
+from slimkit.runtime.onnx_files import load_onnx, write_onnx
 from slimkit.runtime.reference_nodes import evaluate
 from slimkit.runtime.sessions import Session, open_session
-from slimkit.runtime.structure import batch_inputs
+from slimkit.runtime.structure import batch_inputs, named_feeds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -116,7 +117,7 @@ def parity_per_layer(path: PathLike, batches: Iterable[Any], *, threads: int = 1
         InputError: there are no batches.
         ArtifactError, BackendError: as :func:`slimkit.runtime.sessions.open_session`.
     """
-    model = load_onnx(path)
+    model = load_onnx(path, weights=True)
     groups = _quantized_groups(model.graph)
     with tempfile.TemporaryDirectory() as folder:
         needed = list(dict.fromkeys(value for group in groups for value in group.inputs))
@@ -124,8 +125,8 @@ def parity_per_layer(path: PathLike, batches: Iterable[Any], *, threads: int = 1
         runs: list[_LayerRun] = []
         seen = False
         for batch in batches:
-            tensors = batch_inputs(batch, len(probe.inputs)).tensors()
-            results = probe.run([tensor.detach().cpu().numpy() for tensor in tensors])
+            inputs = batch_inputs(batch, len(probe.inputs))
+            results = probe.run(named_feeds(inputs, probe.input_names))
             values = dict(zip(probe.output_names, results, strict=True))
             if not seen:
                 runs = [_LayerRun(group, model, values, Path(folder), threads) for group in groups]
@@ -225,7 +226,7 @@ def _tail(node: NodeProto, readers: Mapping[str, list[NodeProto]]) -> list[NodeP
 
 
 def _open(model: ModelProto, path: Path, threads: int) -> Session:
-    path.write_bytes(model.SerializeToString())
+    write_onnx(model, path)
     return open_session(path, threads=threads)
 
 

@@ -16,7 +16,7 @@ from slimkit.errors import InputError
 from slimkit.inputs import Inputs
 from slimkit.modules import evaluation
 from slimkit.runtime.sessions import Session, open_session
-from slimkit.runtime.structure import batch_inputs, named_outputs
+from slimkit.runtime.structure import batch_inputs, in_signature_order, named_outputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -139,7 +139,7 @@ def parity(
     device = torch.device("cpu") if parameter is None else parameter.device
     with evaluation(model), torch.inference_mode():
         for batch in batches:
-            inputs = batch_inputs(batch, len(session.inputs))
+            inputs = in_signature_order(model, batch_inputs(batch, len(session.inputs)))
             named = named_outputs(inputs.to(device).call(model))
             expected = [tensor.detach().cpu().numpy() for _, tensor in named]
             for running, want, got in zip(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 from slimkit.artifact import PathLike
 from slimkit.errors import ArtifactError, BackendError, InputError, MissingDependencyError, nearest
 from slimkit.registry import Registry
+from slimkit.runtime.onnx_files import data_file, load_onnx, model_files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,11 +44,14 @@ class TensorSpec:
         name: as in the file.
         shape: one entry per dimension; None where any size goes.
         dtype: numpy's name of the type, such as ``float32``.
+        axes: names of the open dimensions, such as ``batch``; None where the size is fixed or
+            the dimension has no name.
     """
 
     name: str
     shape: tuple[int | None, ...]
     dtype: str
+    axes: tuple[str | None, ...] = ()
 
 
 class Session(Protocol):
@@ -152,6 +156,11 @@ def open_session(
     except (BackendError, InputError):
         raise
     except Exception as error:  # every runtime has exception types of its own
+        for file in model_files(source)[1:]:
+            if not file.is_file():
+                raise ArtifactError(
+                    f"its data {file.name} is missing", where=str(source)
+                ) from error
         raise BackendError(
             f"{backend} cannot load it: {_last_words(error)}", where=str(source)
         ) from error
@@ -199,6 +208,8 @@ def _ordered(
     return arrays
 
 
+_EXTERNAL = "session.optimized_model_external_initializers_"
+_FROM_BYTES = ("min_size_in_bytes", "1024")
 _ORT_TYPES = {"float": "float32", "double": "float64"}  # the others have numpy's names
 
 
@@ -224,6 +235,9 @@ class _OnnxRuntimeSession:
         options = onnxruntime_options(threads)
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
+            if data_file(path).exists():  # too much for one file here, so there too
+                for key, value in (("file_name", data_file(optimized_path).name), _FROM_BYTES):
+                    options.add_session_config_entry(f"{_EXTERNAL}{key}", value)
         self._session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
@@ -235,7 +249,8 @@ class _OnnxRuntimeSession:
     def _spec(self, item: Any) -> TensorSpec:
         kind = item.type.removeprefix("tensor(").removesuffix(")")
         shape = tuple(size if isinstance(size, int) else None for size in item.shape)
-        return TensorSpec(item.name, shape, _ORT_TYPES.get(kind, kind))
+        axes = tuple(size if isinstance(size, str) and size else None for size in item.shape)
+        return TensorSpec(item.name, shape, _ORT_TYPES.get(kind, kind), axes)
 
     def run(self, inputs: Mapping[str, Array] | Sequence[Array]) -> list[Array]:
         try:
@@ -277,6 +292,9 @@ class _OpenVinoSession:
         self._model = self._compiled(self._read)
         self._request = self._model.create_infer_request()
         self.inputs = tuple(self._spec(port) for port in self._model.inputs)
+        if any(None in spec.shape for spec in self.inputs):  # OpenVINO forgets their names
+            axes = _axis_names(path)
+            self.inputs = tuple(replace(s, axes=axes.get(s.name, ())) for s in self.inputs)
         self.outputs = tuple(self._spec(port) for port in self._model.outputs)
         self.input_names = tuple(spec.name for spec in self.inputs)
         self.output_names = tuple(spec.name for spec in self.outputs)
@@ -313,6 +331,14 @@ class _OpenVinoSession:
         if any(None in spec.shape for spec in self.inputs):
             request = self._fixed_to(arrays).create_infer_request()
         return lambda: request.infer(arrays, share_inputs=True, share_outputs=True)
+
+
+def _axis_names(path: Path) -> dict[str, tuple[str | None, ...]]:
+    """Input of the file → names of its open dimensions."""
+    return {
+        value.name: tuple(dim.dim_param or None for dim in value.type.tensor_type.shape.dim)
+        for value in load_onnx(path).graph.input
+    }
 
 
 BACKENDS.register("onnxruntime")(

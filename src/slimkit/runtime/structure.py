@@ -10,16 +10,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from slimkit.errors import ExportError
-from slimkit.inputs import Inputs, as_inputs
+from slimkit.inputs import Inputs, as_batch, tensors_of
 from slimkit.runtime.attention_shapes import FourDimensionalAttention
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 __all__ = [
     "FlatModel",
@@ -27,6 +30,8 @@ __all__ = [
     "batched_positions",
     "default_input_names",
     "default_output_names",
+    "in_signature_order",
+    "named_feeds",
     "named_outputs",
 ]
 
@@ -42,7 +47,7 @@ class FlatModel(nn.Module):
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self.model = model
-        self._leaves, self._structure = tree_flatten((inputs.args, dict(inputs.kwargs)))
+        self._inputs = inputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the model; ``tensors`` in the order of ``Inputs.tensors()``."""
@@ -52,9 +57,7 @@ class FlatModel(nn.Module):
     def call(self, *tensors: Tensor) -> Any:
         """The same with the outputs as the model returns them."""
         rest = iter(tensors)
-        leaves = [next(rest) if isinstance(x, Tensor) else x for x in self._leaves]
-        args, kwargs = tree_unflatten(leaves, self._structure)
-        return self.model(*args, **kwargs)
+        return self._inputs.map(lambda _: next(rest)).call(self.model)
 
 
 def named_outputs(outputs: Any) -> list[tuple[str, Tensor]]:
@@ -100,27 +103,50 @@ def default_output_names(named: Sequence[tuple[str, Tensor]]) -> list[str]:
     return _unique(f"output{name}" if name[:1].isdigit() or not name else name for name, _ in named)
 
 
+def in_signature_order(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The same call with its keywords in the order of the parameters of ``forward``.
+
+    So the order of a dictionary decides nothing. Keywords that ``forward`` takes as ``**kwargs``
+    come last, by name.
+    """
+    known = {name: position for position, name in enumerate(_parameters(model))}
+    names = sorted(inputs.kwargs, key=lambda name: (known.get(name, len(known)), name))
+    return Inputs(inputs.args, {name: inputs.kwargs[name] for name in names})
+
+
 def default_input_names(model: nn.Module, inputs: Inputs) -> list[str]:
     """``input`` for one tensor, else the names of the parameters of ``forward``."""
     if len(inputs.tensors()) == 1:
         return ["input"]
+    parameters = [name for name in _parameters(model) if name not in inputs.kwargs]
+    parameters += [f"input{number}" for number in range(len(parameters), len(inputs.args))]
+    arguments = [*zip(parameters, inputs.args, strict=False), *inputs.kwargs.items()]
+    return _unique([name for pair in arguments for name in _leaf_names(*pair)])
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    """Parameters of ``forward``; a wrapper's that hands all on are those of what it wraps."""
+    kinds = inspect.Parameter
     try:
-        bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
-    except TypeError:  # the call itself will fail with a better message
-        bound = {"input": [*inputs.args, *inputs.kwargs.values()]}
-    return _unique(_leaf_names(bound))
+        found = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # a scripted module may have none to show
+        return []
+    inner = getattr(model, "model", None)
+    if isinstance(inner, nn.Module) and all(
+        p.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) for p in found
+    ):
+        return _parameters(inner)
+    return [p.name for p in found if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
 
 
-def _leaf_names(arguments: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            yield name
-        else:
-            leaves = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
-            yield from (f"{name}{index}" for index in range(len(leaves)))
+def _leaf_names(name: str, value: Any) -> list[str]:
+    """The argument's own name for a tensor; numbered for those nested in it."""
+    if isinstance(value, Tensor):
+        return [name]
+    return [f"{name}{index}" for index, _ in enumerate(tensors_of(value))]
 
 
-def _unique(names: Iterator[str] | Sequence[str]) -> list[str]:
+def _unique(names: Iterable[str]) -> list[str]:
     result: list[str] = []
     for name in names:
         clean = re.sub(r"[^0-9A-Za-z_]", "_", name)
@@ -136,33 +162,55 @@ def _unique(names: Iterator[str] | Sequence[str]) -> list[str]:
 def batched_positions(inputs: Inputs) -> list[int]:
     """Positions in ``inputs.tensors()`` whose dimension 0 is the batch.
 
-    Those are the tensors passed directly (not inside a list, whose members are single images)
-    that agree with the first of them in dimension 0.
+    Those are the tensors passed directly that agree with the first of them in dimension 0. A
+    list of images counts by its length, which a file cannot leave open; then there are none.
     """
-    leaves, _ = tree_flatten((inputs.args, dict(inputs.kwargs)))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    direct = [v for v in (*inputs.args, *inputs.kwargs.values()) if isinstance(v, torch.Tensor)]
-    sized = [tensor for tensor in direct if tensor.ndim > 0]
-    if not sized:
+    arguments = [*inputs.args, *inputs.kwargs.values()]
+    if any(isinstance(value, list) and list(tensors_of(value)) for value in arguments):
         return []
-    batch = sized[0].shape[0]
-    chosen = {id(tensor) for tensor in sized if tensor.shape[0] == batch}
-    return [index for index, tensor in enumerate(tensors) if id(tensor) in chosen]
+    sizes = [len(value) for value in arguments if isinstance(value, Tensor) and value.dim()]
+    positions, found = 0, []
+    for value in arguments:
+        if isinstance(value, Tensor) and value.dim() and len(value) == sizes[0]:
+            found.append(positions)
+        positions += sum(1 for _ in tensors_of(value))
+    return found
 
 
 def batch_inputs(batch: Any, count: int) -> Inputs:
-    """The inputs in what a loader yields.
+    """The inputs in what a loader yields, see :func:`slimkit.inputs.as_batch`.
 
     Args:
-        batch: a tensor, an :class:`Inputs`, a dictionary, or a tuple or list. Of a tuple, the
-            first ``count`` members are inputs, the rest (labels) is ignored.
-        count: inputs that the model takes.
+        batch: a tensor, a dictionary, :class:`Inputs`, a whole call with targets, or a tuple or
+            list whose first ``count`` members are the inputs and the rest labels.
+        count: tensors that the file takes.
 
     Raises:
         InputError: it is none of these.
     """
-    if isinstance(batch, list):
-        batch = tuple(batch)
-    if isinstance(batch, tuple) and len(batch) > count:
-        batch = batch[:count]
-    return as_inputs(batch)
+    example = None
+    if isinstance(batch, (list, tuple)) and batch:
+        first = list(tensors_of(batch[0]))
+        if isinstance(batch[0], Tensor) or len(first) != count:
+            example = Inputs((None,) * count)
+    return as_batch(batch, example, where="batches").inputs
+
+
+def named_feeds(inputs: Inputs, names: Sequence[str]) -> dict[str, Array] | list[Array]:
+    """Arrays for a file with the inputs ``names``: keywords by their name, in whatever order.
+
+    Returns:
+        A list, in the order of ``names``, where all is passed by position or there is but one.
+    """
+    tensors = inputs.tensors()
+    if not inputs.kwargs or len(tensors) == 1:
+        return [_array(tensor) for tensor in tensors]
+    feeds = dict(zip(names, map(_array, tensors_of(inputs.args)), strict=False))
+    for key, value in inputs.kwargs.items():
+        arrays = map(_array, tensors_of(value))
+        feeds.update(zip(_leaf_names(key, value), arrays, strict=True))
+    return feeds
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().cpu().numpy()
