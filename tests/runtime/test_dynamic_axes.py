@@ -13,6 +13,7 @@ from slimkit.measure.latency import benchmark, random_feeds
 from slimkit.runtime.exporting import export
 from slimkit.runtime.output_parity import parity
 from slimkit.runtime.sessions import available_backends, open_session
+from slimkit.runtime.structure import named_feeds
 
 
 class Text(nn.Module):
@@ -193,11 +194,20 @@ def test_several_open_dimensions_are_timed_at_given_sizes(backend: str, tmp_path
         benchmark(path, backend=backend, runs=2, sizes={"heigth": 5, "width": 9})
 
 
-def test_keywords_are_timed_by_name(text: Text, tmp_path: Path) -> None:
-    export(text, tmp_path / "text.onnx", tokens())
-    large = tokens()
-    large["input_ids"] += 0
-    assert benchmark(tmp_path / "text.onnx", runs=1, inputs=sk.Inputs((), large)).batch == 2
+def test_keywords_reach_a_file_by_name() -> None:
+    x = tokens()
+    feeds = named_feeds(sk.Inputs((), x), ("input_ids", "attention_mask", "token_type_ids"))
+    assert isinstance(feeds, dict)
+    assert all((feeds[name] == x[name].numpy()).all() for name in x)
+    mixed = sk.Inputs((x["input_ids"],), {"images": [torch.zeros(1), torch.ones(2)]})
+    feeds = named_feeds(mixed, ("ids", "images0", "images1"))
+    assert {name: array.shape for name, array in feeds.items()} == {  # type: ignore[union-attr]
+        "ids": (2, 6),
+        "images0": (1,),
+        "images1": (2,),
+    }
+    (only,) = named_feeds(sk.Inputs((), {"pixels": torch.ones(2)}), ("input",))
+    assert only.shape == (2,)
 
 
 def test_a_call_with_labels_is_read_as_everywhere(tmp_path: Path) -> None:
