@@ -18,8 +18,8 @@ import slimkit as sk
 from slimkit.errors import InputError
 from slimkit.quantize import METHODS, EvaluationError, LayerSensitivity, Limit, ptq
 from slimkit.quantize.layer_choice.accuracy_control import AccuracyLimit, _fewest, _Trials
+from slimkit.quantize.layer_choice.noise_estimate import NoiseShares
 from slimkit.quantize.outputs.distance import OutputDistance, decibels
-from slimkit.quantize.outputs.noise_estimate import NoiseShares
 from slimkit.quantize.planning.partial_plans import integer_layers
 
 Images = Callable[..., Tensor]

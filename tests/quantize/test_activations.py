@@ -14,7 +14,7 @@ from slimkit.plan import Plan
 from slimkit.quantize import QuantizedModel, QuantPlan, ptq, qat
 from slimkit.quantize.integer.activations import sigmoid
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
-from slimkit.quantize.outputs.noise_estimate import estimated_noise
+from slimkit.quantize.layer_choice.noise_estimate import estimated_noise
 from slimkit.quantize.quantizers.fixed import ActivationQuantizer
 from slimkit.quantize.targets import NumberFormat, resolve_target
 from slimkit.runtime import export, fusion_report, open_session

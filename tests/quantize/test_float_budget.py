@@ -14,8 +14,8 @@ import slimkit as sk
 from slimkit.errors import InputError
 from slimkit.quantize import Limit, ptq
 from slimkit.quantize.layer_choice.float_budget import best_within, worst_within
+from slimkit.quantize.layer_choice.noise_estimate import NoiseShares
 from slimkit.quantize.outputs.distance import OutputDistance
-from slimkit.quantize.outputs.noise_estimate import NoiseShares
 from slimkit.quantize.planning.partial_plans import integer_layers
 
 Images = Callable[..., Tensor]

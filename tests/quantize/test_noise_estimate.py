@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.quantize import Limit, ptq
+from slimkit.quantize.layer_choice import noise_estimate
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
-from slimkit.quantize.outputs import noise_estimate
+from slimkit.quantize.layer_choice.noise_estimate import NoiseShares, estimated_noise
 from slimkit.quantize.outputs.distance import OutputDistance
-from slimkit.quantize.outputs.noise_estimate import NoiseShares, estimated_noise
 from slimkit.quantize.targets import resolve_target
 
 Images = Callable[..., Tensor]

@@ -17,8 +17,8 @@ from slimkit.progress import ProgressDisplay
 from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated
 from slimkit.quantize.layer_choice.layer_ranking import multiply_adds, noise_shares
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches, float_parameters
+from slimkit.quantize.layer_choice.noise_estimate import NoiseShares
 from slimkit.quantize.outputs.distance import OutputDistance, decibels
-from slimkit.quantize.outputs.noise_estimate import NoiseShares
 from slimkit.quantize.planning.partial_plans import integer_layers
 from slimkit.quantize.targets import Target
 

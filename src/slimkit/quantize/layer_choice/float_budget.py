@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from slimkit.progress import ProgressDisplay
 from slimkit.quantize.layer_choice.layer_ranking import multiply_adds, noise_shares
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
+from slimkit.quantize.layer_choice.noise_estimate import NoiseShares
 from slimkit.quantize.outputs.distance import OutputDistance, decibels
-from slimkit.quantize.outputs.noise_estimate import NoiseShares
 from slimkit.quantize.targets import Target
 
 if TYPE_CHECKING:

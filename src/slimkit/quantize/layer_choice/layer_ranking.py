@@ -14,7 +14,7 @@ from slimkit.quantize.layer_choice.layer_sensitivity import (
     units_of,
 )
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
-from slimkit.quantize.outputs.noise_estimate import NoiseShares, estimated_noise
+from slimkit.quantize.layer_choice.noise_estimate import NoiseShares, estimated_noise
 from slimkit.quantize.planning.partial_plans import integer_layers
 
 if TYPE_CHECKING:
