@@ -125,3 +125,26 @@ def test_a_list_where_a_tensor_is_expected_is_an_error() -> None:
 def test_what_is_no_batch_names_its_number() -> None:
     with pytest.raises(DataError, match="calibration: batch 2: expected a tensor"):
         list(Batches([torch.rand(2, 3), 7], Inputs((torch.rand(2, 3),))))
+
+
+def test_quantization_says_how_far_it_is_when_it_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)),
+        [torch.rand(2, 3, 8, 8)] * 4,
+    )
+    settings: dict[str, Any] = {"calibration": data, "methods": ["gptq"]}
+    ptq(model, data[0], **settings)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("slimkit.progress._SOONEST", 0.0)
+    for module in ("calibration", "methods.interface"):
+        monkeypatch.setattr(f"slimkit.quantize.{module}.LONG", 1e-9)
+    ptq(model, data[0], **settings)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "calibration 4/4 batches" in err
+    assert "gptq 1/2 0: error" in err
+    assert "left" in err
+    ptq(model, data[0], **settings, progress=False)
+    assert capsys.readouterr() == ("", "")

@@ -60,22 +60,6 @@ def test_the_choice_is_the_best_of_all(items: Any, budget: int) -> None:
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-9)
 
 
-@settings(max_examples=100)
-@given(ITEMS, st.integers(0, 200))
-def test_a_short_front_costs_no_more_than_a_slightly_smaller_budget(
-    items: Any, budget: int
-) -> None:
-    costs, losses = parts(items)
-    chosen = choose_within(costs, losses, budget, front=8)
-    if chosen is None:
-        assert least(items, budget) is None
-        return
-    assert sum(item[pick][0] for item, pick in zip(items, chosen, strict=True)) <= budget
-    found = sum(item[pick][1] for item, pick in zip(items, chosen, strict=True))
-    smaller = least(items, int(budget - len(items) * (budget + 1) / 7 - len(items)))
-    assert smaller is None or found <= smaller + 1e-9
-
-
 def test_a_hundred_layers_take_no_time() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(10**3, 10**7, (100,), generator=generator).tolist()

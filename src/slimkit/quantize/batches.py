@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import zip_longest
 from typing import Any
 
@@ -79,6 +79,11 @@ class Batches:
             raise DataError(
                 f"it has {count} batches, {self._limit} were asked for", where="calibration"
             )
+
+    def __length_hint__(self) -> int:
+        """How many batches there are, 0 where nobody knows."""
+        count = len(self._source) if isinstance(self._source, Sized) else 0
+        return count if self._limit is None else min(self._limit, count or self._limit)
 
     def _raw(self) -> Iterator[Any]:
         for count, batch in enumerate(self._source, start=1):

@@ -143,7 +143,7 @@ def mixed_precision(
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
     file: PathLike | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> BitAllocation:
     """Choose the bits of each layer's weights so that the network loses least under a budget.
 
@@ -168,7 +168,7 @@ def mixed_precision(
         skip: modules that stay in float; they are not part of the budget.
         batches: use so many calibration batches; all by default.
         file: keeps what was measured of every layer, for another budget or after an interruption.
-        progress: show progress on standard error.
+        progress: show progress on standard error if it takes over ten seconds.
 
     Returns:
         Module path → bits, for ``weight_bits`` of :func:`~slimkit.quantize.ptq`,

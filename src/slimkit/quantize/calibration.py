@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.limits import Limit
 from slimkit.modules import copy_module
 from slimkit.plan import apply
+from slimkit.progress import LONG, ProgressDisplay
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.evaluating import refuse_test_data
 from slimkit.quantize.layer_choice.accuracy_control import Repair, accuracy_limit
@@ -62,7 +64,7 @@ def ptq(
     weight_bits: WeightBits | None = None,
     methods: Iterable[str | Method] | None = None,
     limit: Limit | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> QuantizedModel:
     """Quantize a trained network without training it.
 
@@ -95,7 +97,8 @@ def ptq(
             function, and ``bias_tuning``; else nothing.
         limit: a limit of what quantization may cost, or a budget of what may stay in float: what
             stays in float for it is chosen, and the plan names it; see :class:`Limit`.
-        progress: show on standard error how far it is.
+        progress: show on standard error how far it is, and how much time is left, in what takes
+            over ten seconds.
 
     Returns:
         A copy in evaluation mode; its ``plan.explain()`` says what is integer and what not. If
@@ -147,7 +150,7 @@ def ptq(
     def work_on(network: QuantizedModel) -> Work:
         def ranges() -> None:
             if mode == "static":
-                calibrate(network, data, observer=observer)
+                calibrate(network, data, observer=observer, progress=progress)
 
         return Work(network, example.to(_device(network)), data, ranges, progress)
 
@@ -252,7 +255,11 @@ def _bits_by_module(model: nn.Module, weight_bits: WeightBits | None) -> dict[st
 
 
 def calibrate(
-    quantized: QuantizedModel, batches: Iterable[Inputs], *, observer: str | Observer
+    quantized: QuantizedModel,
+    batches: Iterable[Inputs],
+    *,
+    observer: str | Observer,
+    progress: bool = False,
 ) -> None:
     """Find the activation ranges of the float network on ``batches``, in place.
 
@@ -274,10 +281,15 @@ def calibrate(
     parts = _Parts(
         quantizers.values(), divisible=getattr(new_observer(observer), "divisible", False)
     )
+    total = operator.length_hint(batches)
     try:
-        for number, inputs in enumerate(batches, start=1):
-            with torch.no_grad(), quantized.recording_calls(called):
-                parts.run(quantized, inputs.to(device), number)
+        with ProgressDisplay(
+            total, 0, label="calibration", enabled=progress and total > 0, patience=LONG
+        ) as show:
+            for number, inputs in enumerate(batches, start=1):
+                with torch.no_grad(), quantized.recording_calls(called):
+                    parts.run(quantized, inputs.to(device), number)
+                show.step(number, "batches")
         _adopt_ranges(quantized)
     finally:
         parts.see_no_more()

@@ -44,7 +44,7 @@ def sensitivity(
     skip: Pattern | Iterable[Pattern] = (),
     batches: int | None = None,
     file: PathLike | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> LayerSensitivity:
     """Quantize every layer alone and see what the network loses.
 
@@ -70,7 +70,7 @@ def sensitivity(
         batches: use so many batches; all by default.
         file: JSON that every point is added to as soon as it is measured; what it holds is not
             measured again. None keeps nothing.
-        progress: show progress on standard error.
+        progress: show progress on standard error if it takes over ten seconds.
 
     Returns:
         A table, most damaging layers first when printed.

@@ -160,6 +160,7 @@ def search_settings(  # noqa: PLR0913 - the verb: every choice is a keyword with
                 target=resolved,
                 skip=skip,
                 limit=limit,
+                progress=False,
                 **arguments,
             )
         return score(quantized)

@@ -144,7 +144,7 @@ class AccuracyLimit:
         trials = _Trials(self, self.score(work), switches)
         most = len(switches.layers) + 2
         try:
-            with ProgressDisplay(most, 0, label="accuracy", enabled=work.progress) as show:
+            with work.display(most, "accuracy") as show:
                 trials.show = show
                 if not switches.layers or trials.meets(()):
                     return work.quantized

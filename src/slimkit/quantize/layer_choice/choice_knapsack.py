@@ -1,82 +1,70 @@
-"""One choice per item within a budget, at the least loss: the multiple-choice knapsack problem.
-
-Solved by dynamic programming over the Pareto front of (cost, loss), item by item (Kellerer,
-Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11). It is exact as long as the front
-stays below a limit, which fronts of real networks do.
-"""
+"""The multiple-choice knapsack problem: one choice per item within a budget, at the least loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Whole = npt.NDArray[np.int64]
-    Real = npt.NDArray[np.float64]
+from slimkit.errors import PlanError
 
 __all__ = ["choose_within"]
 
-FRONT = 50_000
+_LOSS_SCALE = 1e6
+"""What the largest loss is scaled to: HiGHS stops at an absolute gap of 1e-6, which then is a
+relative one of 1e-12."""
+_ATTEMPTS = 8
+"""Times that the budget is lowered by what a solution exceeded it by."""
 
 
 def choose_within(
-    costs: Sequence[Sequence[int]],
-    losses: Sequence[Sequence[float]],
-    budget: int,
-    *,
-    front: int = FRONT,
+    costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int
 ) -> list[int] | None:
     """The choice of each item that makes the sum of losses smallest.
+
+    A mixed-integer linear program with one binary variable per item and choice, solved by
+    branch and bound (HiGHS, by :func:`scipy.optimize.milp`).
 
     Args:
         costs: per item, per choice; whole numbers ≥ 0 whose sum stays below 2^63.
         losses: likewise, finite.
         budget: the sum of costs may be equal to it.
-        front: so many partial solutions are kept at most. Should there be more, the loss is
-            still no larger than the least one for a budget that is smaller by about
-            (number of items) / ``front`` of it.
 
     Returns:
-        Index of the choice per item; of equally good solutions the cheapest. None if even the
-        cheapest choices cost more than the budget.
+        Index of the choice per item. None if even the cheapest choices cost more than the budget.
+
+    Raises:
+        PlanError: the solver gave up, which it has no reason to.
     """
-    least_rest = np.cumsum([0, *(min(item) for item in reversed(costs))])[::-1]
-    if least_rest[0] > budget:
+    if sum(min(item) for item in costs) > budget:
         return None
-    cost, loss = np.zeros(1, np.int64), np.zeros(1)
-    steps: list[tuple[Whole, Whole]] = []
-    for number, (of_cost, of_loss) in enumerate(zip(costs, losses, strict=True)):
-        width = len(of_cost)
-        sums = (cost[:, None] + np.asarray(of_cost, np.int64)).reshape(-1)
-        total = (loss[:, None] + np.asarray(of_loss, np.float64)).reshape(-1)
-        kept = _front(sums, total, int(budget - least_rest[number + 1]), front)
-        cost, loss = sums[kept], total[kept]
-        steps.append((kept // width, kept % width))
-    place = int(np.argmin(loss))
-    choices = []
-    for parent, choice in reversed(steps):
-        choices.append(int(choice[place]))
-        place = int(parent[place])
-    return choices[::-1]
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
 
-
-def _front(cost: Whole, loss: Real, most: int, limit: int) -> Whole:
-    """Indices of partial solutions that no other one beats in both, cheapest first."""
-    order = np.lexsort((loss, cost))
-    order = order[cost[order] <= most]
-    best = np.minimum.accumulate(loss[order])
-    better = np.ones(len(order), bool)
-    better[1:] = loss[order][1:] < best[:-1]
-    front = order[better]
-    if len(front) <= limit:
-        return front
-    # Losses fall along the front: of neighbours in one cell of costs the last is the best.
-    cell = cost[front] // max(1, -(-(most + 1) // (limit - 1)))
-    last = np.ones(len(front), bool)
-    last[:-1] = cell[1:] != cell[:-1]
-    last[0] = True  # the cheapest one keeps the rest within reach
-    return front[last]
+    widths = [len(item) for item in costs]
+    cost = np.concatenate([np.asarray(item, np.float64) for item in costs])
+    loss = np.concatenate([np.asarray(item, np.float64) for item in losses])
+    unit = max(1.0, float(cost.max()))
+    owner = np.repeat(np.arange(len(widths)), widths)
+    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    allowed = float(budget)
+    for _ in range(_ATTEMPTS):
+        found = milp(
+            loss / (float(loss.max()) or 1.0) * _LOSS_SCALE,
+            integrality=np.ones_like(loss),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(cost[None] / unit, -np.inf, allowed / unit),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
+        if found.x is None:
+            break
+        ends = np.cumsum(widths)[:-1]
+        chosen = [int(part.argmax()) for part in np.split(found.x, ends)]
+        spent = sum(item[pick] for item, pick in zip(costs, chosen, strict=True))
+        if spent <= budget:
+            return chosen
+        allowed -= 2 * (spent - budget)  # within the tolerance of the solver, not of the budget
+    raise PlanError("the solver found no choice within the budget", where="budget")

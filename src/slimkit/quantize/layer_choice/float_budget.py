@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from slimkit.progress import ProgressDisplay
 from slimkit.quantize.layer_choice.layer_ranking import multiply_adds, noise_shares
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
 from slimkit.quantize.layer_choice.noise_estimate import NoiseShares
@@ -57,7 +56,7 @@ class FloatBudget:
         if not costs or budget < min(costs.values()):
             return
         noise: dict[tuple[str, ...], float] = {}
-        with ProgressDisplay(4, 0, label="float", enabled=work.progress) as display:
+        with work.display(4, "float") as display:
             shares = noise_shares(work, switches)
             display.step(1, "noise of every layer")
             distance = OutputDistance(work.reference, work.inputs(_EXAMPLES))

@@ -14,7 +14,7 @@ from slimkit.artifact import PathLike, content_hash, tensors_hash
 from slimkit.errors import InputError
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import Inputs
-from slimkit.progress import ProgressDisplay
+from slimkit.progress import LONG, ProgressDisplay
 from slimkit.quantize.evaluating import Evaluate, evaluated
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
 from slimkit.quantize.layer_choice.sensitivity_table import PLANNED, LayerSensitivity
@@ -109,7 +109,9 @@ def measure_sensitivity(
     if table.base is None:
         table = table.with_base(score(switches.quantized.model, "the float network"))
     todo = table.missing(bits)
-    with ProgressDisplay(len(todo), 0, label="sensitivity", enabled=progress) as show:
+    with ProgressDisplay(
+        len(todo), 0, label="sensitivity", enabled=progress, patience=LONG
+    ) as show:
         for done, (unit, width) in enumerate(todo, start=1):
             off = _off(switches, units, unit, leave_one_out=leave_one_out)
             widths = dict.fromkeys(switches.layers, width) if width else {}

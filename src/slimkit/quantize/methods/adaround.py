@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from slimkit.progress import ProgressDisplay
 from slimkit.quantize.methods.fixed_weights import (
     ScaleChoice,
     check,
@@ -88,7 +87,7 @@ class AdaRound:
         """See :class:`~slimkit.quantize.methods.interface.Method`."""
         streams = Streams(work, self.images)
         layers = [layer for layer in streams.layers if layer.weight.scale == "follows"]
-        with ProgressDisplay(len(layers), 0, label="adaround", enabled=work.progress) as display:
+        with work.display(len(layers), "adaround") as display:
             for number, layer in enumerate(layers, start=1):
                 display.step(number, round_layer(self, work, streams, layer))
 

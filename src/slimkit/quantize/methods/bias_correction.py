@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from slimkit.progress import ProgressDisplay
 from slimkit.quantize.methods.fixed_weights import check
 from slimkit.quantize.methods.interface import Work
 from slimkit.quantize.methods.sampled_layers import reliable_mean
@@ -46,7 +45,7 @@ class BiasCorrection:
         """See :class:`~slimkit.quantize.methods.interface.Method`."""
         streams = Streams(work, self.images)
         total = len(streams.layers)
-        with ProgressDisplay(total, 0, label="bias_correction", enabled=work.progress) as display:
+        with work.display(total, "bias_correction") as display:
             for number, layer in enumerate(streams.layers, start=1):
                 largest = max(
                     (_correct(bias, shift) for bias, shift in _shifts(work, streams, layer)),

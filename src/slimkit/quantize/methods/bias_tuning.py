@@ -15,7 +15,6 @@ from slimkit.errors import SlimkitError
 from slimkit.graph.addressing import AddressMode
 from slimkit.graph.functions import function_of
 from slimkit.inputs import Inputs
-from slimkit.progress import ProgressDisplay
 from slimkit.quantize.methods.fixed_weights import check
 from slimkit.quantize.methods.interface import Work
 from slimkit.quantize.methods.layer_calls import SUPPORTED, LayerCall
@@ -102,7 +101,7 @@ class BiasTuning:
         order = _shuffled(len(targets), self.seed)
         with (
             learning_only(work.quantized, [bias for bias, _ in biases]),
-            ProgressDisplay(self.steps, 0, label="bias_tuning", enabled=work.progress) as display,
+            work.display(self.steps, "bias_tuning") as display,
         ):
             for step in range(1, self.steps + 1):
                 optimizer.zero_grad()

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from slimkit.progress import ProgressDisplay
 from slimkit.quantize.methods.fixed_weights import (
     ScaleChoice,
     check,
@@ -99,7 +98,7 @@ class GPTQ:
         """See :class:`~slimkit.quantize.methods.interface.Method`."""
         streams = Streams(work, self.images)
         layers = [layer for layer in streams.layers if layer.weight.scale == "follows"]
-        with ProgressDisplay(len(layers), 0, label="gptq", enabled=work.progress) as display:
+        with work.display(len(layers), "gptq") as display:
             for number, layer in enumerate(layers, start=1):
                 display.step(number, self._round(work, streams, layer))
 

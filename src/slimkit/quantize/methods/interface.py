@@ -31,6 +31,7 @@ from torch import nn
 from slimkit.errors import InputError
 from slimkit.inputs import Inputs
 from slimkit.modules import copy_module
+from slimkit.progress import LONG, ProgressDisplay
 from slimkit.quantize.batches import Batches
 from slimkit.registry import Registry
 
@@ -69,7 +70,7 @@ class Work:
         batches: calibration data, to be read as often as needed.
         recalibrate: takes the ranges of activations again, as the user asked for them; for a
             method that runs after calibration and changes what flows through the network.
-        progress: whether to show progress on standard error.
+        progress: whether to show on standard error how far it is, where that takes long.
     """
 
     quantized: QuantizedModel
@@ -82,6 +83,15 @@ class Work:
     def reference(self) -> nn.Module:
         """A frozen copy of the folded float network, as it was when first asked for."""
         return copy_module(self.quantized.model).eval().requires_grad_(False)
+
+    def display(self, total: int, label: str) -> ProgressDisplay:
+        """Shows progress on standard error once the steps are likely to take over ten seconds.
+
+        Args:
+            total: number of steps.
+            label: what goes on.
+        """
+        return ProgressDisplay(total, 0, label=label, enabled=self.progress, patience=LONG)
 
     def inputs(self, examples: int | None = None) -> Iterator[Inputs]:
         """The calibration batches on the device of the network.

@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from slimkit.progress import ProgressDisplay
 from slimkit.quantize.methods.adaround import AdaRound, round_layer
 from slimkit.quantize.methods.blocks import Block, Source
 from slimkit.quantize.methods.fixed_weights import (
@@ -88,7 +87,7 @@ class Reconstruct:
         """See :class:`~slimkit.quantize.methods.interface.Method`."""
         streams = Streams(work, self.images, largest=self.largest)
         units = list(self._units(streams))
-        with ProgressDisplay(len(units), 0, label="reconstruct", enabled=work.progress) as display:
+        with work.display(len(units), "reconstruct") as display:
             for number, (block, layers) in enumerate(units, start=1):
                 if block is None:
                     news = round_layer(self._alone(), work, streams, layers[0])
