@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from slimkit.quantize import ptq
 from slimkit.quantize.methods.gptq import GPTQ, _alike, _suits_others, compensated_levels
-from slimkit.quantize.methods.sampled_layers import Samples, answers, hessian
+from slimkit.quantize.methods.sampled_layers import LayerSamples, answers, hessian
 
 
 def one_by_one(
@@ -85,7 +85,7 @@ def test_channels_have_hessians_of_their_own_behind_an_activation(
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 30, 5, generator=generator)  # two groups of three outputs
     passed = torch.rand(30, 6, generator=generator)
-    samples = Samples(inputs, torch.zeros(30, 6), None, None, passed)
+    samples = LayerSamples(inputs, torch.zeros(30, 6), None, None, passed)
     found = [(rows, hessian(weighted, 0.0)) for rows, weighted in _alike(samples)]
     assert len(found) == (6 if most == 1 else 1)
     matrices = torch.cat([matrix for _, matrix in found])
@@ -126,21 +126,21 @@ def test_what_suits_a_few_images_must_suit_others(
     basis = torch.eye(64) if rank == 64 else torch.randn(rank, 64, generator=generator)
     inputs = torch.randn(1, positions, rank, generator=generator) @ basis
     weight = torch.randn(16, 64, generator=generator)
-    samples = Samples(inputs, answers_of(inputs, weight), None)
+    samples = LayerSamples(inputs, answers_of(inputs, weight), None)
     nearest = weight.round()
 
-    def rounded(seen: Samples) -> Tensor:
+    def rounded(seen: LayerSamples) -> Tensor:
         ends = torch.full((1, 16, 64), -9.0), torch.full((1, 16, 64), 9.0)
         steps = torch.ones(1, 16, 64)
         gram = hessian(seen.inputs, GPTQ.damping)
         return compensated_levels(weight[None], steps, *ends, gram, act_order=False)[0]
 
-    def error(levels: Tensor, seen: Samples) -> float:
+    def error(levels: Tensor, seen: LayerSamples) -> float:
         return float(answers(seen, levels - weight, slice(None)).square().mean())
 
     assert _suits_others(samples, rounded, error, nearest) is expected
     unseen = torch.randn(1, 4096, rank, generator=generator) @ basis
-    others = Samples(unseen, answers_of(unseen, weight), None)
+    others = LayerSamples(unseen, answers_of(unseen, weight), None)
     assert (error(rounded(samples), others) < error(nearest, others)) is expected
 
 

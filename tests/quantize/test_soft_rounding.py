@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slimkit.quantize.methods.fixed_weights import Grid
 from slimkit.quantize.methods.soft_rounding import (
-    Annealing,
+    RoundingSchedule,
     SoftRounding,
     optimise,
     rectified_sigmoid,
@@ -45,11 +45,11 @@ def test_regulariser_by_hand() -> None:
 
 
 def test_beta_falls_along_half_a_cosine_after_the_warm_start() -> None:
-    annealing = Annealing(100, lr=0.1, weight=1.0, warm_start=0.2, beta=(20.0, 2.0))
-    assert annealing.beta_at(19) is None
-    assert annealing.beta_at(20) == 20.0
-    assert annealing.beta_at(60) == pytest.approx(11.0)
-    assert annealing.beta_at(99) == pytest.approx(2.0, abs=0.01)
+    schedule = RoundingSchedule(100, lr=0.1, weight=1.0, warm_start=0.2, beta=(20.0, 2.0))
+    assert schedule.beta_at(19) is None
+    assert schedule.beta_at(20) == 20.0
+    assert schedule.beta_at(60) == pytest.approx(11.0)
+    assert schedule.beta_at(99) == pytest.approx(2.0, abs=0.01)
 
 
 def test_roundings_go_where_the_loss_wants_them_but_zeros_stay() -> None:
@@ -59,7 +59,7 @@ def test_roundings_go_where_the_loss_wants_them_but_zeros_stay() -> None:
     optimise(
         [rounding],
         lambda: (rounding() - wanted).square().mean(),
-        Annealing(200, lr=0.1, weight=0.01),
+        RoundingSchedule(200, lr=0.1, weight=0.01),
     )
     assert rounding.levels().tolist() == [1.0, 0.0, 0.0, -1.0, 0.0]
     soft = rectified_sigmoid(rounding.v)[weight != 0]

@@ -23,8 +23,8 @@ from slimkit.quantize.methods.sampled_layers import (
     importance,
     keep_mean,
 )
-from slimkit.quantize.methods.soft_rounding import Annealing, SoftRounding, optimise
-from slimkit.quantize.methods.streams import Layer, Streams
+from slimkit.quantize.methods.soft_rounding import RoundingSchedule, SoftRounding, optimise
+from slimkit.quantize.methods.streams import RoundedLayer, Streams
 
 __all__ = ["AdaRound", "round_layer"]
 
@@ -91,9 +91,9 @@ class AdaRound:
             for number, layer in enumerate(layers, start=1):
                 display.step(number, round_layer(self, work, streams, layer))
 
-    def annealing(self) -> Annealing:
+    def schedule(self) -> RoundingSchedule:
         """The course of the optimisation."""
-        return Annealing(
+        return RoundingSchedule(
             self.iterations,
             self.lr,
             self.regularisation,
@@ -103,7 +103,7 @@ class AdaRound:
 
 
 @torch.no_grad()
-def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) -> str:
+def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: RoundedLayer) -> str:
     """Learn the rounding of one layer and fix its weight; returns what came of it."""
     generator = torch.Generator().manual_seed(settings.seed)
     samples = streams.draw(layer, settings.positions, generator)
@@ -133,7 +133,7 @@ def round_layer(settings: AdaRound, work: Work, streams: Streams, layer: Layer) 
         picks = torch.randint(len(targets), (settings.batch,), generator=generator)
         return error(rounding(), picks.to(targets.device)) / before.clamp(min=1e-20)
 
-    optimise([rounding], loss, settings.annealing())
+    optimise([rounding], loss, settings.schedule())
     after = error(rounding.levels() * rounding.steps)
     fix(work.quantized, spec, rounding.levels() if after < before else nearest, grid)
     if settings.compensate:

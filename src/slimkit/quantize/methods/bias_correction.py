@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimkit.quantize.methods.fixed_weights import check
 from slimkit.quantize.methods.interface import Work
 from slimkit.quantize.methods.sampled_layers import reliable_mean
-from slimkit.quantize.methods.streams import Layer, Streams
+from slimkit.quantize.methods.streams import RoundedLayer, Streams
 
 __all__ = ["BiasCorrection"]
 
@@ -59,7 +59,9 @@ def _correct(bias: nn.Parameter, shift: Tensor) -> float:
     return float(shift.abs().max())
 
 
-def _shifts(work: Work, streams: Streams, layer: Layer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def _shifts(
+    work: Work, streams: Streams, layer: RoundedLayer
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """The biases of a layer, each with the mean of (quantized − float) of its channels."""
     quantizer = work.quantized.quantizers[layer.weight.name]
     shifts: dict[int, list[Tensor]] = {}

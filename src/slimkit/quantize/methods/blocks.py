@@ -25,10 +25,10 @@ from slimkit.graph.addressing import AddressMode
 from slimkit.graph.call_table import CallTable
 from slimkit.inputs import Inputs
 
-__all__ = ["Arguments", "Block", "Outline", "Source", "outline", "tensors_in"]
+__all__ = ["Arguments", "Block", "Outline", "TensorSource", "outline", "tensors_in"]
 
 
-class Source(NamedTuple):
+class TensorSource(NamedTuple):
     """Where a tensor that a block reads comes from.
 
     Attributes:
@@ -103,7 +103,7 @@ class Block:
 
     path: str
     addresses: frozenset[str]
-    sources: tuple[Source, ...]
+    sources: tuple[TensorSource, ...]
     arguments: Arguments
     sizes: tuple[int, ...]
     size: int
@@ -129,7 +129,7 @@ class Outline:
         holds = (block for block in self.blocks.values() if addresses <= block.addresses)
         return next(holds, None)
 
-    def way(self, target: Block, have: Set[Source]) -> list[Block] | None:
+    def way(self, target: Block, have: Set[TensorSource]) -> list[Block] | None:
         """The blocks to run, in order, for the inputs of ``target`` to be at hand.
 
         Args:
@@ -142,7 +142,7 @@ class Outline:
         known, before = set(have), []
         ready: set[str] = set()
 
-        def at_hand(source: Source) -> bool:
+        def at_hand(source: TensorSource) -> bool:
             return source in known or (source.made and source.block in ready)
 
         for block in self.blocks.values():
@@ -161,7 +161,7 @@ class Outline:
                 wanted |= set(block.sources) - known
         return way
 
-    def read_from(self, block: Block) -> set[Source]:
+    def read_from(self, block: Block) -> set[TensorSource]:
         """What this block and those behind it read."""
         paths = list(self.blocks)
         behind = paths[paths.index(block.path) :]
@@ -198,17 +198,17 @@ def outline(
     with torch.no_grad(), trace.watching_modules(), trace:
         example.call(model)
     blocks: dict[str, Block] = {}
-    origins: dict[_Identity, Source] = {}
+    origins: dict[_Identity, TensorSource] = {}
     for run in trace.cut(trace.root, layers, largest):
         for place, identity in enumerate(run.reads):
-            origins.setdefault(identity, Source(run.path, made=False, place=place))
+            origins.setdefault(identity, TensorSource(run.path, made=False, place=place))
         sources = tuple(origins[identity] for identity in run.reads)
         assert run.arguments is not None
         blocks[run.path] = Block(
             run.path, frozenset(run.addresses), sources, run.arguments, run.sizes, run.size
         )
         for place, identity in enumerate(run.makes):  # what is handed on keeps its source
-            origins.setdefault(identity, Source(run.path, made=True, place=place))
+            origins.setdefault(identity, TensorSource(run.path, made=True, place=place))
     return Outline(tuple(trace.root.addresses), blocks, trace.functions)
 
 

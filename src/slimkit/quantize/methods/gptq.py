@@ -19,7 +19,7 @@ from slimkit.quantize.methods.fixed_weights import (
 from slimkit.quantize.methods.interface import Work
 from slimkit.quantize.methods.layer_calls import grouped
 from slimkit.quantize.methods.sampled_layers import (
-    Samples,
+    LayerSamples,
     answers,
     centre,
     compensation,
@@ -28,7 +28,7 @@ from slimkit.quantize.methods.sampled_layers import (
     keep_mean,
     passed_on,
 )
-from slimkit.quantize.methods.streams import Layer, Streams
+from slimkit.quantize.methods.streams import RoundedLayer, Streams
 from slimkit.quantize.scales import pairs_can_overflow
 
 __all__ = ["GPTQ", "compensated_levels"]
@@ -102,7 +102,7 @@ class GPTQ:
             for number, layer in enumerate(layers, start=1):
                 display.step(number, self._round(work, streams, layer))
 
-    def _round(self, work: Work, streams: Streams, layer: Layer) -> str:
+    def _round(self, work: Work, streams: Streams, layer: RoundedLayer) -> str:
         if weight_of(work.quantized, layer.weight)[0].numel() > self.widest:
             return f"{layer.module} is too wide"
         generator = torch.Generator().manual_seed(self.seed)
@@ -126,7 +126,7 @@ class GPTQ:
             )
         lowest, highest = lowest.masked_fill(still, 0.0), highest.masked_fill(still, 0.0)
 
-        def rounded(seen: Samples) -> Tensor:
+        def rounded(seen: LayerSamples) -> Tensor:
             found = []
             for rows, inputs in _alike(seen):
                 levels = compensated_levels(
@@ -140,7 +140,7 @@ class GPTQ:
                 found.append(levels.flatten(0, 1))
             return torch.cat(found).reshape(weight.shape)
 
-        def error(levels: Tensor, seen: Samples) -> float:
+        def error(levels: Tensor, seen: LayerSamples) -> float:
             change = answers(seen, levels * steps - weight, slice(None), bias=False).square()
             return float((change if seen.passed is None else change * seen.passed).sum(1).mean())
 
@@ -158,13 +158,13 @@ class GPTQ:
             keep_mean(samples, original, weight_of(work.quantized, spec))
         return f"{layer.module}: error {before:.3g} → {min(before, after):.3g}{found}"
 
-    def _weighted(self, layer: Layer, samples: Samples, weight: Tensor) -> Samples:
+    def _weighted(self, layer: RoundedLayer, samples: LayerSamples, weight: Tensor) -> LayerSamples:
         grid = choose_grid(weight, layer.weight, self.scale, importance(samples, weight))
         nearest = grid.nearest(weight) * grid.steps
         return replace(samples, passed=passed_on(samples, layer.activation, nearest))
 
 
-def _alike(samples: Samples) -> Iterator[tuple[slice, Tensor]]:
+def _alike(samples: LayerSamples) -> Iterator[tuple[slice, Tensor]]:
     """Output channels, and inputs to take the Hessian of: (groups, P, K).
 
     All channels of a group share one, unless an activation function passes on other errors of each.
@@ -183,9 +183,9 @@ def _alike(samples: Samples) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _suits_others(
-    samples: Samples,
-    rounded: Callable[[Samples], Tensor],
-    error: Callable[[Tensor, Samples], float],
+    samples: LayerSamples,
+    rounded: Callable[[LayerSamples], Tensor],
+    error: Callable[[Tensor, LayerSamples], float],
     nearest: Tensor,
 ) -> bool:
     """Whether levels by most of the images are better than the nearest ones on the other images.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.quantize.methods.adaround import AdaRound, round_layer
-from slimkit.quantize.methods.blocks import Block, Source
+from slimkit.quantize.methods.blocks import Block, TensorSource
 from slimkit.quantize.methods.fixed_weights import (
     Grid,
     ScaleChoice,
@@ -22,8 +22,8 @@ from slimkit.quantize.methods.fixed_weights import (
 )
 from slimkit.quantize.methods.interface import Work
 from slimkit.quantize.methods.learning import learning_only
-from slimkit.quantize.methods.soft_rounding import Annealing, SoftRounding, optimise
-from slimkit.quantize.methods.streams import BlockCall, Layer, Streams
+from slimkit.quantize.methods.soft_rounding import RoundingSchedule, SoftRounding, optimise
+from slimkit.quantize.methods.streams import BlockCall, RoundedLayer, Streams
 from slimkit.quantize.outputs.distance import float_tensors
 from slimkit.quantize.quantizers.fixed import ActivationQuantizer
 from slimkit.quantize.wrapper import Rounding
@@ -95,7 +95,7 @@ class Reconstruct:
                     news = _Reconstruction(self, work, streams, block, layers).run()
                 display.step(number, news)
 
-    def _units(self, streams: Streams) -> Iterator[tuple[Block | None, list[Layer]]]:
+    def _units(self, streams: Streams) -> Iterator[tuple[Block | None, list[RoundedLayer]]]:
         """Blocks with the layers that are to be rounded in them, and single layers."""
         seen: set[str] = set()
         todo = [layer for layer in streams.layers if layer.weight.scale == "follows"]
@@ -108,9 +108,9 @@ class Reconstruct:
                 seen.add(block.path)
                 yield block, layers
 
-    def annealing(self) -> Annealing:
+    def schedule(self) -> RoundingSchedule:
         """The course of the optimisation."""
-        return Annealing(self.iterations, self.lr, self.regularisation, self.warm_start)
+        return RoundingSchedule(self.iterations, self.lr, self.regularisation, self.warm_start)
 
     def _alone(self) -> AdaRound:
         return AdaRound(
@@ -133,7 +133,7 @@ class _Reconstruction:
         work: Work,
         streams: Streams,
         block: Block,
-        layers: list[Layer],
+        layers: list[RoundedLayer],
     ) -> None:
         self._settings, self._block, self._layers = settings, block, layers
         self._quantized = work.quantized
@@ -164,7 +164,7 @@ class _Reconstruction:
             optimise(
                 list(self._roundings.values()),
                 lambda: self._loss() / max(start, 1e-20),
-                self._settings.annealing(),
+                self._settings.schedule(),
                 learned if self._settings.activation_lr else [],
                 others_lr=self._settings.activation_lr,
             )
@@ -208,7 +208,7 @@ class _Reconstruction:
         picks = torch.randperm(len(targets), generator=self._generator)[: self._settings.batch]
         picks = picks.to(targets.device)
         parts = self._divisible(call, len(targets))
-        given: dict[Source, Tensor] = {}
+        given: dict[TensorSource, Tensor] = {}
         for source, part, rounded, exact in zip(
             self._block.sources, parts, call.rounded, call.exact, strict=True
         ):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimkit.quantize.methods.layer_calls import grouped
 
 __all__ = [
-    "Samples",
+    "LayerSamples",
     "answers",
     "centre",
     "compensation",
@@ -35,7 +35,7 @@ _SURE = 2.0
 
 
 @dataclass(frozen=True)
-class Samples:
+class LayerSamples:
     """What reaches a layer at some positions of some images, and what it should answer.
 
     Attributes:
@@ -54,7 +54,7 @@ class Samples:
     examples: Tensor | None = None
     passed: Tensor | None = None
 
-    def divided(self, share: float) -> tuple[Samples, Samples]:
+    def divided(self, share: float) -> tuple[LayerSamples, LayerSamples]:
         """The first ``share`` of the positions, and the others, which are of later images."""
         end = int(share * self.inputs.shape[1])
         return self._part(slice(0, end)), self._part(slice(end, None))
@@ -68,8 +68,8 @@ class Samples:
         counts = torch.bincount(places).to(values)
         return sums / counts.reshape(-1, *[1] * (values.dim() - 1))
 
-    def _part(self, positions: slice) -> Samples:
-        return Samples(
+    def _part(self, positions: slice) -> LayerSamples:
+        return LayerSamples(
             self.inputs[:, positions],
             self.targets[positions],
             self.bias,
@@ -79,7 +79,7 @@ class Samples:
 
 
 def answers(
-    samples: Samples, weight: Tensor, picks: Tensor | slice, *, bias: bool = True
+    samples: LayerSamples, weight: Tensor, picks: Tensor | slice, *, bias: bool = True
 ) -> Tensor:
     """What a layer with that weight answers at some of the positions, (P, out)."""
     inputs = samples.inputs[:, picks]
@@ -88,7 +88,7 @@ def answers(
     return output if samples.bias is None or not bias else output + samples.bias.detach()
 
 
-def importance(samples: Samples, weight: Tensor) -> Tensor:
+def importance(samples: LayerSamples, weight: Tensor) -> Tensor:
     """How much the square of an error of each weight counts in the output: E[x²].
 
     Returns:
@@ -104,7 +104,7 @@ def importance(samples: Samples, weight: Tensor) -> Tensor:
 
 
 def passed_on(
-    samples: Samples, activation: Callable[[Tensor], Tensor], rounded: Tensor
+    samples: LayerSamples, activation: Callable[[Tensor], Tensor], rounded: Tensor
 ) -> Tensor | None:
     """What the activation function behind a layer lets through of the square of an error.
 
@@ -153,7 +153,7 @@ def _damped(gram: Tensor, damping: float) -> Tensor:
     return gram
 
 
-def compensation(samples: Samples, weight: Tensor) -> Tensor:
+def compensation(samples: LayerSamples, weight: Tensor) -> Tensor:
     """The change of a float weight that makes up for what is wrong with its inputs.
 
     The least-squares solution of ``(W + Δ) X̂ = W X``, means left out, is what asymmetric
@@ -229,7 +229,7 @@ class _Ridge:
         return left.square().mean((0, 2))
 
 
-def centre(samples: Samples, weight: Tensor) -> None:
+def centre(samples: LayerSamples, weight: Tensor) -> None:
     """Move the bias of the quantized network so that the mean of the outputs is right, in place.
 
     As far as the images agree about it, see :func:`reliable_mean`.
@@ -243,7 +243,7 @@ def centre(samples: Samples, weight: Tensor) -> None:
         samples.bias.data.add_(reliable_mean(samples.by_example(wrong)))
 
 
-def keep_mean(samples: Samples, before: Tensor, after: Tensor) -> None:
+def keep_mean(samples: LayerSamples, before: Tensor, after: Tensor) -> None:
     """Move the bias by what a change of the weight does to the mean of the outputs, in place.
 
     What the inputs' errors do to it is less certain, and :func:`centre`'s business.

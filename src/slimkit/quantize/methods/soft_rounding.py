@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from slimkit.quantize.methods.fixed_weights import Grid
 
-__all__ = ["Annealing", "SoftRounding", "optimise", "rectified_sigmoid"]
+__all__ = ["RoundingSchedule", "SoftRounding", "optimise", "rectified_sigmoid"]
 
 _ZETA, _GAMMA = 1.1, -0.1
 
@@ -72,7 +72,7 @@ class SoftRounding(nn.Module):
 
 
 @dataclass(frozen=True)
-class Annealing:
+class RoundingSchedule:
     """The course of an optimisation.
 
     Attributes:
@@ -103,7 +103,7 @@ class Annealing:
 def optimise(
     roundings: Sequence[SoftRounding],
     loss: Callable[[], Tensor],
-    annealing: Annealing,
+    schedule: RoundingSchedule,
     others: Sequence[nn.Parameter] = (),
     *,
     others_lr: float = 0.0,
@@ -114,26 +114,24 @@ def optimise(
         roundings: of its weights.
         loss: the output error of a batch that it chooses, divided by the error of rounding to
             nearest, so that one weight of the regulariser suits all layers.
-        annealing: how.
+        schedule: how.
         others: more to train, without regulariser.
         others_lr: their learning rate, which falls to 0 along a cosine.
     """
-    groups = [{"params": [rounding.v for rounding in roundings], "lr": annealing.lr}]
+    groups = [{"params": [rounding.v for rounding in roundings], "lr": schedule.lr}]
     groups += [{"params": list(others), "lr": others_lr}] if others else []
     optimizer = torch.optim.Adam(groups)
-    for step in range(annealing.iterations):
+    for step in range(schedule.iterations):
         total = loss()
-        beta = annealing.beta_at(step)
+        beta = schedule.beta_at(step)
         if beta is not None:
             total = (
                 total
-                + annealing.weight
+                + schedule.weight
                 * torch.stack([rounding.regulariser(beta) for rounding in roundings]).mean()
             )
         optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
         if others:
-            groups[1]["lr"] = (
-                others_lr * 0.5 * (1 + math.cos(math.pi * step / annealing.iterations))
-            )
+            groups[1]["lr"] = others_lr * 0.5 * (1 + math.cos(math.pi * step / schedule.iterations))
         optimizer.step()

@@ -21,20 +21,20 @@ from slimkit.graph.addressing import AddressMode
 from slimkit.graph.call_table import CallTable
 from slimkit.graph.functions import function_of
 from slimkit.inputs import Inputs
-from slimkit.quantize.methods.blocks import Arguments, Block, Source, outline, tensors_in
+from slimkit.quantize.methods.blocks import Arguments, Block, TensorSource, outline, tensors_in
 from slimkit.quantize.methods.interface import Work
 from slimkit.quantize.methods.layer_calls import SUPPORTED, LayerCall
-from slimkit.quantize.methods.sampled_layers import Samples
+from slimkit.quantize.methods.sampled_layers import LayerSamples
 from slimkit.quantize.specs import QuantizerSpec
 
-__all__ = ["BlockCall", "Layer", "Streams"]
+__all__ = ["BlockCall", "RoundedLayer", "Streams"]
 
 _MOST_ELEMENTS = 1 << 25
 """Of the sampled inputs of one layer: 128 MiB."""
 
 
 @dataclass(frozen=True)
-class Layer:
+class RoundedLayer:
     """A weight that is rounded, and the calls that use it.
 
     Attributes:
@@ -84,7 +84,7 @@ class Streams:
         self._numbers: dict[int, Mapping[str, Arguments]] = {}
         self._block: Block | None = None
 
-    def calls(self, layer: Layer) -> Iterator[tuple[LayerCall, LayerCall]]:
+    def calls(self, layer: RoundedLayer) -> Iterator[tuple[LayerCall, LayerCall]]:
         """Its calls in the (quantized, float) network, batch after batch.
 
         Inputs of the quantized network are rounded, weights are not.
@@ -108,12 +108,14 @@ class Streams:
                     call = rounded[address]
                     yield replace(call, x=self._rounded(address, call.x)), exact[address]
 
-    def around(self, layer: Layer) -> Block | None:
+    def around(self, layer: RoundedLayer) -> Block | None:
         """The block that the layer runs in."""
         return self._outline.around(set(layer.addresses))
 
     @torch.no_grad()
-    def draw(self, layer: Layer, positions: int, generator: torch.Generator) -> Samples | None:
+    def draw(
+        self, layer: RoundedLayer, positions: int, generator: torch.Generator
+    ) -> LayerSamples | None:
         """Sample about so many positions, evenly from all batches.
 
         Returns:
@@ -138,7 +140,7 @@ class Streams:
             bias = rounded.bias
         if not inputs:
             return None
-        return Samples(torch.cat(inputs, 1), torch.cat(targets), bias, torch.cat(examples))
+        return LayerSamples(torch.cat(inputs, 1), torch.cat(targets), bias, torch.cat(examples))
 
     def tensors(self, block: Block) -> list[BlockCall]:
         """The calls of a block, batch after batch."""
@@ -153,7 +155,7 @@ class Streams:
             for number in self._float.numbers
         ]
 
-    def _layer(self, name: str, addresses: tuple[str, ...]) -> Layer:
+    def _layer(self, name: str, addresses: tuple[str, ...]) -> RoundedLayer:
         plan = self._work.quantized.plan
         spec = next(spec for spec in plan.quantizers if spec.name == name)
         decisions = [d for d in plan.decisions if d.address in addresses]
@@ -164,7 +166,7 @@ class Streams:
             for address, d in zip(behind, decisions, strict=True)
         ]
         alike = len({function_of(address) for address in behind}) == 1
-        return Layer(spec, addresses, decisions[0].module, functions[0] if alike else _same)
+        return RoundedLayer(spec, addresses, decisions[0].module, functions[0] if alike else _same)
 
     def _rounded(self, address: str, x: Tensor) -> Tensor:
         rule = self._work.quantized.plan.calls.get(address)
@@ -254,7 +256,7 @@ class _Side:
         mode: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._model, self._table, self._mode = model, table, mode
-        self.values: dict[int, dict[Source, Tensor]] = {}
+        self.values: dict[int, dict[TensorSource, Tensor]] = {}
 
     @property
     def numbers(self) -> list[int]:
@@ -262,12 +264,12 @@ class _Side:
         return list(self.values)
 
     @property
-    def sources(self) -> set[Source]:
+    def sources(self) -> set[TensorSource]:
         """What is at hand, in every batch."""
         every = [set(found) for found in self.values.values()]
         return set.intersection(*every) if every else set()
 
-    def keep(self, sources: set[Source]) -> None:
+    def keep(self, sources: set[TensorSource]) -> None:
         """Forget all other tensors."""
         for number, found in self.values.items():
             self.values[number] = {s: tensor for s, tensor in found.items() if s in sources}
@@ -293,12 +295,12 @@ class _Side:
     def go_through(self, block: Block, number: int, arguments: Arguments) -> None:
         """Run a block, so that what it makes is at hand."""
         for place, tensor in enumerate(tensors_in(self.run(block, number, arguments))):
-            self.values[number][Source(block.path, made=True, place=place)] = tensor
+            self.values[number][TensorSource(block.path, made=True, place=place)] = tensor
 
     @torch.no_grad()
-    def arrive(self, block: Block, batch: Inputs) -> dict[Source, Tensor] | None:
+    def arrive(self, block: Block, batch: Inputs) -> dict[TensorSource, Tensor] | None:
         """What reaches a block, if anything does."""
-        found: list[dict[Source, Tensor]] = []
+        found: list[dict[TensorSource, Tensor]] = []
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = tensors_in((args, kwargs))
