@@ -189,11 +189,11 @@ def test_a_killed_analysis_goes_on_to_the_same_table(
     assert len(LayerSensitivity.load(tmp_path / "part.json").points) == 2
     rest = Counting(small, images(8, 9))
     assert run(rest, "part.json", bits=(8, 4)) == whole
-    assert rest.calls == 13 - 5  # float, everything and five layers at two widths
+    assert rest.calls == 13 - 5 + 1  # everything and five layers at two widths; float again
     assert LayerSensitivity.load(tmp_path / "part.json") == whole
     again = Counting(small, images(8, 9))
     assert run(again, "part.json", bits=4).bits == (4,)
-    assert again.calls == 0
+    assert again.calls == 1  # the float network, to see that it is the same evaluation
     json.loads((tmp_path / "part.json").read_text())
 
 
@@ -213,6 +213,28 @@ def test_a_file_of_another_network_or_question_is_refused(
     file.write_text('{"kind": "other", "version": 1}')
     with pytest.raises(ArtifactError, match="layer sensitivities"):
         sensitivity(small, images(1), calibration=batches, file=file)
+
+
+def test_a_file_of_another_evaluation_is_refused(
+    small: nn.Module, images: Images, batches: list[Tensor], tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def rated(name: str, value: float) -> Any:
+        def evaluate(_model: nn.Module) -> float:
+            calls.append(name)
+            return value
+
+        return evaluate
+
+    options: dict[str, Any] = {"calibration": batches, "file": tmp_path / "s.json"}
+    sensitivity(small, images(1), evaluate=rated("first", 90.0), **options)
+    calls.clear()
+    with pytest.raises(InputError, match=r"by another evaluation.* 90 there, and -0.3 now"):
+        sensitivity(small, images(1), evaluate=rated("second", -0.3), **options)
+    assert calls == ["second"]
+    sensitivity(small, images(1), evaluate=rated("first", 90.0), **options)
+    assert calls == ["second", "first"]  # the float network alone
 
 
 @pytest.mark.parametrize("answer", [float("nan"), RuntimeError("out of luck")])

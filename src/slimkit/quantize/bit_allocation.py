@@ -149,8 +149,8 @@ def mixed_precision(
 
     Each layer is quantized alone at each width (:func:`~slimkit.quantize.sensitivity`); losses
     of layers add up, as the power of independent noise does (as in HAWQ-V2, Dong et al., 2020,
-    https://arxiv.org/abs/1911.03852). The best choice under the budget is found exactly, by
-    dynamic programming.
+    https://arxiv.org/abs/1911.03852). The best choice under the budget is that of a multiple-choice
+    knapsack, solved exactly by branch and bound (:func:`scipy.optimize.milp`).
 
     Args:
         model: any module; it is copied, not changed.

@@ -1,4 +1,4 @@
-"""The user's evaluation of a network: checked, and its failures told apart from ours."""
+"""The user's metric: called without gradients, checked to be finite, its failures typed errors."""
 
 from __future__ import annotations
 

@@ -21,16 +21,20 @@ __all__ = [
 ]
 
 TINY = 1e-12
-"""No scale is smaller: 1 / scale and bias / scale stay finite."""
+"""Smallest scale: 1 / scale and bias / scale stay finite in float32."""
 _PAIR_LIMIT = 126
-"""Of the sum of two weights before rounding: with both rounded up, 128 · 255 fits 16 bits."""
+"""Largest sum of two neighbouring weights, in steps, before rounding: with both rounded up it stays
+within 128, and 128 · 255 fits the 16 signed bits of VPMADDUBSW."""
 _SMALLEST = 5.0
-"""A scale that clips is at most so many times smaller than one that does not."""
+"""Factor by which a clipping scale may be smaller than the one that covers all weights: the search
+for the least squared error ends there."""
 _STEPS, _COMPACT_STEPS = 32, 16
-"""Scales that are tried in every octave; of compact ones there are no more."""
+"""Scales tried per factor of two, about 2 % apart; compact ones are the 16 powers of 2^(1/16)."""
 _BELOW = 1 - 1e-4
-"""Keeps a power of 2^(1/16), rounded, from becoming the next one."""
+"""Factor below 1 that a scale is multiplied by before it is rounded up to a power of 2^(1/16): one
+that is such a power but for rounding errors stays it, and does not become the next."""
 _ZERO_POINTS = 5
+"""Zero points tried for a scale that clips, evenly from clipping only high values to only low."""
 
 
 def affine_parameters(low: Tensor, high: Tensor, form: NumberFormat) -> tuple[Tensor, Tensor]:

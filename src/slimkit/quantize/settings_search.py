@@ -15,7 +15,7 @@ from slimkit.artifact import PathLike, content_hash, tensors_hash
 from slimkit.errors import DataError, InputError, nearest
 from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
-from slimkit.limits import Limit
+from slimkit.limits import MOST_DB, Limit
 from slimkit.measure.tables import rendered
 from slimkit.modules import evaluation
 from slimkit.quantize.batches import Batches
@@ -33,7 +33,6 @@ __all__ = ["SettingsSearch", "arguments_of", "search_settings", "settings_space"
 
 Objective = Literal["sqnr", "kl"]
 _SEARCHABLE = ("observer", "granularity", "batches", "weight_bits", "methods")
-_EXACT = 200.0  # dB; a journal holds finite numbers only
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ class _Score:
         if self._distance is None:
             assert self._evaluate is not None
             return {"metric": evaluated(self._evaluate, quantized, "the quantized network")}
-        found = {"sqnr": min(_EXACT, decibels(self._distance.noise(quantized)))}
+        found = {"sqnr": min(MOST_DB, decibels(self._distance.noise(quantized)))}
         if self.name == "kl":
             found["kl"] = self._distance.divergence(quantized)
         return found

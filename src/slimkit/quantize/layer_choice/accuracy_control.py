@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["AccuracyLimit", "Repair", "accuracy_limit"]
 
 _HOPELESS = 2.0
-"""A layer that makes so many times the noise that is still allowed is not tried."""
+"""Estimated noise of a layer, in units of what the limit leaves, above which making it integer
+again is not tried: estimates are rarely off by more than a factor of two."""
 _ROUNDS = 6
-"""Choices of layers that are repaired until the limit holds."""
+"""Choices of layers that are repaired, with the limit for the choice corrected in between, until it
+holds after the repair; the time of the methods is spent as often at most."""
 
 
 @dataclass(frozen=True)

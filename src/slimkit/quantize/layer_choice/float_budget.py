@@ -1,4 +1,4 @@
-"""Quantization with a budget: layers go back to float where that helps the outputs most."""
+"""Greedy knapsack: layers go back to float within a budget where that helps the outputs most."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["FloatBudget"]
 
 _EXAMPLES = 16
-"""Calibration examples that selections are compared on."""
+"""Calibration examples that the two selections are compared on, in one forward each."""
 _LONGEST_RUN = 4
 """Consecutive layers that are put back at once: what one writes and the next reads is rounded
 until both are in float."""

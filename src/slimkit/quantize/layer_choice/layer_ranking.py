@@ -1,4 +1,4 @@
-"""What decides which layers go back to float: the noise they make, and what they cost there."""
+"""Noise and cost of layers: what decides which of them go back to float."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["multiply_adds", "noise_shares"]
 
 _MEASURED_BATCHES = 2
+"""Calibration batches that layers are measured on one by one, where gradients are of no use."""
 
 
 def multiply_adds(work: Work) -> dict[str, int]:

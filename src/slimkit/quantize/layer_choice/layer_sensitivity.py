@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ __all__ = [
     "noise_scorer",
     "units_of",
 ]
+
+_ALIKE = 1e-3
+"""Relative difference up to which two metrics of the float network count as one: threads add up in
+other orders, and one image of a thousand may fall to the other side."""
 
 Units = Mapping[str, Sequence[str]]
 """Name → paths of the layers that are switched together."""
@@ -106,8 +111,18 @@ def measure_sensitivity(
     )
     if file is not None and Path(file).exists():
         table = table.joined(LayerSensitivity.load(file), where=str(file))
-    if table.base is None:
-        table = table.with_base(score(switches.quantized.model, "the float network"))
+    if measure == "metric":  # the noise of the float network is 0 by definition
+        base = score(switches.quantized.model, "the float network")
+        if table.base is not None and not math.isclose(
+            base, table.base, rel_tol=_ALIKE, abs_tol=1e-9
+        ):
+            raise InputError(
+                f"it was measured by another evaluation, or on other data: the float network has "
+                f"{table.base:.6g} there, and {base:.6g} now",
+                where=str(file),
+                hint="give a new file",
+            )
+        table = table.with_base(base) if table.base is None else table
     todo = table.missing(bits)
     with ProgressDisplay(
         len(todo), 0, label="sensitivity", enabled=progress, patience=LONG

@@ -1,4 +1,4 @@
-"""Bias correction: rounding must not shift the mean of what a layer answers."""
+"""Bias correction: the mean shift that rounding gives a layer's outputs goes into its bias."""
 
 from __future__ import annotations
 

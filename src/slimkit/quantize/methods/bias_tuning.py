@@ -1,4 +1,4 @@
-"""Bias tuning: all biases are trained together, so that the network's outputs come out right."""
+"""Bias tuning: all biases trained end to end by Adam on the outputs of the float network."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from slimkit.quantize.wrapper import QuantizedModel
 __all__ = ["BiasTuning"]
 
 _AT_ONCE = 8
-"""Examples that run forwards and backwards together: what they leave for the way back is kept."""
+"""Examples per forward and backward pass: the activations that autograd keeps for them bound the
+memory; gradients of several passes add up to a batch."""
 _HELD_OUT = 0.25
-"""Of the examples: they are not trained on, and say whether it was worth it."""
+"""Share of the examples that is not trained on, and decides whether the biases are kept."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Weights whose scale and levels a method has chosen."""
+"""Fixed weights: a grid of levels and steps that a method chose, and weights that lie on it."""
 
 from __future__ import annotations
 

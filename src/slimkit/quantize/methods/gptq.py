@@ -1,4 +1,4 @@
-"""GPTQ: weights are rounded one input after the other, the rest makes up for the error."""
+"""GPTQ: second-order rounding, one column after the other; the rest makes up for the error."""
 
 from __future__ import annotations
 
@@ -34,15 +34,18 @@ from slimkit.quantize.scales import pairs_can_overflow
 __all__ = ["GPTQ", "compensated_levels"]
 
 _PLENTY = 8
-"""Positions for each input of an output, from which on they are taken to stand for all others."""
+"""Sampled positions per input of an output (per unknown of the least-squares problem) from which on
+the Hessian is trusted without a test on held-out images."""
 _SEEN = 0.75
-"""Of fewer, the share that levels are tried by, to be judged on the others."""
+"""With fewer positions: the share that levels are computed from; the other quarter judges them."""
 _NARROW = 384
-"""Inputs of an output that may have a Hessian of its own."""
+"""Inputs of an output up to which ``behind_activation`` gives every output channel a Hessian of its
+own: one more inversion per channel, whose time grows with the cube of this."""
 _MOST_ELEMENTS = 1 << 25
-"""Of the inputs of some output channels, weighted for each: 128 MiB."""
+"""float32 numbers of the weighted inputs of some output channels that are held at once: 128 MiB."""
 _COLUMNS = 128
-"""Columns whose corrections reach the rest of the weight in one product (section 3.3, step 2)."""
+"""Columns per block whose corrections reach the rest of the weight in one matrix product: the
+paper's lazy batch updates (section 3.3, step 2), and its size."""
 
 
 @dataclass(frozen=True)

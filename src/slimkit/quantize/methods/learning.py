@@ -1,4 +1,4 @@
-"""Which parameters learn while a method trains something."""
+"""``requires_grad`` while a method trains something: of chosen parameters, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block reconstruction: the layers of a block are rounded together, activation scales learned."""
+"""Block reconstruction (BRECQ, QDrop): a block's layers rounded together, on its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer computes, on a sample of the positions that it is applied at."""
+"""Least squares of one layer, on a sample of the positions that its weight is applied at."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ __all__ = [
 ]
 
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Dampings to choose from; see :func:`hessian`."""
+"""Ridge penalties to choose from, as fractions of the mean of the Hessian's diagonal: half a decade
+apart, from hardly any to one that leaves the weight as it is."""
 _LEAST = 0.1
-"""Of an error is passed on everywhere, for all that may come."""
+"""Smallest share of a squared error that :func:`passed_on` gives: a ReLU that is closed on these
+images may be open on others, and a Hessian of zeros has no inverse."""
 _OPEN = 1e-3
-"""Below which a slope is that of no activation function."""
+"""Largest deviation of all slopes from 1 for which there is no activation function to speak of."""
 _SURE = 2.0
-"""Standard errors by which a change must be better on images that it does not come from."""
+"""Standard errors of the mean by which a change must be better on held-out images to be made: about
+95 % confidence."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Learned rounding: whether each weight goes up or down is decided by gradient descent.
+"""AdaRound's soft rounding: whether each weight goes up or down is found by gradient descent.
 
 Nagel et al., 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization"
 (https://arxiv.org/abs/2004.10568). With the scale s held, a weight becomes
@@ -24,6 +24,7 @@ from slimkit.quantize.methods.fixed_weights import Grid
 __all__ = ["RoundingSchedule", "SoftRounding", "optimise", "rectified_sigmoid"]
 
 _ZETA, _GAMMA = 1.1, -0.1
+"""ζ and γ of equation 23, the ends of the stretched sigmoid; the paper's values."""
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from slimkit.quantize.specs import QuantizerSpec
 __all__ = ["BlockCall", "RoundedLayer", "Streams"]
 
 _MOST_ELEMENTS = 1 << 25
-"""Of the sampled inputs of one layer: 128 MiB."""
+"""float32 numbers of the sampled inputs of one layer that are held at most: 128 MiB."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A look at the outputs after quantization: a network that rounding ruined says so."""
+"""Output check: signal to quantization noise after `ptq`, and a warning where it is low."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["ENOUGH_DB", "OutputCheck", "output_check"]
 
 ENOUGH_DB = 15.0
-"""Below, classifiers lose more than a point: EfficientNet-Lite0 in docs/benchmarks."""
+"""dB of signal to quantization noise of the outputs below which a warning comes: classifiers then
+lose more than a point of accuracy (EfficientNet-Lite0 in docs/benchmarks)."""
 _EXAMPLES = 8
-"""The network runs on so many, twice: nothing beside calibration."""
+"""Examples that the float and the quantized network run on: little beside calibration."""
 _EXAMINED = 1
-"""Layers are named by so many: what all of them make is held in memory."""
+"""Examples by which the noisiest layers are found: all their outputs are held in memory."""
 _NAMED = 3
+"""Layers that the warning names."""
 
 
 class OutputCheck:

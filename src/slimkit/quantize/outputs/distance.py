@@ -1,4 +1,4 @@
-"""How far the outputs of a network are from those of the float network, without labels."""
+"""Signal to quantization noise (SQNR) and KL divergence of outputs, against the float network."""
 
 from __future__ import annotations
 

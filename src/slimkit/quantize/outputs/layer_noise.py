@@ -18,6 +18,7 @@ from slimkit.quantize.wrapper import QuantizedModel
 __all__ = ["layer_noise"]
 
 BINS = 48
+"""Of a histogram in the report: as many as its pictures are wide enough for."""
 
 
 def layer_noise(

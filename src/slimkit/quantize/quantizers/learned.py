@@ -45,7 +45,8 @@ SCALES = ("observed", "lsq", "pact")
 
 _RELUS = ("relu", "relu6", "hardtanh")  # nn.ReLU6 is a hardtanh from 0 to 6
 _SHRINK = 1024.0
-"""No step size gets so many times smaller than it began: a bad update cannot lose it."""
+"""Factor by which a step size may shrink from its start: a bad update cannot make it zero or
+negative, from where no gradient leads back."""
 
 
 def with_scales(plan: QuantPlan, scales: str) -> QuantPlan:
