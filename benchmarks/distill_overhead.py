@@ -25,7 +25,7 @@ from benchmarks.tables import markdown, write_page
 from slimkit.distill import KD, Distiller
 from slimkit.distill.knowledge import Knowledge, KnowledgeDistiller, NetworkTeacher, dump, serve
 from slimkit.losses import kd
-from slimkit.tasks.data import DataSettings, Splits, synthetic_data
+from slimkit.tasks.data import DataSettings, ImageSplits, synthetic_data
 from slimkit.tasks.data.samples import training_samples
 from slimkit.train import StepContext, TrainSettings, fit
 
@@ -33,7 +33,7 @@ CLASSES = 100
 BATCH = 64
 
 
-def data(batches: int) -> Splits:
+def data(batches: int) -> ImageSplits:
     """Random images of 32×32 pixels, the same in every process."""
     settings = {"image_size": 32, "channels": 3, "batch_size": BATCH, "augment": {"crop": 4}}
     return synthetic_data(DataSettings.model_validate(settings), CLASSES, batches=batches)
@@ -60,7 +60,7 @@ def teach(name: str, batches: int, pipe: Connection) -> None:
             pipe.recv()
 
 
-def epoch_seconds(student: nn.Module, splits: Splits, losses: list[Any]) -> float:
+def epoch_seconds(student: nn.Module, splits: ImageSplits, losses: list[Any]) -> float:
     """One epoch of training; what is measured is the loop, not its set-up."""
     settings = TrainSettings(epochs=1, lr=0.01, schedule="constant", precision="fp32")
     history = fit(

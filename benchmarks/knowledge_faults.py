@@ -44,7 +44,7 @@ from slimkit.distill.knowledge import (
     serve,
 )
 from slimkit.errors import DataError
-from slimkit.tasks.data import DataSettings, Splits, load_data
+from slimkit.tasks.data import DataSettings, ImageSplits, load_data
 from slimkit.tasks.data.samples import training_samples
 from slimkit.train import TrainSettings, fit
 
@@ -53,7 +53,7 @@ PATIENCE = Patience(answer=8.0, lost=120.0)
 SEED = 0
 
 
-def data() -> Splits:
+def data() -> ImageSplits:
     """Digits of 16×16 pixels, cropped at random."""
     settings = {"source": "digits", "image_size": 16, "batch_size": 32, "augment": {"crop": 2}}
     return load_data(DataSettings.model_validate(settings))

@@ -36,7 +36,7 @@ from slimkit.distill.knowledge import Knowledge, KnowledgeDistiller, NetworkTeac
 from slimkit.recipe.stages.interface import StageContext
 from slimkit.recipe.stages.pruning import PruneStage
 from slimkit.tasks import ClassificationTask
-from slimkit.tasks.data import Splits, load_data
+from slimkit.tasks.data import ImageSplits, load_data
 from slimkit.tasks.data.samples import training_samples
 from slimkit.tasks.data.settings import AugmentSettings, DataSettings
 from slimkit.train import TrainSettings, fit
@@ -65,7 +65,7 @@ def network() -> nn.Module:
     return model.eval()
 
 
-def data(options: argparse.Namespace) -> Splits:
+def data(options: argparse.Namespace) -> ImageSplits:
     """CIFAR-10, prepared as the checkpoint wants it."""
     return load_data(
         DataSettings(
@@ -81,7 +81,9 @@ def data(options: argparse.Namespace) -> Splits:
     )
 
 
-def prune_ours(model: nn.Module, splits: Splits, seed: int, options: argparse.Namespace) -> None:
+def prune_ours(
+    model: nn.Module, splits: ImageSplits, seed: int, options: argparse.Namespace
+) -> None:
     """Prune in place, by the settings of a recipe's stage."""
     settings = {"macs": 1 - 1 / options.factor, **yaml.safe_load(options.ours)}
     stage = PruneStage.model_validate(settings)
@@ -109,7 +111,7 @@ def prune_peer(model: nn.Module, options: argparse.Namespace) -> None:
         pruner.step()
 
 
-def taught(splits: Splits, seed: int, options: argparse.Namespace) -> Path:
+def taught(splits: ImageSplits, seed: int, options: argparse.Namespace) -> Path:
     """What the unpruned network says about every image of every epoch, for all distilled arms."""
     folder = Path(options.out, f"seed{seed}", "knowledge")
     teacher = NetworkTeacher(
@@ -130,7 +132,7 @@ def told(done: int, shards: int) -> None:
 
 
 def train(
-    model: nn.Module, splits: Splits, seed: int, arm: str, options: argparse.Namespace
+    model: nn.Module, splits: ImageSplits, seed: int, arm: str, options: argparse.Namespace
 ) -> None:
     """Six epochs, with the unpruned network as the teacher in two of the arms."""
     task = ClassificationTask()
@@ -170,7 +172,9 @@ def times(options: argparse.Namespace) -> str:
     return f"{options.factor:g}_times".replace(".", "_")
 
 
-def run_arm(arm: str, seed: int, splits: Splits, options: argparse.Namespace) -> dict[str, Any]:
+def run_arm(
+    arm: str, seed: int, splits: ImageSplits, options: argparse.Namespace
+) -> dict[str, Any]:
     """Prune, train, test."""
     torch.manual_seed(seed)
     task, model = ClassificationTask(), network()

@@ -25,7 +25,8 @@ from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.recipe import load_recipe, parse_recipe, run_recipe
 from slimkit.runtime import open_session, parity
 from slimkit.tasks import ClassificationTask
-from slimkit.tasks.data import Splits, load_data
+from slimkit.tasks.data import ImageSplits, load_data
+from slimkit.tasks.running import session_run
 
 RECIPE = ROOT / "recipes" / "cifar10" / "qat.yaml"
 EXAMPLE = torch.zeros(1, 3, 32, 32)
@@ -60,7 +61,7 @@ def trained(name: str, out: Path) -> nn.Module:
     return sk.load(out / "variants" / "float" / "model", model=build()).eval()
 
 
-def rows_of(name: str, model: nn.Module, splits: Splits, out: Path) -> list[list[str]]:
+def rows_of(name: str, model: nn.Module, splits: ImageSplits, out: Path) -> list[list[str]]:
     """One row for each way."""
     task = ClassificationTask()
     batches = list(splits.calibration.batches(BATCHES))
@@ -68,7 +69,7 @@ def rows_of(name: str, model: nn.Module, splits: Splits, out: Path) -> list[list
     def accuracy(network: nn.Module, file: Path) -> float:
         sk.export(network, file, EXAMPLE, dynamic_batch=True)
         session = open_session(file, threads=2)
-        return task.evaluate(lambda images: session.run([images])[0], splits.test)["accuracy"]
+        return task.evaluate(session_run(session), splits.test)["accuracy"]
 
     base = accuracy(model, out / "float.onnx")
     rows = [[name, "float", f"{base:.2f} %", "–", "–", "–"]]

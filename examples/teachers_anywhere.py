@@ -29,7 +29,7 @@ from slimkit.distill.knowledge import (
     serve,
 )
 from slimkit.tasks import ClassificationTask
-from slimkit.tasks.data import DataSettings, Splits, load_data
+from slimkit.tasks.data import DataSettings, ImageSplits, load_data
 from slimkit.tasks.data.samples import training_samples
 from slimkit.train import TrainSettings, fit
 
@@ -55,7 +55,7 @@ def network(width: int, seed: int) -> nn.Sequential:
 
 
 def train(
-    model: nn.Module, splits: Splits, epochs: int, losses: Sequence[KnowledgeDistiller] = ()
+    model: nn.Module, splits: ImageSplits, epochs: int, losses: Sequence[KnowledgeDistiller] = ()
 ) -> float:
     """Train, and return the accuracy on the validation images."""
     settings = TrainSettings(epochs=epochs, lr=0.05, precision="fp32")

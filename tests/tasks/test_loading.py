@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from slimkit.errors import DataError
-from slimkit.tasks.data import AugmentSettings, DataSettings, Splits, load_data, synthetic_data
+from slimkit.tasks.data import AugmentSettings, DataSettings, ImageSplits, load_data, synthetic_data
 
 
-def raw(loader: object, splits: Splits) -> torch.Tensor:
+def raw(loader: object, splits: ImageSplits) -> torch.Tensor:
     """All images of a loader as numbers 0 … 255, (N, C, H, W)."""
     mean = torch.tensor(splits.preprocessing["mean"]).view(1, -1, 1, 1)
     std = torch.tensor(splits.preprocessing["std"]).view(1, -1, 1, 1)

@@ -21,7 +21,7 @@ def list_command(
         typer.Argument(
             metavar="[KIND]",
             help="models, stages, criteria, allocations, losses, connectors, data_free, observers, "
-            "methods, targets, data, backends; or torchvision, timm for all models of theirs.",
+            "methods, targets, tasks, data, backends; or torchvision, timm for all of theirs.",
             show_default="everything",
         ),
     ] = None,
@@ -105,6 +105,7 @@ _KINDS: dict[str, Callable[[], Rows]] = {
     "observers": _registered("slimkit.quantize.observers.ranges:OBSERVERS"),
     "methods": _registered("slimkit.quantize:METHODS"),
     "targets": _registered("slimkit.quantize.targets:TARGETS"),
+    "tasks": _registered("slimkit.tasks:TASKS"),
     "data": _registered("slimkit.tasks.data:SOURCES"),
     "backends": _backends,
 }

@@ -9,7 +9,9 @@ from slimkit.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["model_and_input", "parse_arguments", "parse_shape", "parse_weight_bits"]
+    from slimkit.tasks import Splits, Task
+
+__all__ = ["load_task", "model_and_input", "parse_arguments", "parse_shape", "parse_weight_bits"]
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -74,6 +76,49 @@ def parse_weight_bits(given: list[str] | None) -> int | dict[str, int] | None:
             hint="--weight-bits 4, or --weight-bits 'layer4.*=4'",
         )
     return dict(zip(patterns, bits, strict=True)) if patterns[0] else bits[0]
+
+
+def load_task(name: str | None, source: str, **settings: Any) -> tuple[Task, Splits]:
+    """A task and its data, as the options of a command name them.
+
+    Args:
+        name: of the task; None takes the first that knows the source.
+        source: of the data.
+        **settings: of the data; those that are None are left out.
+
+    Raises:
+        UnknownNameError: there is no such task, or no task knows the source.
+        InputError: the task's data have no such setting.
+    """
+    from pydantic import ValidationError
+
+    from slimkit.errors import UnknownNameError, nearest
+    from slimkit.tasks import TASKS
+
+    if name is None:
+        tasks = {n: TASKS.get(n).model_validate({}) for n in TASKS}
+        name = next((n for n, task in tasks.items() if task.takes_source(source)), None)
+    if name is None:
+        from slimkit.tasks.data import SOURCES
+
+        kind = source.partition(":")[0]
+        raise UnknownNameError(
+            f"unknown data source {kind!r}", where="--data", hint=nearest(kind, SOURCES)
+        )
+    task = TASKS.get(name, where="--task").model_validate({})
+    given = {key: value for key, value in settings.items() if value is not None}
+    try:
+        return task, task.load(task.data_settings.model_validate({"source": source, **given}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else "data"
+        option = {"source": "--data"}.get(key, f"--{key.replace('_', '-')}")
+        known = ", ".join(task.data_settings.model_fields)
+        raise InputError(
+            f"the data of the task {task.type} have no such setting: {first['msg']}",
+            where=option,
+            hint=f"they have {known}",
+        ) from error
 
 
 def model_and_input(

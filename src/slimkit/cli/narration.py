@@ -45,11 +45,12 @@ def _chain(event: Mapping[str, Any]) -> str:
 
 def data_line(event: Mapping[str, Any]) -> str:
     """What the data are: source, images per split, shape."""
-    shape = "×".join(str(size) for size in event["shape"])
     counts = f"{event['train']} train, {event['validation']} validation, {event['test']} test"
-    skipped = sum(event["skipped"].values())
-    bad = f", {skipped} unreadable images left out" if skipped else ""
-    return f"data     {event['source']}: {counts}, {shape}{bad}"
+    size = "×".join(str(size) for size in event.get("shape", ()))
+    shape = f", {size}" if size else ""
+    skipped = sum(event.get("skipped", {}).values())
+    bad = f", {skipped} unreadable samples left out" if skipped else ""
+    return f"data     {event['source']}: {counts}{shape}{bad}"
 
 
 def _owner(event: Mapping[str, Any]) -> str:
@@ -58,7 +59,7 @@ def _owner(event: Mapping[str, Any]) -> str:
 
 def _proof(event: Mapping[str, Any]) -> str:
     size = event["bytes"] / 1000
-    return f"proof    {event['variant']}: accuracy {event['accuracy']:.2f} %, {size:,.1f} kB"
+    return f"proof    {event['variant']}: {event['score']}, {size:,.1f} kB"
 
 
 _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Checkpoint", "InputShape", "ModelArguments", "ModelName"]
+__all__ = ["Checkpoint", "InputShape", "ModelArguments", "ModelName", "TaskName"]
 
 ModelName = Annotated[
     str,
@@ -28,4 +28,13 @@ ModelArguments = Annotated[
 ]
 Checkpoint = Annotated[
     str | None, typer.Option("--checkpoint", metavar="FILE", help="Weights, as safetensors.")
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="NAME",
+        help="What the network does; see: slimkit list tasks.",
+        show_default="what the data are for",
+    ),
 ]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimkit.cli.mirrored import options_of
-from slimkit.cli.options import Checkpoint, ModelArguments, ModelName
+from slimkit.cli.options import Checkpoint, ModelArguments, ModelName, TaskName
 from slimkit.limits import KINDS, Limit
 
 if TYPE_CHECKING:
     from slimkit.quantize.evaluating import Evaluate
-    from slimkit.tasks.data import Splits
+    from slimkit.tasks import Splits, Task
 
 __all__ = ["quantize_command"]
 
@@ -25,6 +25,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
         str, typer.Option("--data", help="Where calibration images come from, as in a recipe.")
     ],
     out: Annotated[Path, typer.Option("--out", help="The ONNX file to write.")],
+    task: TaskName = None,
     checkpoint: Checkpoint = None,
     arg: ModelArguments = None,
     image_size: Annotated[
@@ -65,25 +66,20 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     limit: dict[str, Any],
 ) -> None:
     """Turn a trained network into an ONNX file of integers, without training (PTQ)."""
-    import torch
-
     from slimkit.cli.console import output
-    from slimkit.cli.models import parse_arguments, parse_weight_bits
+    from slimkit.cli.models import load_task, parse_arguments, parse_weight_bits
     from slimkit.models import build_model, load_checkpoint
     from slimkit.quantize import ptq
     from slimkit.quantize.planning.requests import granularity_of
-    from slimkit.recipe.prediction import model_metadata
     from slimkit.runtime import export, fusion_report, parity
-    from slimkit.tasks import ClassificationTask
-    from slimkit.tasks.data import load_data
-    from slimkit.tasks.data.settings import DataSettings
+    from slimkit.tasks.splits import first_batches
 
     network = build_model(model, **parse_arguments(arg)).eval()
     if checkpoint is not None:
         load_checkpoint(network, checkpoint)
-    splits = load_data(DataSettings(source=data, image_size=image_size, eval_batch_size=32))
-    ClassificationTask().check_head(network, splits)
-    example = torch.zeros(1, *splits.shape)
+    kind, splits = load_task(task, data, image_size=image_size, eval_batch_size=32)
+    kind.check_head(network, splits)
+    example = kind.example_inputs(splits)
     quantized = ptq(
         network,
         example,
@@ -96,30 +92,37 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
         target=target,
         weight_bits=parse_weight_bits(weight_bits),
         methods=[] if method == ["none"] else method or None,
-        limit=_limit(limit, splits),
+        limit=_limit(limit, kind, splits),
         progress=True,
     )
-    metadata = model_metadata(splits.preprocessing, splits.classes)
-    written = export(quantized, out, example, metadata=metadata)
-    agreement = parity(network, out, splits.calibration.batches(batches))
+    written = export(
+        kind.exported(quantized, splits),
+        out,
+        kind.prepare(example),
+        metadata=kind.metadata(splits),
+        **kind.export_options(splits),
+    )
+    calls = (kind.prepare(b.inputs) for b in first_batches(splits.calibration, batches))
+    agreement = parity(kind.exported(network, splits), out, calls)
     output.print(quantized.plan.explain(), markup=False)
     output.print(f"{out}: {written.bytes / 1000:,.1f} kB")
     output.print(f"in ONNX Runtime: {fusion_report(out)}", markup=False)
-    output.print(f"against the float network on training images: {agreement}", markup=False)
+    output.print(f"against the float network on training data: {agreement}", markup=False)
 
 
-def _limit(settings: dict[str, Any], splits: Splits) -> Limit | None:
+def _limit(settings: dict[str, Any], task: Task, splits: Splits) -> Limit | None:
     """What the options say; None where they ask for no limit."""
     if settings["fewest"] == "layers" and all(settings[name] is None for name in KINDS):
         return None
-    evaluate = None if settings["max_drop"] is None else _on_validation_images(splits)
+    evaluate = None if settings["max_drop"] is None else _on_validation_data(task, splits)
     return Limit(**settings, evaluate=evaluate)
 
 
-def _on_validation_images(splits: Splits) -> Evaluate:
-    """Accuracy in percent."""
-    from slimkit.tasks import ClassificationTask
+def _on_validation_data(task: Task, splits: Splits) -> Evaluate:
+    """The metric that decides; more is better."""
+    from slimkit.errors import DataError
 
-    task, images = ClassificationTask(), splits.validation
-    assert images is not None  # a tenth of the training images, unless a recipe says otherwise
-    return lambda model: task.evaluate(model, images)[task.metric]
+    samples, metric = splits.validation, task.metric
+    if samples is None:
+        raise DataError("it is measured on validation data, and there are none", where="--max-drop")
+    return lambda model: metric.goodness(task.evaluate(model, samples)[metric.name])

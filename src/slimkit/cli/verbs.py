@@ -13,6 +13,7 @@ VERBS = (
     "profile",
     "explain",
     "benchmark",
+    "evaluate",
     "quantize",
     "teach",
     "compare",

@@ -18,7 +18,7 @@ from slimkit.errors import (
 )
 from slimkit.registry import Registry, import_object
 
-__all__ = ["MODELS", "build_model", "list_models"]
+__all__ = ["MODELS", "build_model", "list_models", "takes_argument"]
 
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
 """Factories behind ``slimkit:NAME``; ``@MODELS.register("mine")`` adds ``slimkit:mine``."""
@@ -81,6 +81,22 @@ def list_models(source: str = "slimkit") -> list[str]:
         return [f"timm:{name}" for name in _library("timm").list_models()]
     hint = nearest(source, ("slimkit", "torchvision", "timm"))
     raise ModelError(f"unknown source of models {source!r}", where="source", hint=hint)
+
+
+def takes_argument(name: str, argument: str) -> bool:
+    """Whether the factory of a model has an argument, such as ``num_classes``.
+
+    Those of torchvision and timm hand on what they are given: all of them take the number of
+    classes, and nothing else is asked of them.
+    """
+    source, _, short = name.partition(":")
+    if source in {"torchvision", "timm"}:
+        return argument == "num_classes"
+    try:
+        factory = MODELS.get(short) if source == "slimkit" else import_object(name)
+        return argument in inspect.signature(factory).parameters  # type: ignore[arg-type]
+    except (SlimkitError, TypeError, ValueError):  # building it will say what is wrong
+        return False
 
 
 def _factory(name: str) -> Callable[..., nn.Module]:

@@ -144,7 +144,7 @@ class Keys:
                 "data": self.fingerprint,
             }
             if step.settings.sees_eval_batches:
-                value["eval_batch_size"] = self.recipe.data.eval_batch_size
+                value["eval_batch_size"] = getattr(self.recipe.data, "eval_batch_size", None)
             if self.smoke:
                 value["smoke"] = True
             self._known[known] = content_hash(value)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
 from slimkit.measure.profiling import profile
 from slimkit.recipe.chains import Chain, Step, of_stage
 from slimkit.recipe.workbench import Workbench
+from slimkit.tasks.splits import some_examples
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,7 +100,7 @@ def preview_recipe(bench: Workbench) -> Preview:
     Raises:
         SlimkitError: a stage's settings do not fit its network.
     """
-    clock = _StepClock(bench)
+    clock = functools.cache(lambda: _StepClock(bench))  # reads data: only where it must
     seen: set[Chain] = set()
     rows: list[PreviewRow] = []
     for variant, chain in bench.recipe.variants.items():
@@ -128,7 +129,9 @@ def preview_recipe(bench: Workbench) -> Preview:
     return Preview(bench.recipe.name, bench.data_facts(), tuple(rows))
 
 
-def _estimate(bench: Workbench, step: Step, model: nn.Module, clock: _StepClock) -> float | None:
+def _estimate(
+    bench: Workbench, step: Step, model: nn.Module, clock: Callable[[], _StepClock]
+) -> float | None:
     """Seconds for a stage: as long as it took before, or its steps times a measured step."""
     earlier = bench.cache.note("timings", bench.keys.work(step))
     if isinstance(earlier, int | float):
@@ -136,26 +139,27 @@ def _estimate(bench: Workbench, step: Step, model: nn.Module, clock: _StepClock)
     epochs = step.settings.training_epochs()
     if not epochs:
         return 5.0 if step.settings.type in {"prune", "ptq"} else None
-    images = epochs * bench.splits.train.samples
-    per_image = clock.training(model)
+    samples = epochs * bench.splits.train.samples
+    per_sample = clock().training(model)
     for network in bench.preview_teachers(step).values():
-        per_image += clock.inference(network)
+        per_sample += clock().inference(network)
     factor = 2.0 if step.settings.type == "qat" else 1.0  # simulated rounding costs as much again
-    return images * per_image * factor
+    return samples * per_sample * factor
 
 
 class _StepClock:
-    """Seconds per image, measured on a few small batches."""
+    """Seconds per sample, measured on a few small batches."""
 
     def __init__(self, bench: Workbench) -> None:
-        self.images = torch.randn(_TIMED_BATCH, *bench.splits.shape)
-        self.labels = torch.arange(_TIMED_BATCH) % len(bench.splits.classes)
+        self.task = bench.task
+        self.batch = some_examples(bench.splits.train, _TIMED_BATCH)
+        self.samples = self.batch.size or 1
 
     def training(self, model: nn.Module) -> float:
         model.train()
 
         def step() -> None:
-            torch.autograd.backward(F.cross_entropy(model(self.images), self.labels))
+            torch.autograd.backward(self.task.loss(model, self.batch)[0])
 
         return self._time(step)
 
@@ -164,7 +168,7 @@ class _StepClock:
 
         def step() -> None:
             with torch.no_grad():
-                model(self.images)
+                self.task.teacher_inputs(self.batch).call(model)
 
         return self._time(step)
 
@@ -173,7 +177,7 @@ class _StepClock:
         started = time.perf_counter()
         for _ in range(_TIMED_STEPS):
             step()
-        return (time.perf_counter() - started) / (_TIMED_STEPS * _TIMED_BATCH)
+        return (time.perf_counter() - started) / (_TIMED_STEPS * self.samples)
 
 
 def _duration(seconds: float | None) -> str:

@@ -16,17 +16,18 @@ from slimkit.artifact import content_hash, write_text
 from slimkit.measure.profiling import profile
 from slimkit.plan import save
 from slimkit.recipe.chains import Chain
-from slimkit.recipe.prediction import PREDICT, model_metadata
 from slimkit.runtime import export, open_session
+from slimkit.tasks.interface import answers_to
+from slimkit.tasks.running import Run, feeds_of, session_run
+from slimkit.tasks.splits import first_batches
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import nn
 
+    from slimkit.inputs import Inputs
     from slimkit.recipe.workbench import Workbench
 
-__all__ = ["Proof", "measure_latency", "prove", "speed_warnings"]
+__all__ = ["Proof", "drawings", "measure_latency", "prove", "speed_warnings"]
 
 PROOF_VERSION = 1
 
@@ -42,6 +43,7 @@ class Proof:
     parity: dict[str, Any]
     fusion: dict[str, Any]
     cached: bool
+    key: str
 
 
 def prove(bench: Workbench, chain: Chain, folder: Path) -> Proof:
@@ -58,7 +60,7 @@ def prove(bench: Workbench, chain: Chain, folder: Path) -> Proof:
     """
     model = bench.result(chain).eval()
     save(model, folder / "model")
-    write_text(folder / "predict.py", PREDICT)
+    write_text(folder / "predict.py", bench.task.predict_script(bench.splits))
     path = _exported(bench, chain, model, folder / "model.onnx")
     costs = profile(model, bench.example_inputs)
     cost = {
@@ -77,7 +79,7 @@ def prove(bench: Workbench, chain: Chain, folder: Path) -> Proof:
         cached = False
     else:
         cached = True
-    return Proof(path=path, cost=cost, cached=cached, **known)
+    return Proof(path=path, cost=cost, cached=cached, key=key, **known)
 
 
 def measure_latency(bench: Workbench, paths: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
@@ -97,11 +99,48 @@ def measure_latency(bench: Workbench, paths: dict[str, Path]) -> dict[str, list[
             backend=backend.name,
             threads=backend.threads,
             batch=backend.batch,
+            inputs=_timed_inputs(bench, next(iter(paths.values())), backend.batch),
             seconds=seconds,
         )
         for name, timing in timings.items():
             found[name].append(timing.to_json())
     return found
+
+
+def _timed_inputs(bench: Workbench, path: Path, batch: int) -> Inputs | None:
+    """Samples to time a file on; None where random numbers of its shapes are as good."""
+    inputs = open_session(path).inputs
+    floats = all(spec.dtype.startswith("float") for spec in inputs)
+    if floats and all(None not in spec.shape[1:] for spec in inputs):
+        return None
+    return bench.task.prepare(bench.task.example_inputs(bench.splits, batch))
+
+
+def drawings(bench: Workbench, proofs: Mapping[str, Proof]) -> list[dict[str, Any]]:
+    """What the task draws of the first and the last variant; from the cache if it is there."""
+    names = list(dict.fromkeys([next(iter(proofs)), list(proofs)[-1]]))
+    key = content_hash({"version": PROOF_VERSION, **{name: proofs[name].key for name in names}})
+    known = bench.cache.note("drawings", key)
+    if known is None:
+        answers = {  # computed while the task reads them
+            name: answers_to(_file_run(bench, proofs[name].path), bench.splits.test)
+            for name in names
+        }
+        known = [_plain(dict(drawing)) for drawing in bench.task.drawings(answers, bench.splits)]
+        bench.cache.keep("drawings", key, known)
+    return list(known)
+
+
+def _file_run(bench: Workbench, path: Path) -> Run:
+    """A variant's file as a function from the model's inputs to the model's outputs."""
+    backend = bench.recipe.measure.backends[0].name
+    session = session_run(open_session(path, backend=backend, threads=_threads()))
+    task = bench.task
+
+    def run(inputs: Inputs) -> Any:
+        return task.complete(session(task.prepare(inputs)), inputs)
+
+    return run
 
 
 def speed_warnings(
@@ -125,6 +164,7 @@ def speed_warnings(
     first, *others = proofs
     for name in [] if bench.smoke else others:
         for before, after in zip(latency[first], latency[name], strict=True):
+            example = _timed_inputs(bench, proofs[name].path, after["batch"])
             text = unrewarded(
                 (proofs[first].path, proofs[name].path),
                 macs=(proofs[first].cost["macs"], proofs[name].cost["macs"]),
@@ -132,6 +172,7 @@ def speed_warnings(
                 backend=after["backend"],
                 threads=after["threads"],
                 batch=after["batch"],
+                inputs=None if example is None else _arrays(example, proofs[name].path),
             )
             if text is not None:
                 found[name].append(text)
@@ -140,13 +181,17 @@ def speed_warnings(
 
 def _exported(bench: Workbench, chain: Chain, model: nn.Module, path: Path) -> Path:
     """Export the network, or take the file from the cache."""
-    splits = bench.splits
-    metadata = model_metadata(
-        splits.preprocessing, splits.classes, recipe=bench.recipe.name, stages=" ".join(chain)
-    )
+    task, splits = bench.task, bench.splits
+    metadata = {
+        **task.metadata(splits),
+        "slimkit.recipe": bench.recipe.name,
+        "slimkit.stages": " ".join(chain),
+    }
     name = f"{bench.keys.export(chain, metadata)}.onnx"
     if not bench.cache.fetch_file("exports", name, path):
-        export(model, path, bench.example_inputs, metadata=metadata)
+        example = task.prepare(bench.example_inputs)
+        options = task.export_options(splits)
+        export(task.exported(model, splits), path, example, metadata=metadata, **options)
         bench.cache.keep_file("exports", name, path)
     return path
 
@@ -161,6 +206,7 @@ def _proof_key(bench: Workbench, chain: Chain, path: Path) -> str:
             "version": PROOF_VERSION,
             "file": hashlib.sha256(path.read_bytes()).hexdigest(),
             "network": bench.keys.export(chain, {}),
+            "task": [bench.task.model_dump(mode="json"), bench.task.version],
             "data": bench.splits.fingerprint,
             "batch": bench.splits.test.batch_size,
             "backend": [backend, version(backend)],
@@ -174,16 +220,16 @@ def _test(bench: Workbench, model: nn.Module, path: Path) -> dict[str, Any]:
 
     settings = bench.recipe.measure
     backend = settings.backends[0].name
-    test = bench.splits.test
-    found = parity(model, path, _images(test.batches(settings.parity_batches)), backend=backend)
-    session = open_session(path, backend=backend, threads=_threads())
+    task, test = bench.task, bench.splits.test
 
-    def run(images: NDArray[np.float32]) -> Any:
-        return session.run([images])[0]
+    def calls(count: int) -> Iterator[Inputs]:
+        """Of the file, with the first test batches."""
+        return (task.prepare(batch.inputs) for batch in first_batches(test, count))
 
-    facts = found.to_json()
+    exported = task.exported(model, bench.splits)
+    facts = parity(exported, path, calls(settings.parity_batches), backend=backend).to_json()
     if backend == "onnxruntime":  # each integer kernel against exact arithmetic
-        layers = parity_per_layer(path, _images(test.batches(1)))
+        layers = parity_per_layer(path, calls(1))
         if layers.layers:
             facts["layers"] = {
                 "count": len(layers.layers),
@@ -191,16 +237,18 @@ def _test(bench: Workbench, model: nn.Module, path: Path) -> dict[str, Any]:
                 "exact": layers.exact,
             }
     return {
-        "metrics": _rounded(bench.task.evaluate(run, test)),
-        "torch_metrics": _rounded(bench.task.evaluate(model, test)),
+        "metrics": _rounded(task.evaluate(_file_run(bench, path), test)),
+        "torch_metrics": _rounded(task.evaluate(model, test)),
         "parity": _plain(facts),
         "fusion": _plain(fusion_report(path).to_json()),
     }
 
 
-def _images(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    for images, _ in batches:
-        yield images
+def _arrays(inputs: Inputs, path: Path) -> list[Any]:
+    """In the order of the file's inputs."""
+    names = open_session(path).input_names
+    feeds = feeds_of(inputs, names)
+    return [feeds[name] for name in names] if isinstance(feeds, dict) else feeds
 
 
 def _threads() -> int:

@@ -17,7 +17,7 @@ from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import Chain
 from slimkit.recipe.loading import dump_recipe
 from slimkit.recipe.preview import Preview, preview_recipe
-from slimkit.recipe.proving import Proof, measure_latency, prove, speed_warnings
+from slimkit.recipe.proving import Proof, drawings, measure_latency, prove, speed_warnings
 from slimkit.recipe.schema.gates import check_gates, missed_text
 from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.recipe import Recipe
@@ -122,7 +122,9 @@ def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
         stages[name] = [_stage(bench, chain[: end + 1]) for end in range(len(chain))]
     for name, chain in recipe.variants.items():
         proofs[name] = prove(bench, chain, folder / "variants" / name)
-        log({"event": "proof", "variant": name, **proofs[name].metrics, **proofs[name].cost})
+        told = {**proofs[name].metrics, **proofs[name].cost}
+        score = bench.task.metric.written(proofs[name].metrics)
+        log({"event": "proof", "variant": name, "score": score, **told})
     started = time.perf_counter()
     latency = measure_latency(bench, {name: proof.path for name, proof in proofs.items()})
     log({"event": "latency", "seconds": time.perf_counter() - started})
@@ -155,10 +157,15 @@ def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
         "environment": _environment(),
         "seed": recipe.seed,
         "smoke": bench.smoke,
+        "task": {
+            "type": bench.task.type,
+            "metrics": [metric.to_json() for metric in bench.task.metrics],
+        },
         "data": bench.data_facts(),
         "recipe": recipe.model_dump(mode="json"),
         "variants": variants,
-        "gates": check_gates(recipe.require, variants[0], variants[-1]),
+        "drawings": drawings(bench, proofs),
+        "gates": check_gates(recipe.require, variants[0], variants[-1], bench.task.metric),
     }
 
 

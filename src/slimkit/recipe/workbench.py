@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slimkit.errors import CheckpointError, ModelError, SlimkitError
-from slimkit.models import MODELS, build_model, load_checkpoint
+from slimkit.errors import CheckpointError, SlimkitError
+from slimkit.models import build_model, load_checkpoint
+from slimkit.models.building import takes_argument
 from slimkit.plan import load
 from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import Chain, Step, of_stage, resolve_steps
@@ -23,19 +23,17 @@ from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.places import at
 from slimkit.recipe.schema.recipe import ModelSettings, Recipe
 from slimkit.recipe.stages.interface import StageContext, StageResult, ignore_event
-from slimkit.registry import import_object
-from slimkit.tasks import ClassificationTask
-from slimkit.tasks.data import Splits, load_data, synthetic_data
-from slimkit.tasks.data.settings import DataSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+
+    from slimkit.inputs import Inputs
+    from slimkit.tasks.splits import Splits
 
 __all__ = ["Event", "StageRecord", "Workbench"]
 
 Event = Callable[[Mapping[str, Any]], None]
 SMOKE_STEPS = 2
-SMOKE_BATCH = 8
 _UNTRAINED: dict[str, dict[str, Any]] = {
     "torchvision": {"weights": None},
     "timm": {"pretrained": False},
@@ -87,34 +85,33 @@ class Workbench:
         self.progress = progress
         self.emit = emit
         self.log_dir = log_dir
-        self.task = ClassificationTask()
+        self.task = recipe.task
         self.steps = resolve_steps(recipe)
         self._records: dict[Chain, StageRecord] = {}
-        self._class_count = 0
+        self._arguments: Mapping[str, Any] = {}
         started = time.perf_counter()
         self.splits = self._load_data()
-        self._class_count = len(self.splits.classes)
+        self._arguments = self.task.model_arguments(self.splits)
         emit({"event": "data", "seconds": time.perf_counter() - started, **self.data_facts()})
         self.keys = Keys(recipe, self.steps, self.splits.fingerprint, smoke=smoke)
 
     @property
-    def example_inputs(self) -> Tensor:
-        """One image of zeros, (1, C, H, W): shapes matter here, values do not."""
-        return torch.zeros(1, *self.splits.shape)
+    def example_inputs(self) -> Inputs:
+        """A call of the model with one sample."""
+        return self.task.example_inputs(self.splits)
 
     def data_facts(self) -> dict[str, Any]:
         """What the report says about the data."""
         splits = self.splits
         validation = splits.validation.samples if splits.validation is not None else 0
         return {
-            "source": "synthetic" if self.smoke else self.recipe.data.source,
+            "source": "synthetic" if self.smoke else getattr(self.recipe.data, "source", "data"),
             "fingerprint": splits.fingerprint,
             "classes": list(splits.classes),
-            "shape": list(splits.shape),
             "train": splits.train.samples,
             "validation": validation,
             "test": splits.test.samples,
-            "skipped": dict(splits.skipped),
+            **splits.facts,
         }
 
     def check_models(self) -> None:
@@ -208,8 +205,10 @@ class Workbench:
         if self.smoke:  # a smoke run downloads nothing and needs no files
             checkpoint = checkpoint and Path(settings.checkpoint or "").is_file()
             arguments |= _UNTRAINED.get(settings.name.partition(":")[0], {})
-        if self._class_count and takes_classes(settings.name) and not arguments.get("weights"):
-            arguments.setdefault("num_classes", self._class_count)
+        if not arguments.get("weights"):
+            for name, value in self._arguments.items():
+                if takes_argument(settings.name, name):
+                    arguments.setdefault(name, value)
         seed_everything(self.recipe.seed)
         with at(f"{where}.name", replacing=True):
             model = build_model(settings.name, **arguments)
@@ -221,30 +220,9 @@ class Workbench:
     def _load_data(self) -> Splits:
         with at("data"):
             if not self.smoke:
-                return load_data(self.recipe.data)
-            settings = self.recipe.data
-            settings = settings.model_copy(
-                update={
-                    "batch_size": min(settings.batch_size, SMOKE_BATCH),
-                    "eval_batch_size": min(settings.eval_batch_size, SMOKE_BATCH),
-                }
-            )
-            return synthetic_data(settings, self._classes(settings), batches=SMOKE_STEPS)
-
-    def _classes(self, settings: DataSettings) -> int:
-        """How many classes the model has, for a smoke run that has no data to count them in."""
-        shape = synthetic_data(settings, 2, batches=1).shape
-        model = self._bare(self.recipe.model, "model", checkpoint=False).eval()
-        with torch.no_grad():
-            try:
-                outputs = model(torch.zeros(1, *shape))
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise ModelError(
-                    f"it cannot take images of shape {shape}: {error}", where="model"
-                ) from error
-        if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2:
-            raise ModelError("its output is not one row of logits per image", where="model")
-        return outputs.shape[1]
+                return self.task.load(self.recipe.data)
+            model = self._bare(self.recipe.model, "model", checkpoint=False)
+            return self.task.synthetic(self.recipe.data, model, batches=SMOKE_STEPS)
 
     def _look_up(self, chain: Chain) -> StageRecord | None:
         key = self.keys.stage(chain)
@@ -348,18 +326,6 @@ def _check_parts(step: Step, models: Mapping[str, object], where: str) -> None:
     if set(models) != set(announced):
         left, told = (", ".join(names) or "one network" for names in (models, announced))
         raise SlimkitError(f"it left {left}, and parts() says {told}", where=where)
-
-
-def takes_classes(name: str) -> bool:
-    """Whether the factory of a model has an argument ``num_classes``."""
-    source, _, short = name.partition(":")
-    if source in _UNTRAINED:
-        return True
-    try:
-        factory = MODELS.get(short) if source == "slimkit" else import_object(name)
-        return "num_classes" in inspect.signature(factory).parameters  # type: ignore[arg-type]
-    except (SlimkitError, TypeError, ValueError):  # building it will say what is wrong
-        return False
 
 
 def seed_everything(seed: int) -> None:

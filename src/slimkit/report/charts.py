@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Point", "histograms", "scatter", "training_curves"]
+__all__ = ["Point", "curves", "histograms", "scatter", "training_curves"]
 
 INK, MUTED, RULE, ACCENT, PAPER = "#101112", "#707172", "#d0d1d2", "#3061c2", "#fefdfc"
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", PAPER: "paper"}
@@ -60,7 +60,7 @@ class Point:
     Attributes:
         label: written beside the point.
         cost: its place on the horizontal axis.
-        score: its place on the vertical axis, in percent.
+        score: its place on the vertical axis.
     """
 
     label: str
@@ -97,7 +97,7 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     size = re.search(r'viewBox="[^"]*"', svg)
-    head = f'<svg role="img" aria-label="{title}" {size.group() if size else ""}>'
+    head = f'<svg role="img" aria-label="{escape(title)}" {size.group() if size else ""}>'
     body = svg[svg.index(">") + 1 :]
     return "\n".join(line for line in (head + body).splitlines() if line.strip())
 
@@ -126,15 +126,33 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
     return result
 
 
-def _score_limits(scores: Sequence[float]) -> tuple[float, float]:
-    """A vertical range that shows the differences without making noise look like cliffs."""
+def _score_limits(
+    scores: Sequence[float], interval: tuple[float | None, float | None]
+) -> tuple[float, float]:
+    """A vertical range that shows the differences without making noise look like cliffs.
+
+    A hundredth of the interval that the scores can be in is the least that is shown; of one
+    that is open, a twentieth of the largest score.
+    """
     low, high = min(scores), max(scores)
-    room = max(high - low, 1.0)
-    return low - 0.35 * room, min(high + 0.35 * room, 100.0 + 0.05 * room)
+    lowest, highest = interval
+    if lowest is None or highest is None:
+        least = 0.05 * max(abs(low), abs(high)) or 1.0
+    else:
+        least = (highest - lowest) / 100
+    room = max(high - low, least)
+    bottom, top = low - 0.35 * room, high + 0.35 * room
+    return bottom, top if highest is None else min(top, highest + 0.05 * room)
 
 
 def scatter(
-    points: Sequence[Point], *, name: str, horizontal: str, vertical: str, scale: float = 1.0
+    points: Sequence[Point],
+    *,
+    name: str,
+    horizontal: str,
+    vertical: str,
+    scale: float = 1.0,
+    interval: tuple[float | None, float | None] = (0.0, 100.0),
 ) -> str:
     """Score against cost: the baseline hollow, every point labelled where it is.
 
@@ -144,6 +162,7 @@ def scatter(
         horizontal: the label of the cost axis, with its unit.
         vertical: the label of the score axis.
         scale: costs are divided by it (1000 for bytes shown in kB).
+        interval: that scores can be in; None where it is open.
 
     Returns:
         An ``<svg>`` element.
@@ -152,7 +171,7 @@ def scatter(
     costs = [point.cost / scale for point in points]
     scores = [point.score for point in points]
     axes.set_xlim(0, 1.08 * max(costs))
-    axes.set_ylim(*_score_limits(scores))
+    axes.set_ylim(*_score_limits(scores, interval))
     axes.axhline(scores[0], color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
     axes.scatter(costs[1:], scores[1:], s=46, color=ACCENT, zorder=3)
     axes.scatter(costs[:1], scores[:1], s=46, facecolor=PAPER, edgecolor=INK, lw=1.5, zorder=3)
@@ -178,7 +197,7 @@ def scatter(
 
 
 def training_curves(
-    history: Sequence[Mapping[str, Any]], *, name: str, metric: str, label: str
+    history: Sequence[Mapping[str, Any]], *, name: str, metric: str, label: str, digits: int = 2
 ) -> str:
     """Loss and metric over the epochs of one stage.
 
@@ -187,6 +206,7 @@ def training_curves(
         name: unique among the pictures of a page.
         metric: the metric to draw, a key of ``metrics``.
         label: how the metric is written.
+        digits: of it, behind the point.
 
     Returns:
         An ``<svg>`` element; empty when there are no two epochs to draw a line between.
@@ -212,12 +232,40 @@ def training_curves(
     for panel, (title, rows) in zip(axes, panels, strict=True):
         x, y = [row[0] for row in rows], [row[1] for row in rows]
         panel.plot(x, y, color=ACCENT, marker="o" if len(rows) < 5 else None, markersize=4)
-        written = words.score(y[-1]) if title == label else f"{y[-1]:.3g}"
+        written = words.score(y[-1], digits) if title == label else f"{y[-1]:.3g}"
         panel.set_title(f"{title}, last {written}", loc="left", color=MUTED)
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.yaxis.set_major_locator(MaxNLocator(4))
         panel.set_xlabel("epoch")
     return _svg(figure, name, f"training of {name}")
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], *, name: str, x: str, y: str
+) -> str:
+    """Some curves over one axis, told apart by their strokes.
+
+    Args:
+        series: name → points.
+        name: unique among the pictures of a page.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    figure, (axes,) = _figure(name, 5.2, 3.5)
+    strokes = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]
+    for number, (label, points) in enumerate(series.items()):
+        colour = ACCENT if number == len(series) - 1 else MUTED
+        stroke: Any = strokes[(len(series) - 1 - number) % len(strokes)]
+        xs, ys = [point[0] for point in points], [point[1] for point in points]
+        axes.plot(xs, ys, label=label, color=colour, linestyle=stroke)
+    if len(series) > 1:
+        axes.legend(frameon=False, labelcolor=INK)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return _svg(figure, name, f"{y} over {x}")
 
 
 def histograms(row: Mapping[str, Any], *, name: str) -> str:

@@ -113,9 +113,9 @@ def _variant_rows(
     rows: list[tuple[str, str, str, str, str]] = []
     before, after = first.score(one), second.score(two)
     if before is not None and after is not None and first.metric == second.metric:
-        won = words.points(after - before)
-        title = f"{first.metric_label}, %"
-        rows.append((one.name, title, words.score(before), words.score(after), won))
+        head = first.head
+        figures = (head.plain(before), head.plain(after), head.change(after - before))
+        rows.append((one.name, head.title, *figures))
     for key, title, write in (
         ("params", "params", words.count),
         ("macs", "MACs", words.count),

@@ -6,8 +6,8 @@ variant only); what is missing is ``None`` or empty here and left out of the pic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,59 @@ from slimkit.artifact import PathLike, read_json
 from slimkit.errors import ArtifactError
 from slimkit.report import words
 
-__all__ = ["Latency", "Report", "StageRun", "Variant", "load_report", "parse_report"]
+__all__ = ["Latency", "Report", "Score", "StageRun", "Variant", "load_report", "parse_report"]
 
 SCHEMA_VERSION = 1
 """Of ``report.json``; a report of a newer version is refused."""
 SCORES = {"accuracy": "accuracy", "map": "mAP", "miou": "mIoU"}
-"""The metrics that can head a report (in percent, more is better) and how they are written."""
+"""Metrics that head a report which does not say what decides: in percent, more is better."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The metric that heads the report, and how it is written.
+
+    Attributes:
+        name: among a variant's metrics.
+        label: as it is written: accuracy, mAP, mIoU.
+        unit: behind the number; differences of percentages are points.
+        higher_is_better: whether more of it is won or lost.
+        low, high: its interval; None where it is open.
+        digits: behind the point.
+    """
+
+    name: str
+    label: str
+    unit: str = "%"
+    higher_is_better: bool = True
+    low: float | None = 0.0
+    high: float | None = 100.0
+    digits: int = 2
+
+    @property
+    def title(self) -> str:
+        """Of a column or an axis: ``mAP, %``; ``RMSE``, of which less is better, says so."""
+        unit = f", {self.unit}" if self.unit else ""
+        return f"{self.label}{unit}{'' if self.higher_is_better else ' (less is better)'}"
+
+    def plain(self, value: float | None) -> str:
+        """The number: ``98.89``."""
+        return words.score(value, self.digits)
+
+    def written(self, value: float | None) -> str:
+        """The number with its unit: ``98.89 %``."""
+        unit = f"{words.NARROW}{self.unit}" if self.unit and value is not None else ""
+        return f"{self.plain(value)}{unit}"
+
+    def change(self, difference: float | None) -> str:
+        """A difference with its sign: ``−0.19``."""
+        return words.points(difference, self.digits)
+
+    def told(self, difference: float | None) -> str:
+        """The same in words: ``−0.19 points``, ``+0.031 RMSE``."""
+        if difference is None:
+            return ""
+        return f"{self.change(difference)} {'points' if self.unit == '%' else self.label}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +142,9 @@ class Report:
     data: Mapping[str, Any]
     recipe: Mapping[str, Any]
     smoke: bool
-    metric: str
+    head: Score
+    scores: Mapping[str, Score]
+    drawings: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def baseline(self) -> Variant:
@@ -108,16 +157,21 @@ class Report:
         return self.variants[-1]
 
     @property
+    def metric(self) -> str:
+        """Name of the metric that heads the report."""
+        return self.head.name
+
+    @property
     def metric_label(self) -> str:
         """The metric as it is written: accuracy, mAP, mIoU."""
-        return SCORES.get(self.metric, self.metric)
+        return self.head.label
 
     def score(self, variant: Variant) -> float | None:
-        """The heading metric of ``variant`` in percent."""
+        """The heading metric of ``variant``."""
         return variant.metrics.get(self.metric)
 
     def score_change(self, variant: Variant) -> float | None:
-        """Points won (+) or lost (−) against the baseline."""
+        """The difference to the baseline, in points where it is in percent."""
         now, before = self.score(variant), self.score(self.baseline)
         return None if now is None or before is None else now - before
 
@@ -146,7 +200,7 @@ class Report:
         if final is base:
             score = self.score(base)
             pieces = [
-                "" if score is None else f"{score:.2f}{words.NARROW}% {self.metric_label}",
+                "" if score is None else f"{self.head.written(score)} {self.metric_label}",
                 words.size(base.cost["bytes"]) if "bytes" in base.cost else "",
             ]
             return ", ".join(piece for piece in pieces if piece) or "one variant"
@@ -155,7 +209,7 @@ class Report:
         pieces = [
             words.factor(final.cost.get("bytes"), base.cost.get("bytes"), "smaller", "larger"),
             words.factor(final.median_ms(setting), base.median_ms(setting), "faster", "slower"),
-            "" if difference is None else f"{words.points(difference)} points",
+            self.head.told(difference),
         ]
         return ", ".join(piece for piece in pieces if piece) or "nothing was measured"
 
@@ -251,8 +305,7 @@ def parse_report(data: Any, *, where: str = "report.json") -> Report:
         variants = tuple(_variant(entry) for entry in data["variants"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the report is damaged: {error!r}", where=where) from error
-    known = [name for name in SCORES if any(name in v.metrics for v in variants)]
-    first = next((name for v in variants for name in v.metrics if name != "loss"), "accuracy")
+    scores = _scores(data.get("task"))
     return Report(
         name=str(data.get("name") or "Slimkit"),
         variants=variants,
@@ -262,8 +315,33 @@ def parse_report(data: Any, *, where: str = "report.json") -> Report:
         data=data.get("data") or {},
         recipe=data.get("recipe") or {},
         smoke=bool(data.get("smoke")),
-        metric=known[0] if known else first,
+        head=_head(scores, variants),
+        scores=scores,
+        drawings=_rows(data.get("drawings")),
     )
+
+
+def _scores(task: Any) -> dict[str, Score]:
+    """The metrics of the task, as the report says."""
+    rows = _rows(task.get("metrics")) if isinstance(task, Mapping) else ()
+    known = [field.name for field in fields(Score)]
+    return {
+        str(row["name"]): Score(**{key: row[key] for key in known if key in row})
+        for row in rows
+        if "name" in row and "label" in row
+    }
+
+
+def _head(scores: Mapping[str, Score], variants: Sequence[Variant]) -> Score:
+    """What decides: the first that the task names, or what is known of older reports."""
+    if scores:
+        return next(iter(scores.values()))
+    for name, label in SCORES.items():
+        if any(name in variant.metrics for variant in variants):
+            return Score(name, label)
+    found = (name for variant in variants for name in variant.metrics if name != "loss")
+    name = next(found, "accuracy")
+    return Score(name, name)
 
 
 def load_report(source: Mapping[str, Any] | PathLike) -> Report:

@@ -9,6 +9,7 @@ from typing import Any
 from slimkit.artifact import PathLike, read_json, write_text
 from slimkit.report import words
 from slimkit.report.charts import Point, histograms, scatter, training_curves
+from slimkit.report.drawings import drawn
 from slimkit.report.reading import Report, StageRun, Variant, parse_report
 
 __all__ = ["build_html", "write_report"]
@@ -59,6 +60,8 @@ def build_html(report: Mapping[str, Any]) -> str:
         rows=[_row(parsed, variant) for variant in parsed.variants],
         proofs=_proofs(parsed),
         pictures=_pictures(parsed),
+        metrics=_metrics(parsed),
+        drawings=drawn(parsed),
         estimates=_estimates(parsed),
         curves=_curves(parsed),
         channels=_channels(parsed),
@@ -80,9 +83,9 @@ def _headline(report: Report) -> list[dict[str, str]]:
         figures.append(
             {
                 "name": report.metric_label,
-                "now": f"{words.score(report.score(final))}{words.NARROW}%",
-                "before": "" if alone else f"{words.score(report.score(base))}{words.NARROW}%",
-                "change": "" if alone else f"{words.points(difference)} points",
+                "now": report.head.written(report.score(final)),
+                "before": "" if alone else report.head.written(report.score(base)),
+                "change": "" if alone else report.head.told(difference),
             }
         )
     if "bytes" in final.cost:
@@ -109,7 +112,7 @@ def _headline(report: Report) -> list[dict[str, str]]:
 
 
 def _columns(report: Report) -> list[str]:
-    score = [f"{report.metric_label}, %"] if report.score(report.baseline) is not None else []
+    score = [report.head.title] if report.score(report.baseline) is not None else []
     latencies = [f"{item.label}, median" for item in report.latencies]
     return [*score, "parameters", "MACs", "file", *latencies]
 
@@ -124,9 +127,9 @@ def _row(report: Report, variant: Variant) -> dict[str, Any]:
     cells = []
     if report.score(base) is not None:
         exact = variant.torch_metrics.get(report.metric)
-        title = "" if exact is None else f"in PyTorch: {words.score(exact)} %"
-        change = "" if first else words.points(report.score_change(variant))
-        cells.append(_cell(words.score(report.score(variant)), change, title))
+        title = "" if exact is None else f"in PyTorch: {report.head.written(exact)}"
+        change = "" if first else report.head.change(report.score_change(variant))
+        cells.append(_cell(report.head.plain(report.score(variant)), change, title))
     for key, write in (("params", words.count), ("macs", words.count), ("bytes", words.size)):
         now, before = variant.cost.get(key), base.cost.get(key)
         title = "" if now is None else f"{now:,.0f}"
@@ -197,7 +200,8 @@ def _scientific(value: float | None) -> str:
 
 def _pictures(report: Report) -> list[dict[str, str]]:
     pictures = []
-    vertical = f"{report.metric_label}, %"
+    vertical = report.head.title
+    interval = (report.head.low, report.head.high)
 
     def points(costs: list[float | None]) -> list[Point]:
         return [
@@ -210,17 +214,43 @@ def _pictures(report: Report) -> list[dict[str, str]]:
     if len(fast) > 1:
         label = report.latencies[0].label
         picture = scatter(
-            fast, name="latency", horizontal=f"median latency, ms ({label})", vertical=vertical
+            fast,
+            name="latency",
+            horizontal=f"median latency, ms ({label})",
+            vertical=vertical,
+            interval=interval,
         )
         pictures.append({"title": f"{report.metric_label} and latency", "svg": picture})
     small = points([variant.cost.get("bytes") for variant in report.variants])
     if len(small) > 1:
         unit, scale = ("MB", 1e6) if max(point.cost for point in small) >= 2e6 else ("kB", 1e3)
         picture = scatter(
-            small, name="size", horizontal=f"file, {unit}", vertical=vertical, scale=scale
+            small,
+            name="size",
+            horizontal=f"file, {unit}",
+            vertical=vertical,
+            scale=scale,
+            interval=interval,
         )
         pictures.append({"title": f"{report.metric_label} and size", "svg": picture})
     return pictures
+
+
+def _metrics(report: Report) -> dict[str, Any]:
+    """A table of everything that was scored, where the task has more than the heading metric."""
+    names = [
+        name
+        for name in report.scores
+        if name != "loss" and any(name in variant.metrics for variant in report.variants)
+    ]
+    if len(names) < 2:
+        return {"columns": [], "rows": []}
+    shown = [report.scores[name] for name in names]
+    rows = [
+        {"name": v.name, "cells": [score.plain(v.metrics.get(score.name)) for score in shown]}
+        for v in report.variants
+    ]
+    return {"columns": [score.title for score in shown], "rows": rows}
 
 
 def _estimates(report: Report) -> list[dict[str, Any]]:
@@ -272,7 +302,11 @@ def _curves(report: Report) -> list[dict[str, str]]:
     curves = []
     for number, (variants, stage) in enumerate(_runs(report)):
         svg = training_curves(
-            stage.history, name=f"stage{number}", metric=report.metric, label=report.metric_label
+            stage.history,
+            name=f"stage{number}",
+            metric=report.metric,
+            label=report.metric_label,
+            digits=report.head.digits,
         )
         if svg:
             curves.append({"stage": stage.name, "variants": variants, "svg": svg})
@@ -359,13 +393,14 @@ def _measured(facts: Mapping[str, Any]) -> str:
 
 def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
     value, limit, passed = gate.get("value"), gate.get("limit"), bool(gate.get("passed"))
-    written, at_least = "not measured", False
+    written, bound = "not measured", "at most"
     if isinstance(value, int | float) and isinstance(limit, int | float):
-        at_least = passed == (value > limit)  # which way round follows from the outcome
+        # a report without bounds: which way round follows from the outcome
+        bound = "at least" if passed == (value > limit) else "at most"
         written = f"{value:.3g}"
     return {
         "name": str(gate.get("name", "")).replace("_", " "),
-        "limit": f"{'at least' if at_least else 'at most'} {words.plain(limit)}",
+        "limit": f"{gate.get('bound') or bound} {words.plain(limit)}",
         "value": written,
         "passed": passed,
     }

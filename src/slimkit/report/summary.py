@@ -41,7 +41,7 @@ def summary_table(report: Mapping[str, Any] | PathLike) -> Table:
     table = Table(box=box.SIMPLE_HEAD, caption=escape(read.verdict()), caption_justify="left")
     table.add_column("variant")
     scored = read.score(base) is not None
-    titles = [f"{read.metric_label}, %"] if scored else []
+    titles = [read.head.title] if scored else []
     titles += ["params", "MACs", "file", *(item.label for item in read.latencies)]
     for title in titles:
         table.add_column(title, justify="right")
@@ -49,8 +49,8 @@ def summary_table(report: Mapping[str, Any] | PathLike) -> Table:
         first = variant is base
         cells = []
         if scored:
-            change = "" if first else words.points(read.score_change(variant))
-            cells.append(_with(words.score(read.score(variant)), change))
+            change = "" if first else read.head.change(read.score_change(variant))
+            cells.append(_with(read.head.plain(read.score(variant)), change))
         for key, write in (("params", words.count), ("macs", words.count), ("bytes", words.size)):
             now, before = variant.cost.get(key), base.cost.get(key)
             cells.append(_with(write(now), "" if first else words.change(now, before)))

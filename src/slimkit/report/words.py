@@ -58,19 +58,19 @@ def milliseconds(value: float | None) -> str:
     return "–" if value is None else f"{_significant(value)}{NARROW}ms"
 
 
-def score(value: float | None) -> str:
+def score(value: float | None, digits: int = 2) -> str:
     """Accuracy, mAP or mIoU in percent with two decimals: ``98.89``."""
-    return "–" if value is None else f"{value:.2f}"
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
-def points(difference: float | None) -> str:
-    """A difference of two scores in percentage points, with its sign: ``−0.19``."""
+def points(difference: float | None, digits: int = 2) -> str:
+    """A difference of two scores, such as percentage points, with its sign: ``−0.19``."""
     if difference is None:
         return ""
-    rounded = round(difference, 2)
+    rounded = round(difference, digits)
     if rounded == 0:
         return "±0"
-    return f"{'+' if rounded > 0 else MINUS}{abs(rounded):.2f}"
+    return f"{'+' if rounded > 0 else MINUS}{abs(rounded):.{digits}f}"
 
 
 def change(value: float | None, baseline: float | None) -> str:

@@ -3,70 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimkit.errors import InputError, ModelError
-from slimkit.modules import evaluation
-from slimkit.tasks.data.loading import Splits
+from slimkit.inputs import Batch, Inputs
+from slimkit.tasks.data.loading import ImageSplits, load_data, synthetic_data
+from slimkit.tasks.data.settings import DataSettings
+from slimkit.tasks.data.sources import SOURCES
+from slimkit.tasks.interface import Answer, Metric, SettingsClass, Task
+from slimkit.tasks.prediction import PREDICT_IMAGES
+from slimkit.tasks.splits import Splits
+from slimkit.train.settings import TrainSettings
 
 __all__ = ["ClassificationTask"]
 
+SMOKE_BATCH = 8
 
-class ClassificationTask:
+
+class ClassificationTask(Task):
     """One label per image.
 
     Attributes:
-        metric: the figure that decides, in percent; higher is better.
+        label_smoothing: share of the target that is spread over all classes, 0 … 1 (Szegedy et
+            al. 2016, section 7), in stages that say none of their own.
     """
 
-    metric = "accuracy"
+    data_settings: ClassVar[SettingsClass] = DataSettings
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("accuracy", "accuracy"),
+        Metric("top5", "top-5 accuracy"),
+        Metric("loss", "loss", unit="", higher_is_better=False, high=None),
+    )
 
-    def loss_fn(self, label_smoothing: float = 0.0) -> Callable[[Any, Tensor], Tensor]:
-        """Cross-entropy of logits (N, classes) and labels (N,).
+    type: Literal["classification"] = "classification"
+    label_smoothing: float = Field(default=0, ge=0, lt=1)
 
-        Args:
-            label_smoothing: share of the target that is spread over all classes, 0 … 1
-                (Szegedy et al. 2016, section 7).
+    def load(self, settings: DataSettings) -> ImageSplits:
+        """See the base class."""
+        return load_data(settings)
 
-        Raises:
-            InputError: the share is outside 0 … 1.
-        """
-        if not 0 <= label_smoothing < 1:
-            raise InputError(
-                f"must be at least 0 and below 1, got {label_smoothing}", where="label_smoothing"
-            )
-
-        def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
-            return F.cross_entropy(logits(outputs), targets, label_smoothing=label_smoothing)
-
-        return cross_entropy
-
-    def evaluate(
-        self,
-        model: nn.Module | Callable[[Any], Any],
-        loader: Iterable[tuple[Tensor, Tensor]],
-    ) -> dict[str, float]:
-        """Accuracy and loss over all batches.
-
-        Args:
-            model: a module (evaluated in eval mode without gradients, its training flags
-                restored), or a function from a float32 array (N, C, H, W) to logits as an
-                array, such as a runtime session's.
-            loader: batches of images and labels.
-
-        Returns:
-            ``accuracy`` and, from more than five classes on, ``top5``, in percent; ``loss``,
-            the mean cross-entropy without label smoothing.
-        """
-        if isinstance(model, nn.Module):
-            return _scores(_module_logits(model, loader))
-        return _scores(
-            (logits(model(images.contiguous().numpy())), labels) for images, labels in loader
+    def synthetic(self, settings: DataSettings, model: nn.Module, *, batches: int) -> ImageSplits:
+        """See the base class: random images, as many classes as ``model`` has outputs."""
+        small = settings.model_copy(
+            update={
+                "batch_size": min(settings.batch_size, SMOKE_BATCH),
+                "eval_batch_size": min(settings.eval_batch_size, SMOKE_BATCH),
+            }
         )
+        shape = synthetic_data(small, 2, batches=1).shape
+        model.eval()
+        with torch.no_grad():
+            try:
+                outputs = model(torch.zeros(1, *shape))
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ModelError(
+                    f"it cannot take images of shape {shape}: {error}", where="model"
+                ) from error
+        if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+            raise ModelError("its output is not one row of logits per image", where="model")
+        return synthetic_data(small, outputs.shape[1], batches=batches)
+
+    def takes_source(self, source: str) -> bool:
+        """See the base class."""
+        return source.partition(":")[0] in SOURCES
+
+    def example_inputs(self, splits: Splits, count: int = 1) -> Inputs:
+        """Images of zeros (count, C, H, W): shapes matter here, values do not."""
+        if isinstance(splits, ImageSplits):
+            return Inputs((torch.zeros(count, *splits.shape),))
+        return super().example_inputs(splits, count)
 
     def check_head(self, model: nn.Module, splits: Splits) -> None:
         """Make sure that ``model`` takes the images and has one output per class.
@@ -74,15 +84,7 @@ class ClassificationTask:
         Raises:
             ModelError: it fails on a batch of two images, or the number of outputs differs.
         """
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        images = torch.zeros(2, *splits.shape, device=device)
-        try:
-            with evaluation(model), torch.no_grad():
-                outputs = logits(model(images))
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ModelError(
-                f"the model cannot take images of shape {splits.shape}: {error}", where="model"
-            ) from error
+        outputs = logits(self.probed(model, splits))
         expected = len(splits.classes)
         if outputs.dim() != 2 or outputs.shape[1] != expected:
             raise ModelError(
@@ -91,6 +93,51 @@ class ClassificationTask:
                 where="model",
                 hint=f"num_classes={expected}",
             )
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
+        """Cross-entropy of logits (N, classes) and labels (N,)."""
+        outputs = batch.inputs.call(model)
+        return self.loss_fn()(outputs, batch.targets), outputs
+
+    def loss_fn(self) -> Callable[[Any, Tensor], Tensor]:
+        """The same of outputs and labels."""
+
+        def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+            return F.cross_entropy(
+                logits(outputs).float(), targets, label_smoothing=self.label_smoothing
+            )
+
+        return cross_entropy
+
+    def tuned(self, settings: TrainSettings) -> ClassificationTask:
+        """See the base class: a stage's label smoothing, if it has one."""
+        if not settings.label_smoothing:
+            return self
+        return self.model_copy(update={"label_smoothing": settings.label_smoothing})
+
+    def scores(self, answers: Iterable[Answer]) -> dict[str, float]:
+        """Accuracy and loss over all batches.
+
+        Returns:
+            ``accuracy`` and, from more than five classes on, ``top5``, in percent; ``loss``,
+            the mean cross-entropy without label smoothing.
+        """
+        return _scores((logits(outputs).float(), batch.targets) for outputs, batch in answers)
+
+    def predictions(self, outputs: Any, splits: Splits) -> list[Any]:
+        """The three likeliest classes of each image: ``[{"class": name, "score": 0 … 1}, …]``."""
+        best = logits(outputs).float().softmax(1).topk(min(3, len(splits.classes)), dim=1)
+        return [
+            [
+                {"class": splits.classes[label], "score": score}
+                for score, label in zip(scores, labels, strict=True)
+            ]
+            for scores, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+    def predict_script(self, splits: Splits) -> str:
+        """See the base class."""
+        return PREDICT_IMAGES
 
 
 def logits(outputs: Any) -> Tensor:
@@ -113,17 +160,6 @@ def logits(outputs: Any) -> Tensor:
         raise ModelError(
             f"expected logits (N, classes), got {type(outputs).__name__}", where="model"
         ) from error
-
-
-def _module_logits(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]
-) -> Iterable[tuple[Tensor, Tensor]]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with evaluation(model):
-        for images, labels in loader:
-            with torch.no_grad():
-                outputs = logits(model(images.to(device, non_blocking=True)))
-            yield outputs.float(), labels.to(device, non_blocking=True)
 
 
 def _scores(batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:

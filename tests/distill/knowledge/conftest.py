@@ -6,12 +6,12 @@ import pytest
 from knowledge_helpers import digits_splits, network
 
 from slimkit.distill.knowledge import NetworkTeacher
-from slimkit.tasks.data import Splits
+from slimkit.tasks.data import ImageSplits
 from slimkit.tasks.data.samples import training_samples
 
 
 @pytest.fixture
-def splits() -> Splits:
+def splits() -> ImageSplits:
     return digits_splits()
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from slimkit.distill.knowledge.format.encoding import encode
 from slimkit.distill.knowledge.format.schema import KeySpec, KnowledgeSchema
-from slimkit.tasks.data import AugmentSettings, DataSettings, Splits, load_data
+from slimkit.tasks.data import AugmentSettings, DataSettings, ImageSplits, load_data
 
 
-def digits_splits(**changes: Any) -> Splits:
+def digits_splits(**changes: Any) -> ImageSplits:
     settings = {
         "source": "digits",
         "limit": 100,

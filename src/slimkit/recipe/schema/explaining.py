@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from slimkit.errors import RecipeError, SlimkitError, nearest
+from slimkit.recipe.schema.fields import SettingsOf
 from slimkit.recipe.schema.recipe import Recipe
 
 __all__ = ["explain_problems"]
@@ -112,11 +113,12 @@ def _locate(location: tuple[Any, ...], data: Any) -> tuple[list[str], list[str]]
     """
     keys: list[str] = []
     owner: list[str] = []
+    whole = data
     annotation: Any = Recipe
     for part in location:
         if part == "[key]":
             continue
-        settings = _settings_class(annotation, data)
+        settings = _settings_class(annotation, data, whole)
         if settings is not None:
             owner = list(settings.model_fields)
             field = settings.model_fields.get(str(part))
@@ -148,19 +150,22 @@ def _item(data: Any, part: Any) -> Any:
     return None
 
 
-def _settings_class(annotation: Any, data: Any) -> type[BaseModel] | None:
-    """The settings class that reads a mapping at this place, if one does."""
+def _settings_class(annotation: Any, data: Any, whole: Any) -> type[BaseModel] | None:
+    """The settings class that reads a mapping at this place of the whole, if one does."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *marks = get_args(annotation)
         for mark in marks:
+            found: type[BaseModel] | None
+            if isinstance(mark, SettingsOf):
+                return mark.settings_class_in(whole)
             if hasattr(mark, "settings_class"):
                 name = data.get("type") if isinstance(data, Mapping) else None
-                found: type[BaseModel] | None = mark.settings_class(str(name))
+                found = mark.settings_class(str(name))
                 return found
-        return _settings_class(inner, data)
+        return _settings_class(inner, data, whole)
     if origin in (Union, types.UnionType):
-        classes = (_settings_class(choice, data) for choice in get_args(annotation))
+        classes = (_settings_class(choice, data, whole) for choice in get_args(annotation))
         return next((c for c in classes if c is not None), None)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation

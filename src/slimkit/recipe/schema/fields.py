@@ -17,7 +17,14 @@ from pydantic_core import PydanticCustomError, core_schema
 from slimkit.errors import SlimkitError, nearest
 from slimkit.registry import Registry, import_object
 
-__all__ = ["OneOf", "TypedBy", "registered_class", "type_reference", "wrong"]
+__all__ = [
+    "OneOf",
+    "SettingsOf",
+    "TypedBy",
+    "registered_class",
+    "type_reference",
+    "wrong",
+]
 
 REFERENCE = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
 
@@ -83,11 +90,13 @@ class TypedBy:
     Args:
         reference: where the registry is, ``"package.module:REGISTRY"``.
         optional: None is a value, too.
+        by_name: a name alone stands for settings at their defaults, and is written for them.
     """
 
-    def __init__(self, reference: str, *, optional: bool = False) -> None:
+    def __init__(self, reference: str, *, optional: bool = False, by_name: bool = False) -> None:
         self.reference = reference
         self.optional = optional
+        self.by_name = by_name
 
     @property
     def registry(self) -> Registry[Any]:
@@ -107,6 +116,13 @@ class TypedBy:
     def _read(self, value: Any) -> Any:
         if isinstance(value, BaseModel) or (self.optional and value is None):
             return value
+        if self.by_name and isinstance(value, str):
+            value = {"type": value}
+            try:
+                registered_class(self.registry, value["type"])
+            except PydanticCustomError as error:  # the path of a name is that of the field
+                context = error.context or {}
+                raise wrong(str(context["message"]), str(context["hint"]) or None) from error
         if not isinstance(value, Mapping):
             raise wrong(f"expected a mapping with a type, got {value!r}", "write {type: …}")
         settings = registered_class(self.registry, value.get("type"))
@@ -114,11 +130,13 @@ class TypedBy:
         literal = settings.model_fields["type"].default
         return settings.model_validate({**value, "type": literal})
 
-    def _write(self, value: BaseModel | None) -> dict[str, Any] | None:
+    def _write(self, value: BaseModel | None) -> dict[str, Any] | str | None:
         if value is None:
             return None
-        written = value.model_dump(mode="json")
-        return {"type": type_reference(self.registry, value), **_without_type(written)}
+        name = type_reference(self.registry, value)
+        if self.by_name and value == type(value).model_construct():
+            return name
+        return {"type": name, **_without_type(value.model_dump(mode="json"))}
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -144,7 +162,66 @@ class TypedBy:
             "required": ["type"],
             "description": "a class of one's own, as package.module:Class",
         }
-        return {"anyOf": [*choices, own, *([{"type": "null"}] if self.optional else [])]}
+        alone: list[JsonSchemaValue] = [{"type": "null"}] if self.optional else []
+        if self.by_name:
+            alone += [{"enum": self.registry.names()}, {"type": "string", "pattern": REFERENCE}]
+        return {"anyOf": [*choices, own, *alone]}
+
+
+class SettingsOf:
+    """A mapping that is read as another field of the same model says.
+
+    Args:
+        field: the one that decides; it stands before this one.
+        attribute: of its value: the settings class.
+        choices: how the deciding field is read, for the path of a mistake and the schema.
+        default: what decides where the model says nothing.
+    """
+
+    def __init__(self, field: str, attribute: str, choices: TypedBy, *, default: str) -> None:
+        self.field = field
+        self.attribute = attribute
+        self.choices = choices
+        self.default = default
+
+    def settings_class_in(self, whole: Any) -> type[BaseModel] | None:
+        """The class that reads the mapping, where the raw values of the model are ``whole``."""
+        chosen = whole.get(self.field) if isinstance(whole, Mapping) else None
+        name = chosen.get("type") if isinstance(chosen, Mapping) else chosen
+        owner = self.choices.settings_class(str(name or self.default))
+        found: type[BaseModel] | None = getattr(owner, self.attribute, None)
+        return found
+
+    def _read(self, value: Any, info: core_schema.ValidationInfo) -> Any:
+        decided = info.data.get(self.field)
+        if decided is None:  # which is a mistake of its own
+            return None
+        settings: type[BaseModel] = getattr(decided, self.attribute)
+        if isinstance(value, settings):
+            return value
+        if not isinstance(value, Mapping):
+            raise wrong(f"expected a mapping, got {value!r}")
+        return settings.model_validate(dict(value))
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._read,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: value.model_dump(mode="json")
+            ),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"type": "object"}  # see conditions()
+
+    def conditions(self) -> list[tuple[str, type[BaseModel]]]:
+        """Name of every registered choice → the settings class that it asks for."""
+        registry = self.choices.registry
+        return [(name, getattr(registry.get(name), self.attribute)) for name in registry.names()]
 
 
 def _without_type(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slimkit.recipe.schema.recipe import RequireSettings
+from slimkit.tasks.interface import Metric
 
 __all__ = ["check_gates", "missed_text"]
 
@@ -13,26 +14,36 @@ Variant = Mapping[str, Any]
 AT_LEAST = {"min_accuracy", "sqnr_db", "top1_agreement", "integer_convs"}
 
 
-def check_gates(require: RequireSettings, first: Variant, last: Variant) -> list[dict[str, Any]]:
+def check_gates(
+    require: RequireSettings, first: Variant, last: Variant, metric: Metric
+) -> list[dict[str, Any]]:
     """Every gate of the recipe with its measured value.
 
     Args:
         require: the recipe's limits.
         first: the baseline's entry in the report.
         last: the final variant's.
+        metric: that decides, for ``metric_drop`` and ``min_metric``.
 
     Returns:
-        ``{"name", "limit", "value", "passed"}`` for each limit that is set. A value that was
-        not measured is None and has not passed.
+        ``{"name", "limit", "value", "bound", "passed"}`` for each limit that is set, where
+        ``bound`` is "at least" or "at most". A value that was not measured is None and has not
+        passed.
     """
+    at_least = AT_LEAST | ({"min_metric"} if metric.higher_is_better else set())
     gates = []
     for name in RequireSettings.model_fields:
         limit = getattr(require, name)
         if limit is None:
             continue
-        value = _VALUES[name](first, last)
-        passed = value is not None and (value >= limit if name in AT_LEAST else value <= limit)
-        gates.append({"name": name, "limit": limit, "value": value, "passed": passed})
+        value = _of_metric(name, first, last, metric)
+        if name in _VALUES:
+            value = _VALUES[name](first, last)
+        bound = "at least" if name in at_least else "at most"
+        passed = value is not None and (value >= limit if name in at_least else value <= limit)
+        gates.append(
+            {"name": name, "limit": limit, "value": value, "bound": bound, "passed": passed}
+        )
     return gates
 
 
@@ -42,10 +53,17 @@ def missed_text(gates: list[dict[str, Any]]) -> str:
     for gate in gates:
         if gate["passed"]:
             continue
-        word = "at least" if gate["name"] in AT_LEAST else "at most"
         value = "not measured" if gate["value"] is None else f"{gate['value']:.4g}"
-        told.append(f"{gate['name']} is {value}, required is {word} {gate['limit']:g}")
+        told.append(f"{gate['name']} is {value}, required is {gate['bound']} {gate['limit']:g}")
     return "; ".join(told)
+
+
+def _of_metric(name: str, first: Variant, last: Variant, metric: Metric) -> float | None:
+    """The metric of the last variant, or how much worse it is than that of the first."""
+    now, before = last["metrics"].get(metric.name), first["metrics"].get(metric.name)
+    if now is None or name == "min_metric":
+        return None if now is None else float(now)
+    return None if before is None else metric.goodness(before) - metric.goodness(now)
 
 
 def _accuracy_drop(first: Variant, last: Variant) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -14,11 +14,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import models_json_schema
 
-from slimkit.recipe.schema.fields import OneOf, TypedBy, wrong
+from slimkit.recipe.schema.fields import OneOf, SettingsOf, TypedBy, wrong
 from slimkit.recipe.schema.links import LINK, full_link, link_problem, parts_problem
 from slimkit.recipe.stages.interface import UNPRUNED, Stage
-from slimkit.tasks.data.settings import DataSettings
+from slimkit.tasks import ClassificationTask
+from slimkit.tasks.interface import Task
 
 __all__ = [
     "BackendSettings",
@@ -97,7 +99,10 @@ class RequireSettings(Settings):
     """Gates on the last variant against the first; a missed one ends the run with exit code 1.
 
     Attributes:
-        accuracy_drop: at most so many points below the baseline.
+        metric_drop: the metric that decides may be worse than the baseline's by at most so much.
+        min_metric: it must be at least as good as this: not below, or for one of which less is
+            better not above.
+        accuracy_drop: at most so many points below the baseline, of a task with an accuracy.
         min_accuracy: at least this accuracy, in percent.
         bytes_ratio: size of the deployed file, relative to the baseline, at most.
         latency_ratio: median latency on the first backend, relative, at most.
@@ -108,6 +113,8 @@ class RequireSettings(Settings):
         integer_convs: fraction of convolutions that the runtime runs as integer, at least.
     """
 
+    metric_drop: float | None = Field(default=None, allow_inf_nan=False)
+    min_metric: float | None = Field(default=None, allow_inf_nan=False)
     accuracy_drop: float | None = Field(default=None, allow_inf_nan=False)
     min_accuracy: float | None = Field(default=None, ge=0, le=100)
     bytes_ratio: Ratio | None = None
@@ -120,14 +127,18 @@ class RequireSettings(Settings):
     integer_convs: Fraction | None = None
 
 
+_TASK = TypedBy("slimkit.tasks.interface:TASKS", by_name=True)
+_DATA = SettingsOf("task", "data_settings", _TASK, default="classification")
+
+
 class Recipe(Settings):
     """One experiment: data, a network, stages, and the chains of them that are compared.
 
     Attributes:
         name: of the experiment; the default output folder is ``runs/NAME``.
         seed: of initial weights, order of images, and everything else that is random.
-        task: what the network does.
-        data: where images come from.
+        task: what the network does: a name, or a mapping with the task's settings.
+        data: where samples come from, in the words of the task.
         model: the network that every variant starts from.
         teachers: trained networks that stages can name as their ``teacher``.
         stages: stage name → typed settings.
@@ -140,8 +151,8 @@ class Recipe(Settings):
 
     name: Name
     seed: int = Field(default=0, ge=0, lt=2**31)
-    task: Literal["classification"] = "classification"
-    data: DataSettings
+    task: Annotated[Task, _TASK] = ClassificationTask()
+    data: Annotated[BaseModel, _DATA]
     model: ModelSettings
     teachers: dict[Name, TeacherSettings] = {}
     stages: dict[Name, Annotated[Stage, TypedBy("slimkit.recipe.stages.interface:STAGES")]] = {}
@@ -173,6 +184,7 @@ class Recipe(Settings):
             for number, stage in enumerate(chain):
                 if problem := link_problem(stage, self.stages):
                     raise wrong(*problem, path=f"variants.{variant}.{number}")
+        self._gates_fit_the_task()
         for name in self.teachers:
             if name in self.stages:
                 raise wrong("a stage has the same name", "rename one", path=f"teachers.{name}")
@@ -184,12 +196,42 @@ class Recipe(Settings):
                     raise wrong(*problem, path=f"stages.{name}.{place}")
         return self
 
+    def _gates_fit_the_task(self) -> None:
+        """Limits on the accuracy need one, and a limit lies where the metric can be."""
+        names = {metric.name for metric in self.task.metrics}
+        for gate, other in (("accuracy_drop", "metric_drop"), ("min_accuracy", "min_metric")):
+            if getattr(self.require, gate) is not None and "accuracy" not in names:
+                message = f"the task {self.task.type} has no accuracy"
+                raise wrong(message, f"did you mean {other!r}?", path=f"require.{gate}")
+        metric, limit = self.task.metric, self.require.min_metric
+        if limit is not None and not metric.holds(limit):
+            ends = ["any" if end is None else f"{end:g}" for end in (metric.low, metric.high)]
+            message = f"{metric.label} is within {' … '.join(ends)}, got {limit:g}"
+            raise wrong(message, path="require.min_metric")
+
 
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of recipes, for editors and validators.
 
-    Stages and distillation losses are the registered ones; a class of one's own is accepted
-    by its ``package.module:Class``.
+    Tasks, stages and distillation losses are the registered ones; a class of one's own is
+    accepted by its ``package.module:Class``. What ``data`` may say depends on the task.
     """
     schema = Recipe.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    of_tasks = _DATA.conditions()
+    references, defined = models_json_schema(
+        [(settings, "validation") for _, settings in of_tasks], ref_template="#/$defs/{model}"
+    )
+    conditions = []
+    for name, settings in of_tasks:
+        named = {"properties": {"type": {"const": name}}, "required": ["type"], "type": "object"}
+        condition: dict[str, Any] = {"properties": {"task": {"anyOf": [{"const": name}, named]}}}
+        if name != _DATA.default:
+            condition["required"] = ["task"]
+        shape = references[settings, "validation"]
+        conditions.append({"if": condition, "then": {"properties": {"data": shape}}})
+    schema["$defs"] = {**schema.get("$defs", {}), **defined.get("$defs", {})}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "allOf": conditions,
+    }

@@ -31,10 +31,11 @@ from slimkit.errors import SlimkitError
 from slimkit.registry import Registry
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    from slimkit.tasks.classification import ClassificationTask
-    from slimkit.tasks.data import Splits
+    from slimkit.inputs import ExampleInputs, Inputs
+    from slimkit.tasks.interface import Task
+    from slimkit.tasks.splits import Splits
 
 __all__ = ["SELF", "STAGES", "UNPRUNED", "Stage", "StageContext", "StageResult", "ignore_event"]
 
@@ -81,9 +82,9 @@ class StageContext:
     Attributes:
         name: the stage's name in the recipe.
         splits: the data; a stage must not touch ``splits.test``, which only the report reads.
-        task: loss and metric.
+        task: loss, metric, and all else that depends on the kind of task.
         seed: seeds everything random in the stage; torch, NumPy and Python are seeded with it.
-        example_inputs: one normalised image, (1, C, H, W).
+        example_inputs: a call of the model with one sample.
         teacher: the network named by the stage's ``teacher``, in evaluation mode; the first
             of several.
         teachers: all of them, by name.
@@ -96,9 +97,9 @@ class StageContext:
 
     name: str
     splits: Splits
-    task: ClassificationTask
+    task: Task
     seed: int
-    example_inputs: Tensor
+    example_inputs: ExampleInputs
     teacher: nn.Module | None = None
     teachers: Mapping[str, nn.Module] = field(default_factory=dict)
     work: Path | None = None
@@ -106,6 +107,10 @@ class StageContext:
     max_steps: int | None = None
     progress: bool = False
     emit: Callable[[Mapping[str, Any]], None] = ignore_event
+
+    def examples(self, count: int) -> Inputs:
+        """A call of the model with ``count`` samples."""
+        return self.task.example_inputs(self.splits, count)
 
 
 class Stage(BaseModel):

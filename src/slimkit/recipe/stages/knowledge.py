@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from slimkit.distill.knowledge import KnowledgeDistiller, NetworkTeacher, Source
+    from slimkit.inputs import Inputs
     from slimkit.recipe.schema.recipe import Recipe
     from slimkit.recipe.stages.teachers import DistillOptions
+    from slimkit.tasks.data import ImageSplits
+    from slimkit.tasks.splits import Splits
 
 __all__ = ["check_place", "knowing", "knowledge_facts", "recipe_teacher"]
 
@@ -66,7 +69,8 @@ def knowing(
     """
     from slimkit.distill.knowledge import Knowledge, KnowledgeDistiller
 
-    splits, example = context.splits, context.example_inputs.repeat(2, 1, 1, 1)
+    splits = numbered(context.splits)
+    example = context.examples(2)
     sources: Sequence[str | Source] = options.knowledge
     if context.max_steps is not None:
         sources = [_StandIn(model, options, example)] * len(options.knowledge)
@@ -81,17 +85,33 @@ def knowing(
         yield stack.enter_context(distiller)
 
 
+def numbered(splits: Splits) -> ImageSplits:
+    """Data whose training samples are found by their numbers, here and on a teacher's machine.
+
+    Raises:
+        RecipeError: the task's are not.
+    """
+    from slimkit.tasks.data import ImageSplits
+
+    if not isinstance(splits, ImageSplits):
+        raise RecipeError(
+            "knowledge is about images that have numbers; the samples of this task have none",
+            where="knowledge",
+            hint="name a teacher in its place",
+        )
+    return splits
+
+
 class _StandIn:
     """Answers with random numbers in the student's own shapes."""
 
-    def __init__(self, model: nn.Module, options: DistillOptions, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, options: DistillOptions, example: Inputs) -> None:
         from slimkit.distill.knowledge import KeySpec, KnowledgeSchema
         from slimkit.distill.knowledge.distilling import LayerSkeleton
         from slimkit.distill.knowledge.format.schema import LOGITS
         from slimkit.distill.loss_terms import NetworkComparison
         from slimkit.distill.recording.recorder import Recorder, probing, run
         from slimkit.distill.recording.records import OUTPUT
-        from slimkit.inputs import as_inputs
 
         named = [loss.teacher for loss in options.distill if isinstance(loss.teacher, str)]
         outline = LayerSkeleton([name for name, _ in model.named_modules() if name] + named)
@@ -99,7 +119,7 @@ class _StandIn:
         taps = {term.taps["student"] for term in terms}
         recorder = Recorder(model, [OUTPUT, *taps])
         with probing(model):
-            run(model, as_inputs(example), who="student")
+            run(model, example, who="student")
         shapes = {LOGITS: tuple(recorder.records[OUTPUT].shape[1:])}
         for term in terms:
             for name, tap in term.taps.items():
@@ -167,5 +187,5 @@ def recipe_teacher(recipe: Recipe, name: str | None = None, **options: Any) -> N
         chain = teacher_chain(recipe, link, (link,))
         bench.expect(chain)
         network = bench.result(chain)
-    samples = training_samples(bench.splits, seed=recipe.seed)
+    samples = training_samples(numbered(bench.splits), seed=recipe.seed)
     return NetworkTeacher(network, samples, name=name, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -9,19 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from slimkit.errors import DataError, InputError, PlanError
+from slimkit.inputs import Batch, LossOfBatch
 from slimkit.recipe.schema.fields import OneOf, wrong
 from slimkit.recipe.schema.methods import Method, build_method
 from slimkit.recipe.stages.interface import Stage, StageContext, StageResult
 from slimkit.recipe.stages.teachers import DistillOptions
 from slimkit.recipe.stages.training import train_model
+from slimkit.tasks.running import mean_loss
+from slimkit.tasks.splits import first_batches
 from slimkit.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from slimkit.prune import PrunePlan
     from slimkit.prune.prune_space import Evaluate
-    from slimkit.tasks.data.loaders import ArrayLoader
+    from slimkit.tasks.splits import Loader
 
 __all__ = ["PruneStage", "TrainingBatches"]
 
@@ -254,7 +258,7 @@ class PruneStage(Stage):
         quick = context.max_steps is not None
         skip, count = (1, 1) if quick else (self.evaluation_batches, self.batches)
         batches = TrainingBatches(context.splits.calibration, count, skip=skip)
-        given = {"batches": batches, "loss": context.task.loss_fn()}
+        given = {"batches": batches, "loss": LossOfBatch(context.task.loss)}
         return build_method(CRITERION, self.criterion, given)
 
     def _allocation(self, context: StageContext) -> Any:
@@ -279,13 +283,14 @@ class PruneStage(Stage):
         count = self.evaluation_batches if context.max_steps is None else 1
         batches = TrainingBatches(context.splits.calibration, count)
         task = context.task
-        held: list[tuple[Tensor, Tensor]] = []
+        held: list[Batch] = []
 
         def evaluate(model: nn.Module) -> float:
             if not held:
                 held.extend(batches)
-            scores = task.evaluate(model, held)
-            return -scores["loss"] if self.evaluate == "loss" else scores[task.metric]
+            if self.evaluate == "metric":
+                return task.metric.goodness(task.evaluate(model, held)[task.metric.name])
+            return -mean_loss(task, model, held)
 
         return evaluate
 
@@ -297,40 +302,40 @@ class PruneStage(Stage):
             return
         count = count if context.max_steps is None else min(count, context.max_steps)
         context.splits.train.set_epoch(0)
-        reestimate_batch_norm(model, (images for images, _ in context.splits.train.batches(count)))
+        reestimate_batch_norm(model, first_batches(context.splits.train, count))
 
 
 class TrainingBatches:
-    """Some batches of training images, not augmented, always the same; can be read repeatedly.
+    """Some batches of training samples, not augmented, always the same; can be read repeatedly.
 
     Attributes:
         role: the split that they are from.
 
     Args:
-        loader: of training images.
+        loader: of training samples.
         count: at most so many batches.
         skip: so many before them, if there are enough for both.
 
     Raises:
-        DataError: the loader is of another split: what is chosen by validation or test images
+        DataError: the loader is of another split: what is chosen by validation or test samples
             cannot be judged by them.
     """
 
-    def __init__(self, loader: ArrayLoader, count: int, *, skip: int = 0) -> None:
+    def __init__(self, loader: Loader, count: int, *, skip: int = 0) -> None:
         if loader.role != "train":
             raise DataError(
                 f"pruning must not see the {loader.role} split",
                 where="data",
-                hint="it is decided on training images",
+                hint="it is decided on training samples",
             )
         self.role = loader.role
         self._loader = loader
         self._first = skip if len(loader) > skip else 0
         self._count = count
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = self._loader.batches(self._first + self._count)
-        return (batch for number, batch in enumerate(batches) if number >= self._first)
+    def __iter__(self) -> Iterator[Batch]:
+        batches = first_batches(self._loader, self._first + self._count)
+        return itertools.islice(batches, self._first, None)
 
 
 def _fields(method: Any) -> set[str]:

@@ -14,11 +14,14 @@ from slimkit.recipe.schema.methods import Method, build_method
 from slimkit.recipe.stages.interface import Stage, StageContext, StageResult
 from slimkit.recipe.stages.teachers import DistillOptions, check_distillation
 from slimkit.recipe.stages.training import train_model, training_facts
+from slimkit.tasks.running import device_of
+from slimkit.tasks.splits import first_batches, some_examples
 from slimkit.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
+    from slimkit.inputs import Inputs
     from slimkit.quantize import QuantizedModel
 
 __all__ = ["PtqStage", "QatStage", "QuantizeOptions", "ValidationMetric"]
@@ -28,7 +31,7 @@ OBSERVER = Method("slimkit.quantize:OBSERVERS")
 
 METHOD = Method("slimkit.quantize:METHODS")
 Bits = Annotated[int, Field(ge=2, le=8)]
-PICTURED_IMAGES = 8
+PICTURED_SAMPLES = 8
 """Whose activations the report shows before and after rounding; both are held in memory."""
 
 
@@ -97,7 +100,7 @@ class QuantizeOptions(BaseModel):
 
 
 class CalibrationBatches:
-    """The first ``count`` batches of training images, as the quantizer wants to be shown them.
+    """The first ``count`` batches of training samples, as the quantizer wants to be shown them.
 
     Attributes:
         role: the split it reads, which the quantizer checks.
@@ -108,15 +111,12 @@ class CalibrationBatches:
         self.count = 1 if context.max_steps is not None else count
         self.role = self.loader.role
 
-    def __iter__(self) -> Iterator[Tensor]:
-        for number, (images, _) in enumerate(self.loader):
-            if number == self.count:
-                return
-            yield images
+    def __iter__(self) -> Iterator[Inputs]:
+        return (batch.inputs for batch in first_batches(self.loader, self.count))
 
 
 class ValidationMetric:
-    """The task's metric on the validation images; of a smoke run on the first batch.
+    """The task's metric on the validation samples; of a smoke run on the first batch.
 
     Attributes:
         role: the split it reads, which the quantizer checks.
@@ -129,7 +129,7 @@ class ValidationMetric:
         loader = context.splits.validation
         if loader is None:
             raise DataError(
-                "it is measured on validation images, and there are none",
+                "it is measured on validation data, and there are none",
                 where="max_drop",
                 hint="data.validation: 0.1",
             )
@@ -139,8 +139,9 @@ class ValidationMetric:
         self.role = loader.role
 
     def __call__(self, model: nn.Module) -> float:
-        """In percent."""
-        return self._task.evaluate(model, self._loader.batches(self._count))[self._task.metric]
+        """More is better: a metric of which less is better comes with its sign turned."""
+        scores = self._task.evaluate(model, first_batches(self._loader, self._count))
+        return self._task.metric.goodness(scores[self._task.metric.name])
 
 
 class PtqStage(QuantizeOptions, Stage):
@@ -246,6 +247,7 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     def preview(self, model: nn.Module, context: StageContext) -> nn.Module:
         """See the base class. Checks the patterns, the target and the teacher."""
         _check(model, self)
+        context.task.tuned(self)
         check_distillation(model, self, context)
         return model
 
@@ -280,13 +282,11 @@ def _told(
     quantized: QuantizedModel, context: StageContext, *, original: nn.Module | None = None
 ) -> dict[str, Any]:
     """Facts for the report: warnings of the plan, and what rounding does to each layer."""
-    from slimkit.inputs import Inputs
     from slimkit.quantize.outputs.layer_noise import layer_noise
 
-    images = next(iter(CalibrationBatches(context, 1)))[:PICTURED_IMAGES]
-    device = next((p.device for p in quantized.parameters()), images.device)
+    pictured = some_examples(context.splits.calibration, PICTURED_SAMPLES).inputs
     facts: dict[str, Any] = {
-        "rounding": layer_noise(quantized, Inputs((images.to(device),)), original=original)
+        "rounding": layer_noise(quantized, pictured.to(device_of(quantized)), original=original)
     }
     if quantized.plan.warnings:
         facts["warnings"] = list(quantized.plan.warnings)

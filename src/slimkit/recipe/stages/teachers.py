@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -14,11 +15,11 @@ from slimkit.distill.data_free import Generation
 from slimkit.distill.losses.interface import DistillLoss
 from slimkit.distill.recording.delivery import Delivery
 from slimkit.errors import InputError, SlimkitError, nearest
+from slimkit.inputs import Batch
 from slimkit.recipe.schema.fields import TypedBy, wrong
 from slimkit.recipe.schema.places import at
 from slimkit.recipe.stages.interface import SELF, UNPRUNED, StageContext
 from slimkit.recipe.stages.knowledge import check_place, knowing, knowledge_facts
-from slimkit.tasks.data.settings import AugmentSettings
 from slimkit.train.callbacks import StepContext
 from slimkit.train.settings import TrainSettings
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from slimkit.distill import Distiller, GeneratedBatches, MutualLearning
     from slimkit.distill.knowledge import KnowledgeDistiller
+    from slimkit.inputs import Inputs
+    from slimkit.tasks.interface import Task
 
 __all__ = ["DistillOptions", "check_distillation", "distilling", "generated_batches"]
 
@@ -212,16 +215,23 @@ def distilling(
         with knowing(model, options, context) as term:
             yield term
         return
-    example_inputs = context.example_inputs.repeat(2, 1, 1, 1)
+    example_inputs = context.examples(2)
     if options.teacher_mode == "mutual":
-        smoothing = settings.label_smoothing if settings is not None else 0.0
+        loss_fn = context.task.loss_fn()
+        if loss_fn is None:
+            raise InputError(
+                f"the loss of {context.task.type} is inside the model: "
+                "a peer cannot be judged by its outputs",
+                where="teacher_mode",
+                hint="teacher_mode: frozen",
+            )
         with _at_losses(context):
             mutual = MutualLearning(
                 model,
                 _teachers(options, context),
                 options.distill,
                 example_inputs=example_inputs,
-                task_loss=context.task.loss_fn(smoothing),
+                task_loss=loss_fn,
                 task_weight=settings.loss_weight if settings is not None else 1.0,
             )
         with mutual:
@@ -231,22 +241,22 @@ def distilling(
     with _at_losses(context):
         distiller = _distiller(model, options, context, example_inputs, note)
     with distiller:
-        yield _Remembering(distiller, note)
+        yield _Remembering(distiller, note, context.task)
 
 
 def _distiller(
     model: nn.Module,
     options: DistillOptions,
     context: StageContext,
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     note: Path | None,
 ) -> Distiller:
     from slimkit.distill import Distiller
 
-    moving = context.splits.train.augment not in {None, AugmentSettings()}
-    if options.teacher_cache and (moving or options.data_free is not None):
+    moving = context.splits.train.augmented or options.data_free is not None
+    if options.teacher_cache and moving:
         raise InputError(
-            "no image comes again as it was, so there is nothing to keep",
+            "no sample comes again as it was, so there is nothing to keep",
             where="teacher_cache",
             hint="drop it, or data.augment and data_free",
         )
@@ -299,7 +309,14 @@ def generated_batches(
     if context.teacher is None:
         raise InputError("the stage has no teacher", where="teacher")
     train = context.splits.train
-    channels, height, width = context.splits.shape
+    shape = context.splits.facts.get("shape")
+    if shape is None or len(shape) != 3:
+        raise InputError(
+            f"images can be invented for data of one shape only, that of {context.task.type} "
+            "has none",
+            where="data_free",
+        )
+    channels, height, width = shape
     with at("data_free"):
         return GeneratedBatches(
             student,
@@ -312,18 +329,20 @@ def generated_batches(
 
 
 class _Remembering:
-    """A distiller that notes how it decided to run the teacher.
+    """A distiller that calls the teacher as the task says, and notes how it decided to run it.
 
     The decision is measured, so a run that is killed and resumed could come to another one
     and so to other weights than an uninterrupted run.
     """
 
-    def __init__(self, distiller: Distiller, note: Path | None) -> None:
+    def __init__(self, distiller: Distiller, note: Path | None, task: Task) -> None:
         self.distiller = distiller
         self.note = note
+        self.task = task
 
     def __call__(self, step: StepContext) -> Tensor:
-        loss = self.distiller(step)
+        asked = Batch(self.task.teacher_inputs(step.batch), step.batch.targets, step.batch.ids)
+        loss = self.distiller(replace(step, batch=asked))
         if self.note is not None:
             several = len(self.distiller.precisions) > 1
             precision = self.distiller.precisions if several else self.distiller.precision

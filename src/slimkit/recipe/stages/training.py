@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,6 +26,7 @@ from slimkit.train.settings import TrainSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from slimkit.inputs import ExampleInputs
     from slimkit.train.training import History
 
 __all__ = [
@@ -38,10 +40,6 @@ __all__ = [
 ]
 
 Term = Callable[[StepContext], "Tensor"]
-MergeOption = (
-    Literal["mean", "sum", "confidence"]
-    | Annotated[tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...], Field(min_length=1)]
-)
 
 SPARSITY: Registry[type[SparsityTerm]] = Registry("sparsity term")
 """Name in a recipe → settings of a term of the loss that makes channels fall before pruning."""
@@ -62,7 +60,7 @@ class SparsityTerm(BaseModel):
     ignore: tuple[str, ...] = ()
 
     @abstractmethod
-    def term(self, model: nn.Module, example_inputs: Tensor) -> Any:
+    def term(self, model: nn.Module, example_inputs: ExampleInputs) -> Any:
         """A callable from a training step to a scalar, with ``sparsity()`` to report."""
 
 
@@ -79,7 +77,7 @@ class GroupLassoTerm(SparsityTerm):
     growth: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     attention: Literal["heads", "channels"] | None = None
 
-    def term(self, model: nn.Module, example_inputs: Tensor) -> Any:
+    def term(self, model: nn.Module, example_inputs: ExampleInputs) -> Any:
         """See the base class."""
         from slimkit.prune.sparse_training import GroupLasso
 
@@ -99,7 +97,7 @@ class BatchNormL1Term(SparsityTerm):
 
     type: Literal["batch_norm_l1"] = "batch_norm_l1"
 
-    def term(self, model: nn.Module, example_inputs: Tensor) -> Any:
+    def term(self, model: nn.Module, example_inputs: ExampleInputs) -> Any:
         """See the base class."""
         from slimkit.prune.sparse_training import BatchNormL1
 
@@ -137,6 +135,7 @@ class TrainStage(DistillOptions, TrainSettings, Stage):
         if self.sparsity is not None:
             with at("sparsity"):
                 self.sparsity.term(model, context.example_inputs)
+        context.task.tuned(self)
         check_distillation(model, self, context)
         return model
 
@@ -169,7 +168,7 @@ def train_model(
     from slimkit.train import fit
 
     plain = TrainSettings(**{name: getattr(settings, name) for name in TrainSettings.model_fields})
-    task, splits = context.task, context.splits
+    task, splits = context.task.tuned(plain), context.splits
     validation = splits.validation
     loader: Any = splits.train
     callbacks: list[Callback] = [_Reporter(context)]
@@ -183,12 +182,12 @@ def train_model(
     with contextlib.ExitStack() as stack:
         losses: list[Term] = [*terms]
         if options.distill:
-            distiller = distilling(student or model, options, context, plain)
+            distiller = distilling(student or model, options, replace(context, task=task), plain)
             losses.append(stack.enter_context(distiller))
         return fit(
             model,
             loader,
-            loss_fn=task.loss_fn(plain.label_smoothing),
+            batch_loss=task.loss,
             settings=plain,
             evaluate=evaluate if validation is not None else None,
             losses=losses,

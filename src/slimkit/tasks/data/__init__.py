@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimkit.tasks.data.loaders import ArrayLoader
-from slimkit.tasks.data.loading import Splits, load_data, synthetic_data
+from slimkit.tasks.data.loading import ImageSplits, load_data, synthetic_data
 from slimkit.tasks.data.settings import AugmentSettings, DataSettings
 from slimkit.tasks.data.sources import SOURCES
 
@@ -12,7 +12,7 @@ __all__ = [
     "ArrayLoader",
     "AugmentSettings",
     "DataSettings",
-    "Splits",
+    "ImageSplits",
     "load_data",
     "synthetic_data",
 ]

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +14,9 @@ from slimkit.errors import DataError
 from slimkit.tasks.data.augmentation import Draws, augment, draw
 from slimkit.tasks.data.settings import AugmentSettings
 from slimkit.tasks.data.stores import ImageStore, MemoryStore
+from slimkit.tasks.splits import Role
 
-__all__ = ["ArrayLoader", "Role"]
-
-Role = Literal["train", "validation", "test"]
+__all__ = ["ArrayLoader"]
 
 
 class ArrayLoader:
@@ -90,6 +88,11 @@ class ArrayLoader:
     def samples(self) -> int:
         """Images in the split."""
         return len(self.indices)
+
+    @property
+    def augmented(self) -> bool:
+        """Whether images are changed at random."""
+        return self.augment not in {None, AugmentSettings()}
 
     def __len__(self) -> int:
         """Batches per epoch (of this process)."""

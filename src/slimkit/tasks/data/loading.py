@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,42 +16,40 @@ from slimkit.tasks.data.settings import DataSettings
 from slimkit.tasks.data.sources import RawData, RawSplit, read_source
 from slimkit.tasks.data.splitting import stratified
 from slimkit.tasks.data.stores import ImageStore, MemoryStore
+from slimkit.tasks.splits import Splits
 
-__all__ = ["Splits", "load_data", "synthetic_data"]
+__all__ = ["ImageSplits", "load_data", "synthetic_data"]
 
 
 @dataclass(frozen=True)
-class Splits:
-    """A data set ready for use.
+class ImageSplits(Splits):
+    """A data set of images of one size.
 
     Attributes:
-        train: shuffled and augmented, role ``"train"``.
-        calibration: the same images in one fixed random order, not augmented, role ``"train"``.
-        validation: to select by, role ``"validation"``; ``None`` when none was asked for.
-        test: to report, role ``"test"``.
-        classes: names in the order of the labels.
+        train, calibration, validation, test: see the base class.
         fingerprint: SHA-256 (hex) of the content and of the settings that shape it.
         samples_fingerprint: the same without what decides only how images are batched: equal
             where a training sample's number means the same image, changed in the same way.
         shape: (C, H, W) of one image.
         preprocessing: what turns an image into an input: ``mean``, ``std`` (of images in
             [0, 1]), ``scale`` (255), ``layout``, ``size``, ``channels``, ``classes``.
-        skipped: unreadable images that were left out, per split.
+        facts: ``shape``, and ``skipped``: unreadable images that were left out, per split.
     """
 
     train: ArrayLoader
     calibration: ArrayLoader
     validation: ArrayLoader | None
     test: ArrayLoader
-    classes: list[str]
-    fingerprint: str
-    shape: tuple[int, int, int]
-    preprocessing: Mapping[str, Any]
-    skipped: Mapping[str, int] = field(default_factory=dict)
+    shape: tuple[int, int, int] = (0, 0, 0)
     samples_fingerprint: str = ""
 
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Unreadable images that were left out, per split."""
+        return dict(self.facts.get("skipped", {}))
 
-def load_data(settings: DataSettings) -> Splits:
+
+def load_data(settings: DataSettings) -> ImageSplits:
     """Read, split and normalise a data source.
 
     Args:
@@ -80,7 +78,7 @@ def _splits(
     validation: Tensor,
     test: Tensor,
     settings: DataSettings,
-) -> Splits:
+) -> ImageSplits:
     height, width, channels = raw.train.store.shape
     if raw.test.store.shape != (height, width, channels):
         raise DataError(
@@ -92,7 +90,7 @@ def _splits(
     common: dict[str, Any] = {"mean": mean, "std": std, "seed": settings.seed}
     still = {**common, "batch_size": settings.eval_batch_size}
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
-    return Splits(
+    return ImageSplits(
         train=ArrayLoader(
             raw.train.store,
             raw.train.labels,
@@ -130,10 +128,13 @@ def _splits(
             "crop_fraction": settings.crop_fraction,
             "classes": list(raw.classes),
         },
-        skipped={
-            "train": raw.train.store.skipped,
-            "validation": raw.validation.store.skipped if raw.validation else 0,
-            "test": raw.test.store.skipped,
+        facts={
+            "shape": [channels, height, width],
+            "skipped": {
+                "train": raw.train.store.skipped,
+                "validation": raw.validation.store.skipped if raw.validation else 0,
+                "test": raw.test.store.skipped,
+            },
         },
         samples_fingerprint=_fingerprint(raw.digest, settings, "batch_size"),
     )
@@ -190,7 +191,7 @@ def _fingerprint(digest: str, settings: DataSettings, *without: str) -> str:
     return content_hash({"content": digest, "settings": shaping})
 
 
-def synthetic_data(settings: DataSettings, classes: int, *, batches: int = 2) -> Splits:
+def synthetic_data(settings: DataSettings, classes: int, *, batches: int = 2) -> ImageSplits:
     """Random images in the layout that ``settings`` describes, without reading the source.
 
     Args:

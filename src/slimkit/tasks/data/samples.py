@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimkit.tasks.data.loaders import ArrayLoader
-from slimkit.tasks.data.loading import Splits
+from slimkit.tasks.data.loading import ImageSplits
 
 __all__ = ["TrainingSamples", "training_samples"]
 
@@ -43,7 +43,7 @@ class TrainingSamples:
         return self.loader.inputs(ids.to(torch.int64), number, self.seed)
 
 
-def training_samples(splits: Splits, *, seed: int = 0) -> TrainingSamples:
+def training_samples(splits: ImageSplits, *, seed: int = 0) -> TrainingSamples:
     """The training split as samples with numbers.
 
     Args:

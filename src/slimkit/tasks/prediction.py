@@ -1,4 +1,4 @@
-"""``predict.py``: a stand-alone snippet that runs an exported classifier."""
+"""``predict.py``: stand-alone snippets that run an exported file, and what the file tells them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["PREDICT", "model_metadata"]
+__all__ = ["PREDICT_ARRAYS", "PREDICT_IMAGES", "model_metadata"]
 
+TASK = "slimkit.task"
 PREPROCESSING = "slimkit.preprocessing"
 CLASSES = "slimkit.classes"
 
 
 def model_metadata(
-    preprocessing: Mapping[str, Any], classes: Sequence[str], **more: str
+    task: str, preprocessing: Mapping[str, Any], classes: Sequence[str], **more: str
 ) -> dict[str, str]:
     """What an exported file says about its own use, as ONNX metadata.
 
     Args:
+        task: its type, for whoever reads the file without its recipe.
         preprocessing: ``mean``, ``std``, ``size``, ``channels`` … of the data.
         classes: names in the order of the outputs.
         **more: further entries, filed under ``slimkit.KEY``.
     """
     plain = {key: value for key, value in preprocessing.items() if key != "classes"}
     return {
+        TASK: task,
         PREPROCESSING: json.dumps(plain),
         CLASSES: json.dumps(list(classes)),
         **{f"slimkit.{key}": value for key, value in more.items()},
     }
 
 
-PREDICT = '''\
+PREDICT_IMAGES = '''\
 """Classify images with the model beside this file:  python predict.py IMAGE [IMAGE …]
 
 Needs numpy, pillow and onnxruntime only. What the model expects is in its own metadata.
@@ -81,6 +84,37 @@ def main(paths):
         best = np.argsort(-scores)[:3]
         told = "  ".join(f"{classes[index]} {100 * scores[index]:.1f} %" for index in best)
         print(f"{path}: {told}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    main(sys.argv[1:])
+'''
+
+PREDICT_ARRAYS = '''\
+"""Run the model beside this file on arrays:  python predict.py INPUTS.npz [INPUTS.npz …]
+
+Needs numpy and onnxruntime only. A file holds one array for each input of the model, by its name.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+
+def main(paths):
+    model = str(Path(__file__).with_name("model.onnx"))
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    for path in paths:
+        with np.load(path) as given:
+            outputs = session.run(None, {name: given[name] for name in names})
+        for entry, output in zip(session.get_outputs(), outputs):
+            print(f"{path}: {entry.name} {json.dumps(output.tolist())}")
 
 
 if __name__ == "__main__":
