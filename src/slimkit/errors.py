@@ -26,6 +26,7 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "SlimkitError",
+    "TaskError",
     "TeacherError",
     "TrainingError",
     "UnknownNameError",
@@ -94,6 +95,10 @@ class DataError(SlimkitError, ValueError):
 
 class TrainingError(SlimkitError, RuntimeError):
     """Training cannot go on: the loss is not finite, a callback failed, nothing to train."""
+
+
+class TaskError(SlimkitError, TypeError):
+    """A task lacks a member, or answers in another way than recipes rely on."""
 
 
 class TeacherError(SlimkitError, ConnectionError):

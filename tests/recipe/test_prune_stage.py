@@ -87,11 +87,10 @@ def test_a_criterion_sees_training_images_that_the_evaluation_does_not(
 ) -> None:
     stage = PruneStage(macs=0.5, criterion="taylor", batches=1, evaluation_batches=1)
     batches = stage._criterion(context).batches
-    ((images, _),) = batches
-    ((again, _),) = batches
+    (images,), (again,) = ([b.inputs.args[0] for b in batches] for _ in range(2))
     assert torch.equal(images, again)
     assert batches.role == "train"
-    ((others, _),) = TrainingBatches(context.splits.calibration, 1)
+    (others,) = [b.inputs.args[0] for b in TrainingBatches(context.splits.calibration, 1)]
     assert len(others) == len(images) == 32
     assert not torch.equal(images, others)
 

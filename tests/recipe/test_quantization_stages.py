@@ -47,7 +47,7 @@ def test_the_metric_is_that_of_the_validation_images() -> None:
 def test_a_limit_without_validation_images_fails_before_the_run() -> None:
     without = context(validation=0)
     stage = PtqStage(max_drop=1)
-    with pytest.raises(DataError, match="validation images"):
+    with pytest.raises(DataError, match="validation data"):
         stage.preview(network(), without)
     assert PtqStage().preview(network(), without)
 

@@ -98,8 +98,13 @@ def _errors(schema: Any, value: Any, root: Any) -> bool:
     items = schema.get("items", {})
     if "$ref" in schema:
         return _errors(root["$defs"][schema["$ref"].rpartition("/")[2]], value, root)
+    conditions = [s for s in schema.get("allOf", ()) if "if" in s]
     return (
-        ("anyOf" in schema and all(_errors(s, value, root) for s in schema["anyOf"]))
+        any(
+            not _errors(s["if"], value, root) and _errors(s["then"], value, root)
+            for s in conditions
+        )
+        or ("anyOf" in schema and all(_errors(s, value, root) for s in schema["anyOf"]))
         or value != schema.get("const", value)
         or value not in schema.get("enum", [value])
         or not isinstance(value, KINDS[schema["type"]] if "type" in schema else object)
@@ -132,6 +137,8 @@ def test_the_schema_accepts_recipes_and_refuses_mistakes(values: dict[str, Any])
         (("stages", "prune", "criterion"), "l3"),
         (("stages", "recover", "distill"), [{"type": "kd", "temperatur": 1}]),
         (("data", "sauce"), "digits"),
+        (("task",), "clasification"),
+        (("task",), {"type": "classification", "smoothing": 1}),
         (("seed",), "zero"),
     ]:
         wrong = json.loads(json.dumps(values))

@@ -190,6 +190,6 @@ def test_head_that_does_not_match_the_classes_is_refused() -> None:
     task = ClassificationTask()
     with pytest.raises(ModelError, match=r"\(2, 7\).*10 classes.*num_classes=10"):
         task.check_head(nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), splits)
-    with pytest.raises(SlimkitError, match=r"\(1, 8, 8\)"):
+    with pytest.raises(SlimkitError, match=r"\(2, 1, 8, 8\)"):
         task.check_head(nn.Conv2d(3, 10, 3), splits)
     task.check_head(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), splits)

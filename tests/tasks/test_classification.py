@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from slimkit.errors import InputError, ModelError
+from slimkit.inputs import Batch, Inputs
 from slimkit.tasks import ClassificationTask
+from slimkit.train import TrainSettings
 
 TASK = ClassificationTask()
 
@@ -43,10 +44,10 @@ def test_accuracy_and_loss_over_uneven_batches() -> None:
     assert model.dropout.training
 
 
-def test_functions_of_arrays_are_evaluated_like_modules() -> None:
-    def session(images: np.ndarray) -> list[np.ndarray]:
-        assert isinstance(images, np.ndarray)
-        return [images]
+def test_files_are_evaluated_like_modules() -> None:
+    def session(inputs: Inputs) -> dict[str, torch.Tensor]:
+        (images,) = inputs.args
+        return {"logits": images}
 
     assert TASK.evaluate(session, BATCHES) == TASK.evaluate(Echo(), BATCHES)
 
@@ -62,9 +63,14 @@ def test_label_smoothing_follows_the_formula() -> None:
     outputs, targets = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
     logs = outputs.log_softmax(1)
     expected = -(0.9 * logs[torch.arange(5), targets] + 0.1 * logs.mean(1)).mean()
-    torch.testing.assert_close(TASK.loss_fn(0.1)(outputs, targets), expected)
-    with pytest.raises(InputError, match="label_smoothing"):
-        TASK.loss_fn(1.5)
+    smooth = TASK.tuned(TrainSettings(label_smoothing=0.1))
+    torch.testing.assert_close(smooth.loss_fn()(outputs, targets), expected)
+    loss, answer = smooth.loss(Echo(), Batch(Inputs((outputs,)), targets))
+    assert answer.shape == outputs.shape
+    torch.testing.assert_close(
+        ClassificationTask(label_smoothing=0.1).loss_fn()(answer, targets), loss
+    )
+    assert TASK.tuned(TrainSettings()) is TASK
 
 
 @pytest.mark.parametrize("wrap", [lambda x: (x, None), lambda x: {"logits": x}, lambda x: [x]])

@@ -296,4 +296,4 @@ def histograms(row: Mapping[str, Any], *, name: str) -> str:
         panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.grid(visible=False)
         panel.set_title(title, loc="left", color=MUTED)
-    return _svg(figure, name, f"weights and outputs of {escape(str(row['layer']))}")
+    return _svg(figure, name, f"weights and outputs of {row['layer']}")
