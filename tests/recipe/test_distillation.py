@@ -198,7 +198,7 @@ def test_the_schema_knows_records_connectors_and_schedules() -> None:
 def test_a_cache_for_augmented_images_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
     base = with_stage(values, teacher="wide", teacher_cache=1, distill=[{"type": "kd"}])
     recipe = parse_recipe(base, ["data.augment={flip: true}"])
-    with pytest.raises(SlimkitError, match=r"student\.teacher_cache: no image comes again"):
+    with pytest.raises(SlimkitError, match=r"student\.teacher_cache: no sample comes again"):
         preview_run(recipe, smoke=True, cache=tmp_path)
 
 

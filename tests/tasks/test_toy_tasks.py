@@ -45,4 +45,8 @@ def test_a_detector_goes_from_training_to_a_report(tmp_path: Path) -> None:
     values["require"] = {"metric_drop": 100, "min_metric": 0}
     report = run_recipe(parse_recipe(values), tmp_path, cache=tmp_path / "cache", progress=False)
     first, last = report["variants"]
-    print(json.dumps({k: v for k, v in report.items() if k not in {"recipe", "drawings"}}, indent=1)[:6000])
+    print(
+        json.dumps({k: v for k, v in report.items() if k not in {"recipe", "drawings"}}, indent=1)[
+            :6000
+        ]
+    )

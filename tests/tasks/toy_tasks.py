@@ -37,7 +37,12 @@ class ToyData(BaseModel):
 
 
 def toy_splits(
-    settings: ToyData, samples: Sequence[Any], collate: Any, *, batches: int | None = None, **more: Any
+    settings: ToyData,
+    samples: Sequence[Any],
+    collate: Any,
+    *,
+    batches: int | None = None,
+    **more: Any,
 ) -> Splits:
     """Half for training, a quarter each for validation and test."""
     quarter = len(samples) // 4
@@ -98,9 +103,7 @@ def toy_detector(num_classes: int = 3, width: int = 16) -> nn.Module:
 
 def stacked(images: Sequence[Tensor]) -> Tensor:
     """Images of any size as one batch, filled up with zeros."""
-    return torch.stack(
-        [F.pad(x, (0, SIZE - x.shape[2], 0, SIZE - x.shape[1])) for x in images]
-    )
+    return torch.stack([F.pad(x, (0, SIZE - x.shape[2], 0, SIZE - x.shape[1])) for x in images])
 
 
 def centres() -> Tensor:
@@ -169,7 +172,10 @@ class ToyDetection(Task):
     """Coloured squares."""
 
     data_settings: ClassVar = ToyData
-    metrics: ClassVar = (Metric("map", "mAP"), Metric("found", "boxes per image", unit="", high=None))
+    metrics: ClassVar = (
+        Metric("map", "mAP"),
+        Metric("found", "boxes per image", unit="", high=None),
+    )
 
     type: Literal["toy_detection"] = "toy_detection"
     pictures: int = 3
@@ -243,7 +249,9 @@ class ToyDetection(Task):
         shown = [row[: len(columns)] for row in list(zip(*columns.values()))[: self.pictures]]
         return [
             samples("Predictions", list(columns), shown),
-            table("Classes", ["class", "number"], [[name, n] for n, name in enumerate(splits.classes)]),
+            table(
+                "Classes", ["class", "number"], [[name, n] for n, name in enumerate(splits.classes)]
+            ),
             lines("Precision", "recall", "precision", {n: [(0, 1), (1, 0.5)] for n in columns}),
         ]
 
@@ -320,9 +328,7 @@ class ToyTextClassification(Task):
     """Low words or high words."""
 
     data_settings: ClassVar = ToyData
-    metrics: ClassVar = (
-        Metric("error", "error rate", unit="", higher_is_better=False, high=1.0),
-    )
+    metrics: ClassVar = (Metric("error", "error rate", unit="", higher_is_better=False, high=1.0),)
 
     type: Literal["toy_text"] = "toy_text"
 

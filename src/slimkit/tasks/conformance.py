@@ -79,7 +79,7 @@ def check_task(
 def _instance(task: Task | type[Task] | str) -> Task:
     if isinstance(task, Task):
         return task
-    kind = TASKS.get(task) if isinstance(task, str) else task
+    kind: object = TASKS.get(task) if isinstance(task, str) else task
     if not (isinstance(kind, type) and issubclass(kind, Task)):
         raise TaskError(f"{task!r} is no subclass of slimkit.tasks.Task", where="task")
     missing = sorted(getattr(kind, "__abstractmethods__", ()))
@@ -162,6 +162,7 @@ def _check_json(value: Any, member: str, what: str) -> None:
 
 def _check_inputs(task: Task, splits: Splits, network: nn.Module) -> None:
     """Examples that the model takes, and a head that fits."""
+    examples: list[object]
     with _answering("example_inputs", "gives calls of the model"):
         examples = [task.example_inputs(splits, count) for count in (1, 2)]
     for inputs in examples:
@@ -195,7 +196,7 @@ def _check_loss(task: Task, splits: Splits, network: nn.Module) -> None:
     if loss_fn is not None and not callable(loss_fn):
         raise _fail("loss_fn", f"expected a function or None, got {loss_fn!r}")
     with _answering("tuned", "takes what a training stage says"):
-        tuned = task.tuned(TrainSettings())
+        tuned: object = task.tuned(TrainSettings())
     if not isinstance(tuned, Task):
         raise _fail("tuned", f"expected a task, got {type(tuned).__name__}")
     with _answering("teacher_inputs", "says what a teacher sees"), module_run(network) as run:
@@ -234,7 +235,7 @@ def _check_deployment(
     """The exported module on prepared inputs, completed, is as good as the model itself."""
     some = list(first_batches(splits.test, 2))
     with _answering("exported", "gives the module for a file"):
-        exported = task.exported(network, splits)
+        exported: object = task.exported(network, splits)
     if not isinstance(exported, nn.Module):
         raise _fail("exported", f"expected a module, got {type(exported).__name__}")
 
