@@ -136,7 +136,9 @@ class Distiller:
                 opened.callback(self._teachers[name].close)
             taps = {tap for c in self._comparisons.values() for tap in c.taps("student")}
             self._student_taps = sorted(taps, key=lambda tap: tap.key)
-            self._recorder = Recorder(student, [OUTPUT, *self._student_taps])
+            # a detector's output is a list, or in training its losses: nothing to record
+            self._reads_output = any(tap.key == OUTPUT for tap in self._student_taps)
+            self._recorder = Recorder(student, self._student_taps)
             opened.callback(self._recorder.close)
             self._connect(student, example_inputs)
             self._opened = opened.pop_all()
@@ -191,7 +193,7 @@ class Distiller:
         """
         ours = dict(self._recorder.records)
         self._recorder.clear()
-        if outputs is not None:
+        if outputs is not None and self._reads_output:
             ours[OUTPUT] = main_tensor(outputs, where="student")
         factors = [loss.factor_at(epoch, progress, i) for i, loss in enumerate(self.losses)]
         active = {index for index, factor in enumerate(factors) if factor}

@@ -220,7 +220,10 @@ def _choose(model: nn.Module, inputs: Inputs, precision: str, channels_last: boo
     exact = _runner(model, "fp32", channels_last)
     if not multiplies_bf16(inputs.tensors()[0].device):
         return exact
-    reference = main_tensor(exact(inputs), where="teacher")
+    try:
+        reference = main_tensor(exact(inputs), where="teacher")
+    except ModelError:  # a detector's boxes: nothing to judge the agreement by
+        return exact
     for name in ("bf16", "autocast"):
         candidate = _runner(model, name, channels_last)
         # a precision that some operator of the teacher lacks is no candidate

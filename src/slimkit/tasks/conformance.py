@@ -192,7 +192,7 @@ def _check_loss(task: Task, splits: Splits, network: nn.Module) -> None:
             raise _fail("loss", "it does not depend on the model's parameters")
         if flags != [module.training for module in twin.modules()]:
             raise _fail("loss", "it leaves the model in another mode", "use in_training(model)")
-    loss_fn = task.loss_fn()
+    loss_fn: object = task.loss_fn()
     if loss_fn is not None and not callable(loss_fn):
         raise _fail("loss_fn", f"expected a function or None, got {loss_fn!r}")
     with _answering("tuned", "takes what a training stage says"):
@@ -212,6 +212,7 @@ def _check_scores(task: Task, splits: Splits, network: nn.Module) -> dict[str, f
     if task.metric.name not in scores:
         hint = nearest(task.metric.name, scores)
         raise _fail("scores", f"the metric that decides, {task.metric.name}, is not there", hint)
+    value: object
     for name, value in scores.items():
         if not isinstance(value, int | float) or math.isnan(value):
             raise _fail("scores", f"{name} is {value!r}, no number")
