@@ -88,6 +88,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
 
 
+def says_by_mode(module: nn.Module) -> bool:
+    """Whether a module may answer something else in training mode, such as its losses.
+
+    Layers of torch itself, batch normalization and modules without parameters (dropout,
+    stochastic depth, random resizing) answer the same, or noise.
+    """
+    layer = type(module).__module__.startswith("torch.nn.")
+    holds = next(module.parameters(), None) is not None
+    return holds and not layer and not isinstance(module, _NormBase)
+
+
 @contextmanager
 def training_flags(model: nn.Module) -> Iterator[None]:
     """Training mode, and random numbers that are the same every time; used in `undisturbed`.
@@ -105,9 +116,7 @@ def training_flags(model: nn.Module) -> Iterator[None]:
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002
             for module in model.modules():
-                layer = type(module).__module__.startswith("torch.nn.")
-                holds = next(module.parameters(), None) is not None
-                module.training = holds and not layer and not isinstance(module, _NormBase)
+                module.training = says_by_mode(module)
             yield
     finally:
         random.setstate(numbers)

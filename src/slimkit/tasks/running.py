@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from slimkit.errors import InputError
+from slimkit.graph.isolation import says_by_mode
 from slimkit.inputs import Batch, Inputs
-from slimkit.modules import evaluation
+from slimkit.modules import evaluation, restored_flags
 
 if TYPE_CHECKING:
     from slimkit.runtime.sessions import Session
@@ -91,15 +89,10 @@ def in_training(model: nn.Module) -> Iterator[None]:
     if model.training:
         yield
         return
-    flags = [(module, module.training) for module in model.modules()]
-    still = (_BatchNorm, _InstanceNorm, _DropoutNd)
-    for module, _ in flags:
-        module.training = not isinstance(module, still)
-    try:
+    with restored_flags(model):
+        for module in model.modules():
+            module.training = says_by_mode(module)
         yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def mean_loss(task: Task, model: nn.Module, batches: Iterable[Batch]) -> float:

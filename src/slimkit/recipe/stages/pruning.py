@@ -258,7 +258,8 @@ class PruneStage(Stage):
         quick = context.max_steps is not None
         skip, count = (1, 1) if quick else (self.evaluation_batches, self.batches)
         batches = TrainingBatches(context.splits.calibration, count, skip=skip)
-        given = {"batches": batches, "loss": LossOfBatch(context.task.loss)}
+        task = context.task
+        given = {"batches": batches, "loss": task.loss_fn() or LossOfBatch(task.loss)}
         return build_method(CRITERION, self.criterion, given)
 
     def _allocation(self, context: StageContext) -> Any:
