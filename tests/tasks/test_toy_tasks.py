@@ -11,7 +11,7 @@ from toy_tasks import toy_detector, toy_text
 
 import slimkit as sk
 from slimkit.errors import GateError
-from slimkit.recipe import parse_recipe, preview_run, run_recipe
+from slimkit.recipe import parse_recipe, run_recipe
 from slimkit.tasks import ClassificationTask
 from slimkit.tasks.conformance import check_task
 
@@ -49,5 +49,5 @@ def test_all_three_tasks_keep_their_promises() -> None:
 def test_a_text_classifier_goes_from_training_to_a_report(tmp_path: Path) -> None:
     values = recipe("ToyTextClassification", "toy_text")
     values["require"] = {"metric_drop": 0.5, "min_metric": 0.4, "params_ratio": 0.01}
-    with pytest.raises(GateError, match="params_ratio is .* required is at most 0.01"):
+    with pytest.raises(GateError, match=r"params_ratio is .* required is at most 0\.01"):
         run_recipe(parse_recipe(values), tmp_path, cache=tmp_path / "cache", progress=False)

@@ -212,13 +212,17 @@ class ToyDetection(Task):
                 images, found = images + 1, found + len(answer["labels"])
                 for label in target["labels"].tolist():
                     wanted[label] += 1
-                for box, score, label in zip(*(answer[k] for k in ("boxes", "scores", "labels"))):
+                for box, score, label in zip(
+                    *(answer[k] for k in ("boxes", "scores", "labels")), strict=True
+                ):
                     of_class = target["boxes"][target["labels"] == label]
                     hit = any(overlap(box, other) > 0.5 for other in of_class)
                     right[int(label)].append((float(score), hit))
         if not images:
             raise InputError("there are no images", where="loader")
-        precision = [average(sorted(r, reverse=True), w) for r, w in zip(right, wanted) if w]
+        precision = [
+            average(sorted(r, reverse=True), w) for r, w in zip(right, wanted, strict=True) if w
+        ]
         return {"map": 100 * sum(precision) / max(1, len(precision)), "found": found / images}
 
     def predictions(self, outputs: Any, splits: Splits) -> list[Any]:
@@ -246,7 +250,10 @@ class ToyDetection(Task):
                     ]
                     columns[name].append({"image": picture(image), "boxes": boxes})
                 break
-        shown = [row[: len(columns)] for row in list(zip(*columns.values()))[: self.pictures]]
+        shown = [
+            row[: len(columns)]
+            for row in list(zip(*columns.values(), strict=True))[: self.pictures]
+        ]
         return [
             samples("Predictions", list(columns), shown),
             table(
@@ -358,3 +365,6 @@ class ToyTextClassification(Task):
 
     def complete(self, outputs: dict[str, Tensor], inputs: Inputs) -> Any:
         return outputs
+
+    def export_options(self, splits: Splits) -> Mapping[str, Any]:
+        return {"dynamic_axes": ["sequence"]}

@@ -17,8 +17,9 @@ from slimkit.measure.profiling import profile
 from slimkit.plan import save
 from slimkit.recipe.chains import Chain
 from slimkit.runtime import export, open_session
+from slimkit.runtime.structure import named_feeds
 from slimkit.tasks.interface import answers_to
-from slimkit.tasks.running import Run, feeds_of, session_run
+from slimkit.tasks.running import Run, session_run
 from slimkit.tasks.splits import first_batches
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ def _test(bench: Workbench, model: nn.Module, path: Path) -> dict[str, Any]:
 def _arrays(inputs: Inputs, path: Path) -> list[Any]:
     """In the order of the file's inputs."""
     names = open_session(path).input_names
-    feeds = feeds_of(inputs, names)
+    feeds = named_feeds(inputs, names)
     return [feeds[name] for name in names] if isinstance(feeds, dict) else feeds
 
 

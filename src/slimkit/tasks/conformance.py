@@ -13,12 +13,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from slimkit.errors import InputError, SlimkitError, TaskError, nearest
-from slimkit.inputs import Batch, Inputs, as_batch, tensors_of
+from slimkit.errors import SlimkitError, TaskError, nearest
+from slimkit.inputs import Inputs, as_batch
 from slimkit.modules import copy_module
 from slimkit.runtime.structure import named_outputs
 from slimkit.tasks.interface import TASKS, Answer, Metric, Task, answers_to
@@ -207,12 +206,11 @@ def _check_scores(task: Task, splits: Splits, network: nn.Module) -> dict[str, f
     """All metrics within their intervals, and the same of a function as of the module."""
     some = list(first_batches(splits.test, 2))
     with _answering("scores", "measures a module"):
-        scores = task.evaluate(network, some)
+        scores: dict[str, Any] = dict(task.evaluate(network, some))
     known = {metric.name: metric for metric in task.metrics}
     if task.metric.name not in scores:
         hint = nearest(task.metric.name, scores)
         raise _fail("scores", f"the metric that decides, {task.metric.name}, is not there", hint)
-    value: object
     for name, value in scores.items():
         if not isinstance(value, int | float) or math.isnan(value):
             raise _fail("scores", f"{name} is {value!r}, no number")

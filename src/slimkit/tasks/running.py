@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from slimkit.errors import InputError
 from slimkit.graph.isolation import says_by_mode
 from slimkit.inputs import Batch, Inputs
 from slimkit.modules import evaluation, restored_flags
+from slimkit.runtime.structure import named_feeds
 
 if TYPE_CHECKING:
     from slimkit.runtime.sessions import Session
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Run",
     "device_of",
-    "feeds_of",
     "in_training",
     "mean_loss",
     "module_run",
@@ -58,24 +58,13 @@ def session_run(session: Session) -> Callable[[Inputs], dict[str, Tensor]]:
     """
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
-        arrays = session.run(feeds_of(inputs, session.input_names))
+        arrays = session.run(named_feeds(inputs, session.input_names))
         return {
             name: torch.as_tensor(found)
             for name, found in zip(session.output_names, arrays, strict=True)
         }
 
     return run
-
-
-def feeds_of(inputs: Inputs, names: Sequence[str]) -> dict[str, Any] | list[Any]:
-    """Arrays for a file whose inputs have these names: by name where the keywords are they."""
-
-    def array(tensor: Tensor) -> Any:
-        return tensor.detach().cpu().contiguous().numpy()
-
-    if not inputs.args and set(inputs.kwargs) == set(names):
-        return {name: array(tensor) for name, tensor in inputs.kwargs.items()}
-    return [array(tensor) for tensor in inputs.tensors()]
 
 
 @contextlib.contextmanager
