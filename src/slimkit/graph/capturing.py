@@ -26,7 +26,7 @@ from slimkit.graph.isolation import (
     uncollected,
     undisturbed,
 )
-from slimkit.graph.recording import Recorder, ValueNumbering
+from slimkit.graph.recording import GraphRecorder, ValueNumbering
 from slimkit.graph.shortcuts import ValuesNeededError
 from slimkit.graph.sight import Sight
 from slimkit.inputs import ExampleInputs
@@ -68,7 +68,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
 
 def _captured(model: nn.Module, example_inputs: ExampleInputs, *, values: bool) -> Graph:
     inputs = own_inputs(model, example_inputs)
-    recorder = Recorder(model, values)
+    recorder = GraphRecorder(model, values)
     with undisturbed(model), torch.no_grad():
         recorder.record(model, inputs)
     return recorder.graph
@@ -133,8 +133,8 @@ def capture_both_modes(model: nn.Module, example_inputs: ExampleInputs) -> BothM
 
 def _evaluated(
     model: nn.Module, example_inputs: ExampleInputs, *, values: bool
-) -> tuple[Recorder, Graph]:
-    recorder = Recorder(model, values)
+) -> tuple[GraphRecorder, Graph]:
+    recorder = GraphRecorder(model, values)
     recorder.numbering = ValueNumbering()
     recorder.sight = Sight(model, recorder.values)
     inputs = own_inputs(model, example_inputs)
@@ -143,7 +143,7 @@ def _evaluated(
     return recorder, recorder.graph
 
 
-def _train_too(recorder: Recorder, model: nn.Module, example_inputs: ExampleInputs) -> None:
+def _train_too(recorder: GraphRecorder, model: nn.Module, example_inputs: ExampleInputs) -> None:
     """Add what a training forward does to the graph of ``recorder``."""
     inputs = own_inputs(model, example_inputs)
     assert recorder.numbering is not None

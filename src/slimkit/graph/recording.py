@@ -19,7 +19,7 @@ from slimkit.graph.sight import Sight
 from slimkit.graph.sizes import TrackedInt
 from slimkit.inputs import Inputs
 
-__all__ = ["Recorder", "ValueNumbering"]
+__all__ = ["GraphRecorder", "ValueNumbering"]
 
 
 class ValueNumbering:
@@ -51,7 +51,7 @@ class ValueNumbering:
         self._results.setdefault(key, []).append(results)
 
 
-class Recorder:
+class GraphRecorder:
     """Numbers tensors by identity and fills a graph.
 
     Args:
@@ -197,7 +197,7 @@ def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
 class _CallRecorder(AddressMode):
     """Records the Python-level calls."""
 
-    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+    def __init__(self, model: nn.Module, recorder: GraphRecorder) -> None:
         super().__init__(model)
         self._recorder = recorder
         self.current = -1
@@ -254,7 +254,7 @@ class _CallRecorder(AddressMode):
 class _OpRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operators below the calls."""
 
-    def __init__(self, recorder: Recorder, calls: _CallRecorder) -> None:
+    def __init__(self, recorder: GraphRecorder, calls: _CallRecorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
         self._calls = calls

@@ -41,7 +41,7 @@ class OperatorCost:
     bits: tuple[int, int]
 
 
-Operands = tuple[int, list[Any]]
+Counted = tuple[int, list[Any]]
 """(MACs, references of the operands, of which one may lead to a parameter)."""
 
 
@@ -49,7 +49,7 @@ def _shape(graph: Graph, ref: Any) -> tuple[int, ...]:
     return graph.tensors[ref.id].shape
 
 
-def _convolution(graph: Graph, op: Op) -> Operands:
+def _convolution(graph: Graph, op: Op) -> Counted:
     data, weight, transposed = op.args[0], op.args[1], bool(op.args[6])
     kernel = _shape(graph, weight)
     # Each output element sums weight[1:] products; in a transposed convolution each
@@ -58,10 +58,10 @@ def _convolution(graph: Graph, op: Op) -> Operands:
     return math.prod(elements) * math.prod(kernel[1:]), [weight, data]
 
 
-def _product(left: int, right: int) -> Callable[[Graph, Op], Operands]:
+def _product(left: int, right: int) -> Callable[[Graph, Op], Counted]:
     """Rows × columns × depth, batched or not, of the arguments at these two positions."""
 
-    def rule(graph: Graph, op: Op) -> Operands:
+    def rule(graph: Graph, op: Op) -> Counted:
         a, b = op.args[left], op.args[right]
         columns = _shape(graph, b)[-1] if len(_shape(graph, b)) > 1 else 1
         return math.prod(_shape(graph, a)) * columns, [b, a]
@@ -69,24 +69,24 @@ def _product(left: int, right: int) -> Callable[[Graph, Op], Operands]:
     return rule
 
 
-def _linear(graph: Graph, op: Op) -> Operands:
+def _linear(graph: Graph, op: Op) -> Counted:
     data, weight = op.args[0], op.args[1]
     return math.prod(_shape(graph, data)) * _shape(graph, weight)[0], [weight, data]
 
 
-def _attention(graph: Graph, op: Op) -> Operands:
+def _attention(graph: Graph, op: Op) -> Counted:
     query, key, value = (_shape(graph, ref) for ref in op.args[:3])
     rows = math.prod(query[:-1])  # batch × heads × queries
     return rows * key[-2] * (query[-1] + value[-1]), [op.args[0]]
 
 
-def _recurrent(graph: Graph, op: Op) -> Operands:
+def _recurrent(graph: Graph, op: Op) -> Counted:
     data, to_hidden, hidden = (_shape(graph, ref) for ref in op.args[:3])
     steps = math.prod(data[:-1])
     return steps * (math.prod(to_hidden) + math.prod(hidden)), [op.args[1], op.args[0]]
 
 
-MAC_RULES: dict[str, Callable[[Graph, Op], Operands]] = {
+MAC_RULES: dict[str, Callable[[Graph, Op], Counted]] = {
     "aten.convolution": _convolution,
     "aten.mm": _product(0, 1),
     "aten.bmm": _product(0, 1),

@@ -18,7 +18,7 @@ from slimkit.quantize.quantizers.fixed import ActivationQuantizer, WeightQuantiz
 from slimkit.quantize.quantizers.host_values import HostValue
 from slimkit.quantize.quantizers.learned import build_quantizer
 from slimkit.quantize.specs import named_weights
-from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
+from slimkit.runtime.export_hooks import BIASES_HINT, OPSET_HINT, SCALES_HINT
 
 if TYPE_CHECKING:
     from slimkit.quantize.scheme import QuantPlan
@@ -127,8 +127,8 @@ class QuantizedModel(nn.Module):
     def export_hints(self) -> dict[str, str]:
         """What the export has to know of the target (:mod:`slimkit.runtime.qdq`)."""
         compact = any(spec.compact for spec in self.plan.quantizers)
-        scales = {SCALES: "bytes"} if compact else {}
-        return {BIASES: self.plan.biases, OPSET: str(self.plan.opset), **scales}
+        scales = {SCALES_HINT: "bytes"} if compact else {}
+        return {BIASES_HINT: self.plan.biases, OPSET_HINT: str(self.plan.opset), **scales}
 
     def observe_for(self, steps: int) -> None:
         """Let activation ranges follow the next ``steps`` training forwards, then freeze."""

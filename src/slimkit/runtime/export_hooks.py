@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 __all__ = [
-    "BIASES",
+    "BIASES_HINT",
     "GRAPH_PASSES",
-    "OPSET",
-    "SCALES",
+    "OPSET_HINT",
+    "SCALES_HINT",
     "TRANSLATIONS",
     "GraphPass",
     "graph_pass",
     "translation_table",
 ]
 
-BIASES = "slimkit.biases"
+BIASES_HINT = "slimkit.biases"
 """Export hint: biases between integers are ``"int32"`` (default), ``"float16"`` or ``"float"``."""
-OPSET = "slimkit.opset"
+OPSET_HINT = "slimkit.opset"
 """Export hint: the oldest operator set that the target reads."""
-SCALES = "slimkit.scales"
+SCALES_HINT = "slimkit.scales"
 """Export hint: scales of weights may be ``"bytes"`` that a table is looked up with."""
 
 GraphPass = Callable[["ModelProto"], None]

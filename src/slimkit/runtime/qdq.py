@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimkit.errors import ExportError
-from slimkit.runtime.export_hooks import BIASES, OPSET, SCALES
+from slimkit.runtime.export_hooks import BIASES_HINT, OPSET_HINT, SCALES_HINT
 from slimkit.runtime.onnx_graph import GraphEditor
 from slimkit.runtime.qdq_biases import write_biases
 from slimkit.runtime.qdq_compact import looked_up
@@ -108,16 +108,16 @@ def to_qdq(model: ModelProto) -> None:
     pads_into_convolutions(graph)
     _keep_scale_through(graph)
     newer = [place_weight(graph, node) for node in weights]
-    biases = hints.get(BIASES, "int32")
+    biases = hints.get(BIASES_HINT, "int32")
     if biases != "float":
         write_biases(graph, short=biases == "float16")
     _hard_sigmoids(graph)
-    if hints.get(SCALES) == "bytes":
+    if hints.get(SCALES_HINT) == "bytes":
         looked_up(graph)
     graph.commit()
     for opset in [entry for entry in model.opset_import if entry.domain == DOMAIN]:
         model.opset_import.remove(opset)
-    _check_opset(model, max(int(hints.get(OPSET, "1")), _NEWER if any(newer) else 1))
+    _check_opset(model, max(int(hints.get(OPSET_HINT, "1")), _NEWER if any(newer) else 1))
 
 
 def _check_opset(model: ModelProto, oldest: int) -> None:
