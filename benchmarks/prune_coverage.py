@@ -31,7 +31,7 @@ from benchmarks.networks import LARGEST, build, names_of, records_of, shake, sup
 from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.graph.equivalence import check_equivalence
 from slimkit.prune.allocation.ranking import uniform
-from slimkit.prune.targets import Target
+from slimkit.prune.targets import RemovalTarget
 
 RATIO = 0.3
 MUST_FALL = 0.2
@@ -74,7 +74,7 @@ def measure(name: str, *, ratio: float, proof: bool) -> dict[str, Any]:
     start = time.perf_counter()
     space = sk.prune.space(model, example)
     record["groups"] = len(space.groups)
-    target = Target("ratio", ratio)
+    target = RemovalTarget("ratio", ratio)
     plan = space.plan(space.fit(uniform(space, target), target))
     record["seconds"] = time.perf_counter() - start
     record["fell"] = 1 - plan.after.params / plan.before.params

@@ -8,13 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import slimkit as sk
 from slimkit.graph.groups import Group
 from slimkit.prune.allocation.ranking import ALLOCATIONS, GlobalRanking
+from slimkit.prune.criteria.scores import CRITERIA, scored
 from slimkit.prune.fitting import allowed_counts, fit_counts, rounded
-from slimkit.prune.targets import Target
+from slimkit.prune.targets import RemovalTarget
 
-HALF = Target("ratio", 0.5)
+HALF = RemovalTarget("ratio", 0.5)
 
 
 def groups_of(**sizes):
@@ -124,3 +127,63 @@ def test_a_bounded_allocation_still_reaches_what_rounding_allows():
         10.0,
     )
     assert sum(kept.values()) == 10
+
+
+def stack(width=64, depth=4):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3 if i == 0 else width, width, 3, padding=1) for i in range(depth)]
+    return nn.Sequential(*layers, nn.Conv2d(width, 10, 1)).eval()
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-17, -1e-17])
+def test_a_ranking_of_scores_with_mean_zero_does_not_hang_on_rounding(shift):
+    model, x = stack(), torch.randn(1, 3, 8, 8)
+
+    def centred(group, tensors):
+        scores = scored(CRITERIA.get("l2"), group, tensors)
+        return (scores - scores.mean()) / scores.std(correction=0) + shift
+
+    plan = sk.prune.plan(
+        model, x, ratio=0.5, round_to=1, criterion=centred, allocation=GlobalRanking()
+    )
+    # By hand: channels of all layers, each layer on the scale of its own magnitudes.
+    norms = [layer.weight.detach().flatten(1).norm(dim=1).double() for layer in model[:4]]
+    centres = [(n - n.mean()) / (n - n.mean()).abs().mean() for n in norms]
+    limit = torch.cat(centres).median()
+    expected = [int((c > limit).sum()) for c in centres]
+    assert [plan.kept[str(i)][0] for i in range(4)] == expected
+    named = sk.prune.plan(
+        model,
+        x,
+        ratio=0.5,
+        round_to=1,
+        criterion=sk.prune.Normalised("l2", "gaussian"),
+        allocation="global",
+    )
+    assert named.edits == plan.edits
+
+
+def test_scores_that_are_equal_but_for_rounding_have_no_deviation():
+    group = type("G", (), {"name": "g", "size": 3})()
+    criterion = sk.prune.Normalised(lambda _g, _t: torch.full((3,), 0.1).double().cumsum(0), "std")
+    assert criterion(group, {}).std() > 0
+    third = torch.tensor([0.1, 0.1, 0.1 + 1e-17 + 2e-17], dtype=torch.float64)
+    for by, value in (("gaussian", 0.0), ("std", 1.0)):
+        scores = sk.prune.Normalised(lambda _g, _t: third, by)(group, {})
+        assert scores.tolist() == pytest.approx([value] * 3)
+        assert scores.unique().numel() == 1
+
+
+@pytest.mark.parametrize("allocation", ["global", "isomorphic", "uniform"])
+def test_a_ratio_beyond_the_bound_of_an_allocation_is_reached_or_said_to_be_out_of_reach(
+    allocation,
+):
+    model, x = stack(), torch.randn(1, 3, 8, 8)
+    plan = sk.prune.plan(model, x, ratio=0.95, allocation=allocation, round_to=1)
+    gone = 1 - sum(plan.kept[str(i)][0] for i in range(4)) / 256
+    assert gone == pytest.approx(0.95, abs=0.01)
+    assert plan.warnings == ()
+    plan = sk.prune.plan(model, x, ratio=0.95, allocation=allocation)
+    assert [plan.kept[str(i)][0] for i in range(4)] == [8] * 4
+    assert "ratio=0.95 is out of reach: 0.875 of the channels go" in plan.warnings[0]
+    assert "warning: ratio=0.95" in plan.explain()

@@ -9,10 +9,10 @@ from torch import nn
 import slimkit as sk
 from slimkit.errors import InputError, PlanError, UnknownNameError
 from slimkit.prune.allocation.evolution import Annealing, Genetic, evolve
-from slimkit.prune.targets import Target
+from slimkit.prune.targets import RemovalTarget
 
 IMAGE = torch.zeros(1, 3, 8, 8)
-HALF = Target("macs", 0.5)
+HALF = RemovalTarget("macs", 0.5)
 BOTH = [
     pytest.param(Annealing(trials=12), id="annealing"),
     pytest.param(Genetic(trials=12, population=4), id="genetic"),
@@ -106,7 +106,7 @@ def test_where_nothing_is_better_uniform_stays(allocation):
 
 def test_a_ratio_is_divided_but_not_exceeded():
     space = space_of()
-    target = Target("ratio", 0.25)
+    target = RemovalTarget("ratio", 0.25)
     evolution = searched(space, target, trials=12)
     assert evolution.result.best.value > evolution.result.trials[0].value
     assert sum(evolution.kept.values()) == 0.75 * (16 + 16 + 24)
@@ -122,8 +122,8 @@ def test_allocations_to_start_from_come_after_uniform():
         }
 
     start = ["global", mine]
-    evolution = searched(space, Target("macs", 0.2), start=start)
-    kept = space.fit(mine(space, None), Target("macs", 0.2))
+    evolution = searched(space, RemovalTarget("macs", 0.2), start=start)
+    kept = space.fit(mine(space, None), RemovalTarget("macs", 0.2))
     assert kept["0"] == 16
     third = evolution.result.trials[2].parameters
     assert third == {
@@ -163,7 +163,7 @@ def test_the_journal_of_another_search_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"identity\.weights\.3\.weight is"):
         searched(sk.prune.space(other, IMAGE, round_to=1, evaluate=score), storage=file, trials=1)
     with pytest.raises(InputError, match=r'"macs=0\.5" in the file and "macs=0\.4" here'):
-        searched(space_of(), Target("macs", 0.4), storage=file, trials=1)
+        searched(space_of(), RemovalTarget("macs", 0.4), storage=file, trials=1)
 
 
 def test_recovery_comes_before_every_evaluation():
@@ -202,7 +202,7 @@ def test_failed_evaluations_are_survived_up_to_a_number():
 
 
 def test_a_latency_target_is_searched_at_equal_macs_and_left_to_be_measured():
-    evolution = searched(space_of(), Target("latency", 0.5))
+    evolution = searched(space_of(), RemovalTarget("latency", 0.5))
     assert found(evolution) == found(searched(space_of()))
     first, last = evolution.proposal(0.1), evolution.proposal(0.6)
     assert all(last[name] <= first[name] for name in first)
@@ -217,4 +217,4 @@ def test_an_evaluation_is_needed():
 
 def test_a_target_out_of_reach_is_said_before_anything_is_evaluated():
     with pytest.raises(PlanError, match="out of reach"):
-        searched(space_of(lambda model: pytest.fail("evaluated")), Target("macs", 0.999))
+        searched(space_of(lambda model: pytest.fail("evaluated")), RemovalTarget("macs", 0.999))

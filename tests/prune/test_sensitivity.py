@@ -313,11 +313,12 @@ def test_the_family_runs_from_nothing_to_everything_without_rising_or_jumping(fa
     )
     proposal = curves.proposal(fake_space(curves))
     assert list(proposal(0.0).values()) == pytest.approx([100.0] * len(falls))
-    assert list(proposal(1.0).values()) == pytest.approx([10.0] * len(falls))
+    assert list(proposal(0.9).values()) == pytest.approx([10.0] * len(falls))
+    assert list(proposal(1.0).values()) == pytest.approx([0.0] * len(falls))
     steps = np.array([list(proposal(f).values()) for f in np.linspace(0, 1, 101)])
     assert (np.diff(steps, axis=0) <= 1e-6).all()
     total = steps.sum(axis=1)
-    assert total == pytest.approx(len(falls) * np.maximum(100 - np.arange(101.0), 10.0), abs=1e-6)
+    assert total == pytest.approx(len(falls) * (100 - np.arange(101.0)), abs=1e-6)
 
 
 def test_layers_that_matter_less_lose_more_and_the_target_is_met(tmp_path):

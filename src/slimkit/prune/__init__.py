@@ -30,7 +30,7 @@ from slimkit.prune.iterative import iterate
 from slimkit.prune.planning import plan, space
 from slimkit.prune.prune_space import PruneSpace
 from slimkit.prune.sparse_training import BatchNormL1, GroupLasso
-from slimkit.prune.targets import Target
+from slimkit.prune.targets import RemovalTarget
 
 __all__ = [
     "ALLOCATIONS",
@@ -54,9 +54,9 @@ __all__ = [
     "PrunePlan",
     "PruneSpace",
     "Random",
+    "RemovalTarget",
     "Sensitivity",
     "SensitivityCurves",
-    "Target",
     "Taylor",
     "evolve",
     "iterate",

@@ -18,7 +18,7 @@ from slimkit.prune.batches import Batches, Loss, each_batch, evaluated_copy
 from slimkit.prune.criteria.fisher import ChannelMasks, Saving
 from slimkit.prune.criteria.scores import Random, check_choice
 from slimkit.prune.planning import space
-from slimkit.prune.targets import Target, checked_target, is_number
+from slimkit.prune.targets import RemovalTarget, checked_target, is_number
 
 if TYPE_CHECKING:
     from slimkit.graph.groups import Group
@@ -107,7 +107,9 @@ def one_by_one(
 class _Race:
     """Who is left, and in which order the others went."""
 
-    def __init__(self, choices: PruneSpace, target: Target, normalise: Saving | None) -> None:
+    def __init__(
+        self, choices: PruneSpace, target: RemovalTarget, normalise: Saving | None
+    ) -> None:
         self.choices, self.target, self.normalise = choices, target, normalise
         self.kept = {group.name: group.size for group in choices.groups}
         self.least = {name: choices.allowed[name][0] for name in self.kept}

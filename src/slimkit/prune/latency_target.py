@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slimkit.prune.prune_space import Proposal, PruneSpace
-    from slimkit.prune.targets import Target
+    from slimkit.prune.targets import RemovalTarget
 
 __all__ = ["Bench", "fit_latency"]
 
@@ -55,7 +55,7 @@ class _Point:
     sure: bool = False
 
 
-def fit_latency(space: PruneSpace, proposal: Proposal, target: Target) -> dict[str, int]:
+def fit_latency(space: PruneSpace, proposal: Proposal, target: RemovalTarget) -> dict[str, int]:
     """The counts of the family ``proposal`` that are as much faster as asked, and hardly more.
 
     What was measured of the result is noted in ``space.measured``, from where it gets into the
@@ -253,7 +253,7 @@ class Bench:
         warnings = [text for text in (warning, self.busy) if text]
         return {**found, "warnings": warnings} if warnings else found
 
-    def out_of_reach(self, target: Target) -> PlanError:
+    def out_of_reach(self, target: RemovalTarget) -> PlanError:
         """The error that says how far one can go and which layers take the time that is left."""
         kept = self.space.fewest()
         before, after = sorted(self(kept, *_SURE), key=lambda ms: ms[1] / ms[0])[_SURE[0] // 2]

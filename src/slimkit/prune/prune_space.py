@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from slimkit.graph.groups import Group
     from slimkit.inputs import Inputs
     from slimkit.prune.edits import PrunePlan
-    from slimkit.prune.targets import Target
+    from slimkit.prune.targets import RemovalTarget
 
 __all__ = ["Counts", "Evaluate", "Proposal", "PruneSpace", "Unit", "checked_evaluation"]
 
@@ -38,6 +38,10 @@ Proposal = Callable[[float], Counts]
 
 Evaluate = Callable[[nn.Module], float]
 """A network → how good it is; higher is better (for a loss give its negative)."""
+
+
+_CLOSE = 1e-9
+"""Fractions that differ by less are equal: they come from divisions of whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -117,19 +121,20 @@ class PruneSpace:
         lead = {unit.name: rounded(self._lead(unit, wanted), unit.counts) for unit in self.units}
         return self._expanded(lead)
 
-    def fit(self, proposal: Proposal, target: Target) -> dict[str, int]:
+    def fit(self, proposal: Proposal, target: RemovalTarget) -> dict[str, int]:
         """The counts of the family ``proposal`` that reach the target and hardly more.
 
         Args:
             proposal: fraction → wanted counts.
             target: a cost is reached exactly or exceeded by what rounding needs; a ratio is
-                the fraction itself, rounded; latency is measured.
+                the fraction itself, rounded, and as near as can be where it is out of reach,
+                which the plan's warnings say; latency is measured.
 
         Raises:
-            PlanError: the target is out of reach; says how far one can go and what limits.
+            PlanError: a cost is out of reach; says how far one can go and what limits.
         """
         if target.kind == "ratio":
-            return self.legal(proposal(target.fraction))
+            return self._fit_ratio(proposal, target)
         if target.kind == "latency":
             from slimkit.prune.latency_target import fit_latency
 
@@ -142,6 +147,20 @@ class PruneSpace:
         )
         if kept is None:
             raise self.out_of_reach(target)
+        return kept
+
+    def _fit_ratio(self, proposal: Proposal, target: RemovalTarget) -> dict[str, int]:
+        """The proposal rounded; a note where the smallest allowed counts leave too much."""
+        kept = self.legal(proposal(target.fraction))
+        total = sum(self._sizes.values())
+        most = 1.0 - sum(self.fewest().values()) / total
+        if most < target.fraction - _CLOSE:
+            gone = 1.0 - sum(kept.values()) / total
+            text = (
+                f"{target} is out of reach: {gone:.3f} of the channels go, and with "
+                f"round_to={self.settings.get('round_to', 1)} at most {most:.3f} could"
+            )
+            self.note(kept, {"warnings": [text]})
         return kept
 
     def fit_cost(
@@ -219,7 +238,7 @@ class PruneSpace:
         """A pruned copy of the network, in evaluation mode."""
         return self.plan(kept).apply_to(copy_module(self.model)).eval()
 
-    def out_of_reach(self, target: Target) -> PlanError:
+    def out_of_reach(self, target: RemovalTarget) -> PlanError:
         """The error that says how far one can go and which groups limit it."""
         least = self.fewest()
         kind = "macs" if target.kind == "ratio" else target.kind
@@ -265,10 +284,11 @@ class PruneSpace:
     def _worth(self) -> dict[str, list[float]]:
         """How much each best-first prefix of a group's channels is worth, on its own scale."""
         ordered = {name: s.sort(descending=True).values for name, s in self.scores.items()}
-        return {
-            name: [0.0, *(best.cumsum(0) / best.abs().mean().clamp_min(1e-30)).tolist()]
-            for name, best in ordered.items()
-        }
+        worth = {}
+        for name, best in ordered.items():
+            gain = best - best.amin().clamp_max(0.0)  # normalised scores may be negative
+            worth[name] = [0.0, *(gain.cumsum(0) / gain.mean().clamp_min(1e-30)).tolist()]
+        return worth
 
     def _lead(self, unit: Unit, wanted: Counts) -> float:
         """What the largest group of a unit should keep."""

@@ -7,14 +7,14 @@ from typing import Literal, cast
 
 from slimkit.errors import InputError
 
-__all__ = ["Target", "TargetKind", "checked_target", "is_number"]
+__all__ = ["RemovalTarget", "TargetKind", "checked_target", "is_number"]
 
 TargetKind = Literal["ratio", "macs", "params", "latency"]
 
 
 @dataclass(frozen=True)
-class Target:
-    """What to remove.
+class RemovalTarget:
+    """How much to remove; a budget, given as the part that goes.
 
     Attributes:
         kind: ``"ratio"`` (of the channels), ``"macs"``, ``"params"`` or ``"latency"`` (of the
@@ -29,7 +29,7 @@ class Target:
         return f"{self.kind}={self.fraction:g}"
 
 
-def checked_target(**targets: float | None) -> Target:
+def checked_target(**targets: float | None) -> RemovalTarget:
     """The one target that was given.
 
     Raises:
@@ -50,7 +50,7 @@ def checked_target(**targets: float | None) -> Target:
             where=kind,
             hint="0.5 removes half",
         )
-    return Target(cast("TargetKind", kind), fraction)
+    return RemovalTarget(cast("TargetKind", kind), fraction)
 
 
 def is_number(value: object) -> bool:

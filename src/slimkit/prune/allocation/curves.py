@@ -286,6 +286,8 @@ def by_fraction(
 ) -> Proposal:
     """A family of ratios as a proposal: at fraction f, f of all channels go.
 
+    Beyond the last level all units shrink on in proportion.
+
     Args:
         space: what is pruned.
         ratios_at: levels ``(n,)`` → unit name → part that goes ``(n,)``, not falling with the
@@ -301,8 +303,9 @@ def by_fraction(
     def proposal(fraction: float) -> dict[str, float]:
         level = np.interp([fraction], removed, levels)
         found = ratios_at(level)
+        beyond = 1.0 if fraction <= removed[-1] else (1.0 - fraction) / (1.0 - removed[-1])
         return {
-            name: sizes[name] * (1.0 - float(found[unit.name][0]))
+            name: sizes[name] * beyond * (1.0 - float(found[unit.name][0]))
             for unit in space.units
             for name in unit.groups
         }

@@ -19,7 +19,7 @@ from slimkit.artifact import PathLike
 from slimkit.errors import InputError, PlanError
 from slimkit.prune.allocation.curves import SensitivityCurves, by_fraction
 from slimkit.prune.allocation.ranking import ALLOCATIONS, Allocation, uniform
-from slimkit.prune.targets import Target
+from slimkit.prune.targets import RemovalTarget
 from slimkit.search import (
     AnnealingSampler,
     FloatRange,
@@ -79,7 +79,7 @@ class EvolutionaryAllocation(ABC):
     def sampler(self) -> Sampler:
         """Where the next candidate comes from."""
 
-    def __call__(self, space: PruneSpace, target: Target) -> Proposal:
+    def __call__(self, space: PruneSpace, target: RemovalTarget) -> Proposal:
         """Search, and propose the best candidate."""
         return evolve(
             space,
@@ -155,7 +155,7 @@ class Evolution:
 
 def evolve(
     space: PruneSpace,
-    target: Target,
+    target: RemovalTarget,
     sampler: str | Sampler = "genetic",
     *,
     trials: int = 100,
@@ -235,7 +235,7 @@ def evolve(
 class _Candidates:
     """Vectors of ratios, and the channels that a network keeps when they are scaled to a target."""
 
-    def __init__(self, space: PruneSpace, target: Target) -> None:
+    def __init__(self, space: PruneSpace, target: RemovalTarget) -> None:
         self.space, self.target = space, target
         self.most = {unit.name: 1.0 - unit.counts[0] / unit.size for unit in space.units}
         self.ranges = {name: FloatRange(0.0, most) for name, most in self.most.items()}
@@ -281,7 +281,7 @@ class _Candidates:
 
         return by_fraction(self.space, ratios_at, np.unique([0.0, *ends]))
 
-    def proposal(self, parameters: Parameters, target: Target) -> Proposal:
+    def proposal(self, parameters: Parameters, target: RemovalTarget) -> Proposal:
         """What ends at exactly the counts of ``parameters`` when it is fitted to the target."""
         if target != self.target:
             return self.family(parameters)
@@ -292,12 +292,12 @@ class _Candidates:
         return lambda fraction: whole if fraction < 0.5 else kept
 
 
-def _deterministic(target: Target) -> Target:
+def _deterministic(target: RemovalTarget) -> RemovalTarget:
     """What candidates are scaled to: not to a measured time, which is another each time."""
-    return Target("macs", target.fraction) if target.kind == "latency" else target
+    return RemovalTarget("macs", target.fraction) if target.kind == "latency" else target
 
 
-def _identity(space: PruneSpace, target: Target, recover: Recover | None) -> dict[str, Any]:
+def _identity(space: PruneSpace, target: RemovalTarget, recover: Recover | None) -> dict[str, Any]:
     """What a journal of one evolution must share with another."""
     curves = SensitivityCurves.of(space).to_json()
     return {

@@ -29,7 +29,7 @@ from slimkit.registry import Registry
 if TYPE_CHECKING:
     from slimkit.graph.groups import Group
     from slimkit.prune.prune_space import Proposal, PruneSpace
-    from slimkit.prune.targets import Target
+    from slimkit.prune.targets import RemovalTarget
 
 __all__ = [
     "ALLOCATIONS",
@@ -44,7 +44,7 @@ __all__ = [
 class Allocation(Protocol):
     """(space, target) → proposal."""
 
-    def __call__(self, space: PruneSpace, target: Target, /) -> Proposal:
+    def __call__(self, space: PruneSpace, target: RemovalTarget, /) -> Proposal:
         """How to divide any fraction among the groups of ``space``."""
 
 
@@ -53,7 +53,7 @@ ALLOCATIONS: Registry[Allocation] = Registry("allocation")
 
 
 @ALLOCATIONS.register("uniform")
-def uniform(space: PruneSpace, _target: Target) -> Proposal:
+def uniform(space: PruneSpace, _target: RemovalTarget) -> Proposal:
     """The same fraction of the channels of every group."""
     return lambda fraction: {g.name: g.size * (1.0 - fraction) for g in space.groups}
 
@@ -63,16 +63,17 @@ class GlobalRanking:
     """One ranking over the channels of all groups; the lowest-scored fraction goes.
 
     Attributes:
-        max_fraction: at most this part of a group goes, so that no layer dies.
-        relative: divide scores by the mean of their group, so that layers of different width
-            and scale compete on equal terms. False takes them as they are, which fits criteria
-            that estimate what the loss suffers (Taylor, group Fisher, OBD).
+        max_fraction: at most this part of a group goes, so that no layer dies; where the target
+            needs more, all groups shrink on from there in proportion.
+        relative: divide scores by their mean magnitude in the group, so that layers of
+            different width and scale compete on equal terms. False takes them as they are,
+            which fits criteria that estimate what the loss suffers (Taylor, group Fisher, OBD).
     """
 
     max_fraction: float = 0.9
     relative: bool = True
 
-    def __call__(self, space: PruneSpace, _target: Target) -> Proposal:
+    def __call__(self, space: PruneSpace, _target: RemovalTarget) -> Proposal:
         """Rank the channels of all groups."""
         return _ranked([space.groups], space.scores, self.max_fraction, self.relative)
 
@@ -91,7 +92,7 @@ class IsomorphicRanking:
 
     max_fraction: float = 0.9
 
-    def __call__(self, space: PruneSpace, _target: Target) -> Proposal:
+    def __call__(self, space: PruneSpace, _target: RemovalTarget) -> Proposal:
         """Rank the channels of each kind of group."""
         modules = dict(space.model.named_modules())
         kinds: dict[object, list[Group]] = {}
@@ -117,13 +118,20 @@ def _structure(group: Group, modules: Mapping[str, object]) -> tuple[object, ...
     )
 
 
+_LEAST = 1e-30
+"""Divisor at least, for groups whose scores are all 0: far below any float32 score."""
+
+
 def _ranked(
     competitions: Sequence[Sequence[Group]],
     scores: Mapping[str, Tensor],
     max_fraction: float,
     relative: bool,
 ) -> Callable[[float], dict[str, float]]:
-    """The lowest-scored fraction of each competition goes."""
+    """The lowest-scored fraction of each competition goes.
+
+    Beyond ``max_fraction`` all groups shrink on in proportion, as for a target that needs it.
+    """
     rankings = []
     for groups in competitions:
         candidates, owners = [], []
@@ -131,7 +139,8 @@ def _ranked(
             ordered = torch.sort(scores[group.name]).values
             # The best channels of each group stand outside the competition.
             rivals = ordered[: math.floor(max_fraction * group.size)]
-            scale = ordered.mean().clamp_min(1e-30) if relative else 1.0
+            # The mean magnitude: a mean near 0, as normalised scores have it, is rounding noise.
+            scale = ordered.abs().mean().clamp_min(_LEAST) if relative else 1.0
             candidates.append(rivals / scale)
             owners.append(torch.full((len(rivals),), number))
         order = torch.argsort(torch.cat(candidates), stable=True)
@@ -142,7 +151,10 @@ def _ranked(
         for groups, ranking in rankings:
             total = sum(group.size for group in groups)
             removed = torch.bincount(ranking[: round(fraction * total)], minlength=len(groups))
-            kept.update({g.name: g.size - int(n) for g, n in zip(groups, removed, strict=True)})
+            beyond = min(1.0, (1.0 - fraction) * total / max(total - len(ranking), 1))
+            kept.update(
+                {g.name: beyond * (g.size - int(n)) for g, n in zip(groups, removed, strict=True)}
+            )
         return kept
 
     return proposal
@@ -167,7 +179,7 @@ class GivenRatios:
     ratios: Mapping[str, float]
     default: float | None = None
 
-    def __call__(self, space: PruneSpace, target: Target) -> Proposal:
+    def __call__(self, space: PruneSpace, target: RemovalTarget) -> Proposal:
         """Check the patterns and scale the given ratios."""
         given = self._by_group(space)
         rest = self.default if self.default is not None else target.fraction

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
 
     from slimkit.prune.prune_space import Proposal, PruneSpace, Unit
-    from slimkit.prune.targets import Target
+    from slimkit.prune.targets import RemovalTarget
 
 __all__ = ["RATIOS", "Sensitivity", "measure_sensitivity"]
 
@@ -56,7 +56,7 @@ class Sensitivity:
     file: PathLike | None = field(default=None, repr=False)  # places, no part of the method
     workers: int = field(default=1, repr=False)
 
-    def __call__(self, space: PruneSpace, _target: Target) -> Proposal:
+    def __call__(self, space: PruneSpace, _target: RemovalTarget) -> Proposal:
         """Measure what is missing, and propose."""
         return measure_sensitivity(
             space,

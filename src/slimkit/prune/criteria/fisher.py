@@ -233,7 +233,7 @@ class ChannelMasks(AddressMode):
             self._made[name] = self._made.get(name, 0.0) + result.numel() / samples
         return result
 
-    def _masked(self, x: Tensor, name: str, layer: _Layer, groups: int) -> Tensor:
+    def _masked(self, x: Tensor, name: str, layer: _WeightReader, groups: int) -> Tensor:
         axis = layer.axis(x, self._shapes[name])
         index = self._index(name, layer, groups, x.shape[axis])
         if index is None:
@@ -251,7 +251,7 @@ class ChannelMasks(AddressMode):
         shape[axis] = x.shape[axis]
         return x * masks[:, index].reshape(shape).to(x.dtype)
 
-    def _index(self, name: str, layer: _Layer, groups: int, channels: int) -> Tensor | None:
+    def _index(self, name: str, layer: _WeightReader, groups: int, channels: int) -> Tensor | None:
         """For each input channel the column of its mask; 0 for those that have none."""
         key = (name, groups)
         if key not in self._indices:
@@ -271,7 +271,7 @@ _CONVOLUTIONS = ("convolution", "transposed")
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _WeightReader:
     """How a torch function reads a weight.
 
     Attributes:
@@ -317,12 +317,12 @@ class _Layer:
 
 
 _LAYERS = {
-    **{f"conv{rank}d": _Layer("convolution") for rank in (1, 2, 3)},
-    **{f"conv_transpose{rank}d": _Layer("transposed") for rank in (1, 2, 3)},
-    "linear": _Layer("linear"),
-    "matmul": _Layer("product", names=("input", "other")),
-    "mm": _Layer("product", names=("input", "mat2")),
-    "addmm": _Layer("product", positions=(1, 2), names=("mat1", "mat2")),
+    **{f"conv{rank}d": _WeightReader("convolution") for rank in (1, 2, 3)},
+    **{f"conv_transpose{rank}d": _WeightReader("transposed") for rank in (1, 2, 3)},
+    "linear": _WeightReader("linear"),
+    "matmul": _WeightReader("product", names=("input", "other")),
+    "mm": _WeightReader("product", names=("input", "mat2")),
+    "addmm": _WeightReader("product", positions=(1, 2), names=("mat1", "mat2")),
 }
 """Name of a torch function → how it reads its weight."""
 

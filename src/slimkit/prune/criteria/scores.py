@@ -300,6 +300,9 @@ class Normalised:
         if self.by == "none":
             return scores
         mean, deviation = scores.mean(), scores.std(correction=0)
+        if deviation <= _EQUAL * scores.abs().amax():
+            deviation = torch.zeros_like(deviation)
+            scores = mean.expand_as(scores)
         if self.by == "gaussian":
             return (scores - mean) / _divisor(deviation)
         if self.by == "std":
@@ -310,6 +313,10 @@ class Normalised:
     @property
     def _inner(self) -> Criterion:
         return CRITERIA.get(self.criterion) if isinstance(self.criterion, str) else self.criterion
+
+
+_EQUAL = 1e-12
+"""A deviation below this part of the largest score is rounding of float64: they are equal."""
 
 
 def _divisor(value: Tensor) -> Tensor:
