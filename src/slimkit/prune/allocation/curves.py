@@ -298,7 +298,8 @@ def by_fraction(
     weight = {unit.name: sum(sizes[name] for name in unit.groups) for unit in space.units}
     levels = np.asarray(knots, dtype=np.float64)
     ratios = ratios_at(levels)
-    removed = sum(weight[name] * ratios[name] for name in weight) / sum(weight.values())
+    channels = np.stack([weight[name] * ratios[name] for name in weight]).sum(axis=0)
+    removed = channels / sum(weight.values())
 
     def proposal(fraction: float) -> dict[str, float]:
         level = np.interp([fraction], removed, levels)
