@@ -130,11 +130,33 @@ def test_the_file_grows_point_by_point_and_is_resumed_from(tmp_path):
     assert seen == [0, 0, 1, 2, 3]  # the first is the unpruned network
     rest = Counting()
     resumed = measured(space_of(rest), file=file, ratios=(0.2, 0.5))
-    assert rest.calls == 3
+    assert rest.calls == 2 + 3  # two known points show that it is the same evaluation
     assert resumed == measured(space_of(), ratios=(0.2, 0.5))
     finer = Counting()
     measured(space_of(finer), file=file, ratios=(0.2, 0.4))
-    assert finer.calls == 3  # 0.2 is known
+    assert finer.calls == 2 + 3  # 0.2 is known
+
+
+def test_a_file_that_another_evaluation_filled_is_refused(tmp_path):
+    file = tmp_path / "curves.json"
+    whole = measured(space_of(), file=file, ratios=(0.2, 0.5))
+    before = file.read_bytes()
+    for other, message in (
+        (lambda model: 100 * score(model), r"the unpruned network scores 0\.9 there and 90 here"),
+        # as good on the whole network, as agreement with it always is
+        (lambda model: 0.45 + score(model) / 2, r"0 at ratio 0\.5 .* 0\.4 there and 0\.65 here"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            measured(space_of(other), file=file, ratios=(0.2, 0.4, 0.5))
+        with pytest.raises(PlanError, match="another evaluation"):
+            measured(space_of(other), file=file, ratios=(0.2, 0.5))  # nothing is missing in it
+        assert file.read_bytes() == before
+    rounding = Counting()
+    again = measured(
+        space_of(lambda model: rounding(model) * (1 + 1e-5)), file=file, ratios=(0.2, 0.5)
+    )
+    assert again == whole
+    assert measured(space_of(None), file=file, ratios=(0.2, 0.5)) == whole  # nobody says otherwise
 
 
 @pytest.mark.parametrize(
@@ -223,7 +245,7 @@ def test_the_curves_of_fewer_units_are_taken_from_a_file_of_more(tmp_path):
     measured(space_of(), file=file, ratios=(0.5,))
     evaluate = Counting()
     curves = measured(space_of(evaluate, ignore=["0"]), file=file, ratios=(0.5,))
-    assert evaluate.calls == 0
+    assert evaluate.calls == 2  # to see that it is the same evaluation
     assert list(curves.proposal(space_of(ignore=["0"]))(0.1)) == ["2", "4"]
 
 

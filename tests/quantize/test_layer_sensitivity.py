@@ -189,12 +189,32 @@ def test_a_killed_analysis_goes_on_to_the_same_table(
     assert len(LayerSensitivity.load(tmp_path / "part.json").points) == 2
     rest = Counting(small, images(8, 9))
     assert run(rest, "part.json", bits=(8, 4)) == whole
-    assert rest.calls == 13 - 5 + 1  # everything and five layers at two widths; float again
+    assert rest.calls == 2 + 13 - 5  # two known; float, everything and five layers at two widths
     assert LayerSensitivity.load(tmp_path / "part.json") == whole
     again = Counting(small, images(8, 9))
     assert run(again, "part.json", bits=4).bits == (4,)
-    assert again.calls == 1  # the float network, to see that it is the same evaluation
+    assert again.calls == 2  # to see that it is the same evaluation
     json.loads((tmp_path / "part.json").read_text())
+
+
+def test_a_file_that_another_evaluation_filled_is_refused(
+    small: nn.Module, images: Images, batches: list[Tensor], tmp_path: Path
+) -> None:
+    def run(evaluate: Any) -> LayerSensitivity:
+        options: dict[str, Any] = {"calibration": batches, "file": tmp_path / "s.json"}
+        return sensitivity(small, images(1), evaluate=evaluate, **options)
+
+    whole = run(Counting(small, images(8, 9)))
+    before = (tmp_path / "s.json").read_bytes()
+    other = Counting(small, images(8, 3))
+    for evaluate, message in (
+        (lambda model: 90.0 + other(model), "the float network scores .* there and 90 here"),
+        (other, "everything quantized at 8 bits scores"),  # the float network is equal to itself
+    ):
+        with pytest.raises(InputError, match=message):
+            run(evaluate)
+    assert (tmp_path / "s.json").read_bytes() == before
+    assert run(Counting(small, images(8, 9))) == whole
 
 
 def test_a_file_of_another_network_or_question_is_refused(
@@ -230,11 +250,11 @@ def test_a_file_of_another_evaluation_is_refused(
     options: dict[str, Any] = {"calibration": batches, "file": tmp_path / "s.json"}
     sensitivity(small, images(1), evaluate=rated("first", 90.0), **options)
     calls.clear()
-    with pytest.raises(InputError, match=r"by another evaluation.* 90 there, and -0.3 now"):
+    with pytest.raises(InputError, match=r"another evaluation.* 90 there and -0.3 here"):
         sensitivity(small, images(1), evaluate=rated("second", -0.3), **options)
     assert calls == ["second"]
     sensitivity(small, images(1), evaluate=rated("first", 90.0), **options)
-    assert calls == ["second", "first"]  # the float network alone
+    assert calls == ["second", "first", "first"]  # two known points, and no other
 
 
 @pytest.mark.parametrize("answer", [float("nan"), RuntimeError("out of luck")])

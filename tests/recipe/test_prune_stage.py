@@ -127,7 +127,8 @@ def test_a_killed_sensitivity_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         stage.run(model, context)
     stage.run(model, context)
-    assert calls == 3 + 3  # the network itself and two groups at two ratios, one of them twice
+    # the network itself and two groups at two ratios, one of them twice; then two known ones
+    assert calls == 3 + 3 + 2
 
 
 def test_steps_prune_a_little_and_train_a_little(

@@ -69,7 +69,8 @@ def sensitivity(
         skip: modules that stay in float all the time.
         batches: use so many batches; all by default.
         file: JSON that every point is added to as soon as it is measured; what it holds is not
-            measured again. None keeps nothing.
+            measured again, but for two points that show whether ``evaluate`` is the same. None
+            keeps nothing.
         progress: show progress on standard error if it takes over ten seconds.
 
     Returns:
@@ -77,7 +78,8 @@ def sensitivity(
 
     Raises:
         UnknownNameError, PatternError, InputError, DataError, CaptureError: as for
-            :func:`~slimkit.quantize.ptq`; also if ``file`` belongs to another network.
+            :func:`~slimkit.quantize.ptq`; also if ``file`` belongs to another network or
+            another evaluation.
         EvaluationError: ``evaluate`` failed or gave no finite number; ``file`` keeps the rest.
         ArtifactError: the file cannot be read or written.
     """

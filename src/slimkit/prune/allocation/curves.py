@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slimkit.artifact import PathLike, read_json, tensors_hash, write_json
-from slimkit.errors import ArtifactError, InputError, PlanError
+from slimkit.artifact import PathLike, tensors_hash
+from slimkit.errors import InputError, PlanError
 from slimkit.measure.tables import rendered
-from slimkit.search.storage import first_difference
+from slimkit.search.measured_points import (
+    check_question,
+    numbers,
+    read_table,
+    texts,
+    write_table,
+)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -70,8 +76,11 @@ class UnitCurve:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with numbers of channels as text."""
-        values = {str(kept): self.values[kept] for kept in sorted(self.values, reverse=True)}
-        return {"size": self.size, "groups": list(self.groups), "order": self.order, "kept": values}
+        values = {kept: self.values[kept] for kept in sorted(self.values, reverse=True)}
+        return {**self._question(), "kept": texts(values)}
+
+    def _question(self) -> dict[str, Any]:
+        return {"size": self.size, "groups": list(self.groups), "order": self.order}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> UnitCurve:
@@ -80,7 +89,7 @@ class UnitCurve:
             int(record["size"]),
             tuple(record["groups"]),
             str(record["order"]),
-            {int(kept): float(value) for kept, value in record["kept"].items()},
+            numbers(record["kept"]),
         )
 
 
@@ -124,7 +133,14 @@ class SensitivityCurves:
         Raises:
             PlanError: ``other`` is about another network, other channels or other data.
         """
-        _check_same(self, other, where)
+        shared = self.units.keys() & other.units.keys()
+        check_question(
+            other._question(shared),
+            self._question(shared),
+            where=where,
+            message="these sensitivities belong to another network or criterion",
+            error=PlanError,
+        )
         shift = 0.0
         if self.base is not None and other.base is not None:
             shift = self.base - other.base
@@ -204,8 +220,6 @@ class SensitivityCurves:
     def to_json(self) -> dict[str, Any]:
         """Everything."""
         return {
-            "kind": _KIND,
-            "version": _VERSION,
             "base": self.base,
             "units": {name: curve.to_json() for name, curve in self.units.items()},
             "weights": dict(self.weights),
@@ -213,7 +227,7 @@ class SensitivityCurves:
 
     def save(self, path: PathLike) -> None:
         """Write a JSON file, atomically."""
-        write_json(path, self.to_json())
+        write_table(path, _KIND, _VERSION, self.to_json())
 
     @classmethod
     def load(cls, path: PathLike) -> SensitivityCurves:
@@ -222,25 +236,27 @@ class SensitivityCurves:
         Raises:
             ArtifactError: the file is missing, damaged, or something else.
         """
-        record = read_json(path)
-        try:
-            if (record["kind"], record["version"]) != (_KIND, _VERSION):
-                raise ValueError(f"it is a {record['kind']!r}, version {record['version']}")
-            return cls(
-                None if record["base"] is None else float(record["base"]),
-                {str(name): str(value) for name, value in record["weights"].items()},
-                {str(n): UnitCurve.from_json(curve) for n, curve in record["units"].items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(
-                f"not a file of sensitivity curves ({error})", where=str(path)
-            ) from error
+        return read_table(path, _KIND, _VERSION, cls.from_json, what="sensitivity curves")
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> SensitivityCurves:
+        """The inverse of :meth:`to_json`."""
+        return cls(
+            None if record["base"] is None else float(record["base"]),
+            {str(name): str(value) for name, value in record["weights"].items()},
+            {str(name): UnitCurve.from_json(curve) for name, curve in record["units"].items()},
+        )
 
     @property
     def _base(self) -> float:
         if self.base is None:
             raise PlanError("the unpruned network is not evaluated yet", where="sensitivity")
         return self.base
+
+    def _question(self, units: Iterable[str]) -> dict[str, Any]:
+        """What the points belong to; the weights first, for they explain the rest."""
+        named = {unit: self.units[unit]._question() for unit in sorted(units)}
+        return {"weights": dict(self.weights), **named}
 
     def _values(self, unit: str) -> Mapping[int, float]:
         curve = self.units.get(unit)
@@ -320,18 +336,3 @@ def _empty(space: PruneSpace, unit: Unit) -> UnitCurve:
         order = torch.argsort(space.scores[name], descending=True, stable=True)
         digest.update(order.to(torch.int64).numpy().tobytes())
     return UnitCurve(unit.size, unit.groups, digest.hexdigest()[:16])
-
-
-def _check_same(here: SensitivityCurves, there: SensitivityCurves, where: str) -> None:
-    difference = first_difference(dict(there.weights), dict(here.weights), "weights")
-    if difference is None:
-        for name in here.units.keys() & there.units.keys():
-            held, mine = there.units[name].to_json(), here.units[name].to_json()
-            held["kept"] = mine["kept"] = {}
-            difference = difference or first_difference(held, mine, name)
-    if difference is not None:
-        raise PlanError(
-            f"these sensitivities belong to another network or criterion: {difference}",
-            where=where,
-            hint="give a new file",
-        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,10 +21,10 @@ import torch
 from slimkit.artifact import PathLike
 from slimkit.errors import InputError, PlanError
 from slimkit.modules import copy_module
-from slimkit.progress import ProgressDisplay
 from slimkit.prune.allocation.curves import SensitivityCurves
 from slimkit.prune.fitting import rounded
 from slimkit.prune.targets import is_number
+from slimkit.search.measured_points import check_evaluation, grow
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -48,7 +48,8 @@ class Sensitivity:
     Attributes:
         ratios: parts of a unit that are tried, rounded to what it may keep.
         file: JSON that every point is added to as soon as it is measured; what it holds is
-            not measured again. None keeps nothing.
+            not measured again, but for two points that show whether ``evaluate`` is the same.
+            None keeps nothing.
         workers: processes that measure side by side.
     """
 
@@ -93,13 +94,15 @@ def measure_sensitivity(
     Raises:
         InputError: an argument is wrong, or the space has no ``evaluate``.
         PlanError: an evaluation failed or gave no finite number (names unit and ratio), or the
-            file belongs to another network; it keeps what was measured.
+            file belongs to another network or evaluation; it keeps what was measured.
         ArtifactError: the file cannot be read or written.
     """
     _check(ratios, workers, part)
     curves = SensitivityCurves.of(space)
     if file is not None and Path(file).exists():
         curves = curves.joined(SensitivityCurves.load(file), where=str(file))
+        if space.evaluate is not None:
+            check_evaluation(_known(space, curves), where=str(file), error=PlanError)
     first, parts = part
     todo = [] if curves.base is not None else [_Point("", 0, 0, 0.0, {})]
     for unit in space.units[first - 1 :: parts]:
@@ -107,19 +110,16 @@ def measure_sensitivity(
         todo += [point for point in _points(space, unit, ratios) if point.kept not in known]
     if todo:
         _check_able(space, workers)
-    with (
-        _values(space, todo, min(workers, len(todo))) as values,
-        ProgressDisplay(len(todo), 0, label="sensitivity", enabled=progress) as show,
-    ):
-        for done, (point, value) in enumerate(values, 1):
-            if point.unit:
-                curves = curves.with_point(point.unit, point.kept, value)
-            else:
-                curves = curves.with_base(value)
-            if file is not None:
-                curves.save(file)
-            show.step(done, f"{point}: {value:.5g}")
-    return curves
+    with _values(space, todo, min(workers, len(todo))) as values:
+        return grow(
+            curves,
+            values,
+            lambda known, point, value: point.added(known, value),
+            total=len(todo),
+            told=lambda point, known: f"{point}: {point.value(known):.5g}",
+            save=None if file is None else lambda known: known.save(file),
+            progress=progress,
+        )
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,18 @@ class _Point:
             return "the unpruned network"
         return f"{self.unit} at ratio {self.ratio:g} ({self.kept} of {self.size} channels)"
 
+    def added(self, curves: SensitivityCurves, value: float) -> SensitivityCurves:
+        """The curves with this point."""
+        if self.unit:
+            return curves.with_point(self.unit, self.kept, value)
+        return curves.with_base(value)
+
+    def value(self, curves: SensitivityCurves) -> float:
+        """What the curves say at this point."""
+        value = curves.units[self.unit].values[self.kept] if self.unit else curves.base
+        assert value is not None
+        return value
+
     def measured(self, space: PruneSpace) -> float:
         """The metric; raises PlanError that says where it failed."""
         model = space.pruned(self.counts) if self.unit else copy_module(space.model).eval()
@@ -153,6 +165,24 @@ class _Point:
                 hint="what was measured before is kept where a file was given",
             ) from error
         return value
+
+
+def _known(
+    space: PruneSpace, curves: SensitivityCurves
+) -> Iterator[tuple[str, float, Callable[[], float]]]:
+    """The unpruned network, and the point at which the metric falls most, to measure again."""
+    if curves.base is None:
+        return
+    whole = _Point("", 0, 0, 0.0, {})
+    yield str(whole), curves.base, lambda: whole.measured(space)
+    known = []
+    for unit in space.units:
+        values = curves.units[unit.name].values
+        points = _points(space, unit, [1.0 - kept / unit.size for kept in values])
+        known += [point for point in points if point.kept in values]
+    if known:
+        worst = min(known, key=lambda point: point.value(curves))
+        yield str(worst), worst.value(curves), lambda: worst.measured(space)
 
 
 def _points(space: PruneSpace, unit: Unit, ratios: Sequence[float]) -> list[_Point]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from slimkit.artifact import PathLike, content_hash, tensors_hash
 from slimkit.errors import InputError
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import Inputs
-from slimkit.progress import LONG, ProgressDisplay
+from slimkit.progress import LONG
 from slimkit.quantize.evaluating import Evaluate, evaluated
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
 from slimkit.quantize.layer_choice.sensitivity_table import PLANNED, LayerSensitivity
 from slimkit.quantize.outputs.distance import OutputDistance
+from slimkit.search.measured_points import check_evaluation, grow
 
 __all__ = [
     "Scorer",
@@ -30,12 +30,10 @@ __all__ = [
     "units_of",
 ]
 
-_ALIKE = 1e-3
-"""Relative difference up to which two metrics of the float network count as one: threads add up in
-other orders, and one image of a thousand may fall to the other side."""
-
 Units = Mapping[str, Sequence[str]]
 """Name → paths of the layers that are switched together."""
+
+_FLOAT = "the float network"
 
 Scorer = Callable[[nn.Module, str], float]
 """Network, and the network in words → its metric, or its noise-to-signal ratio."""
@@ -99,7 +97,7 @@ def measure_sensitivity(
         units: what is switched together.
         bits: widths of weights; 0 for those that the plan has.
         leave_one_out: everything is quantized but one unit.
-        file: grows by every point.
+        file: grows by every point; what another ``score`` filled is refused.
         progress: show progress on standard error.
     """
     if not units:
@@ -109,34 +107,50 @@ def measure_sensitivity(
     table = LayerSensitivity.empty(
         units, measure, leave_one_out=leave_one_out, identity=_identity(switches)
     )
+
+    def value(unit: str | None, width: int) -> float:
+        off = _off(switches, units, unit, leave_one_out=leave_one_out)
+        widths = dict.fromkeys(switches.layers, width) if width else {}
+        with switches.set(off, widths) as network:
+            return score(network, words(unit, width))
+
+    def words(unit: str | None, width: int) -> str:
+        return _in_words(unit, width, leave_one_out=leave_one_out)
+
+    def base() -> float:
+        return score(switches.quantized.model, _FLOAT) if measure == "metric" else 0.0
+
     if file is not None and Path(file).exists():
         table = table.joined(LayerSensitivity.load(file), where=str(file))
-    if measure == "metric":  # the noise of the float network is 0 by definition
-        base = score(switches.quantized.model, "the float network")
-        if table.base is not None and not math.isclose(
-            base, table.base, rel_tol=_ALIKE, abs_tol=1e-9
-        ):
-            raise InputError(
-                f"it was measured by another evaluation, or on other data: the float network has "
-                f"{table.base:.6g} there, and {base:.6g} now",
-                where=str(file),
-                hint="give a new file",
-            )
-        table = table.with_base(base) if table.base is None else table
+        check_evaluation(_known(table, bits, base, value), where=str(file), error=InputError)
+    if table.base is None:
+        table = table.with_base(base())
     todo = table.missing(bits)
-    with ProgressDisplay(
-        len(todo), 0, label="sensitivity", enabled=progress, patience=LONG
-    ) as show:
-        for done, (unit, width) in enumerate(todo, start=1):
-            off = _off(switches, units, unit, leave_one_out=leave_one_out)
-            widths = dict.fromkeys(switches.layers, width) if width else {}
-            what = _in_words(unit, width, leave_one_out=leave_one_out)
-            with switches.set(off, widths) as network:
-                table = table.with_point(unit, width, score(network, what))
-            if file is not None:
-                table.save(file)
-            show.step(done, f"{what}: {table.told(unit, width)}")
-    return table.of(bits)
+    return grow(
+        table,
+        ((point, value(*point)) for point in todo),
+        lambda known, point, found: known.with_point(*point, found),
+        total=len(todo),
+        told=lambda point, known: f"{words(*point)}: {known.told(*point)}",
+        save=None if file is None else lambda known: known.save(file),
+        progress=progress,
+        patience=LONG,
+    ).of(bits)
+
+
+def _known(
+    table: LayerSensitivity,
+    bits: Sequence[int],
+    base: Callable[[], float],
+    value: Callable[[str | None, int], float],
+) -> Iterator[tuple[str, float, Callable[[], float]]]:
+    """The float network, and the one with everything quantized, to measure again."""
+    if table.base is not None:
+        yield _FLOAT, table.base, base
+    width = next((width for width in (*bits, *table.quantized) if width in table.quantized), None)
+    if width is not None:
+        what = _in_words(None, width, leave_one_out=False)
+        yield what, table.quantized[width], lambda: value(None, width)
 
 
 def _off(

@@ -6,11 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
-from slimkit.artifact import PathLike, read_json, write_json
-from slimkit.errors import ArtifactError, InputError
+from slimkit.artifact import PathLike
+from slimkit.errors import InputError
 from slimkit.measure.tables import rendered
 from slimkit.quantize.outputs.distance import decibels
-from slimkit.search.storage import first_difference
+from slimkit.search.measured_points import (
+    check_question,
+    numbers,
+    read_table,
+    texts,
+    write_table,
+)
 
 __all__ = ["PLANNED", "LayerSensitivity", "Measure"]
 
@@ -132,14 +138,13 @@ class LayerSensitivity:
         Raises:
             InputError: ``other`` is about another network, scheme, calibration or question.
         """
-        here, there = (table._question() for table in (self, other))
-        difference = first_difference(there, here)
-        if difference is not None:
-            raise InputError(
-                f"it belongs to another analysis: {difference}",
-                where=where,
-                hint="give a new file",
-            )
+        check_question(
+            other._question(),
+            self._question(),
+            where=where,
+            message="it belongs to another analysis",
+            error=InputError,
+        )
         base = other.base if self.base is None else self.base
         return replace(self, base=base, quantized=other.quantized, points=other.points)
 
@@ -152,29 +157,18 @@ class LayerSensitivity:
     def to_json(self) -> dict[str, Any]:
         """Everything, with widths as text."""
         return {
-            "kind": _KIND,
-            "version": _VERSION,
             "measure": self.measure,
             "leave_one_out": self.leave_one_out,
             "layers": {name: list(inside) for name, inside in self.layers.items()},
             "base": self.base,
-            "quantized": {str(width): value for width, value in self.quantized.items()},
-            "points": {
-                layer: {str(width): value for width, value in values.items()}
-                for layer, values in self.points.items()
-            },
+            "quantized": texts(self.quantized),
+            "points": {layer: texts(values) for layer, values in self.points.items()},
             "identity": dict(self.identity),
         }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> LayerSensitivity:
         """The inverse of :meth:`to_json`."""
-        if (record["kind"], record["version"]) != (_KIND, _VERSION):
-            raise ValueError(f"it is a {record['kind']!r}, version {record['version']}")
-
-        def numbers(values: Mapping[str, Any]) -> dict[int, float]:
-            return {int(width): float(value) for width, value in values.items()}
-
         return cls(
             cast("Measure", str(record["measure"])),
             bool(record["leave_one_out"]),
@@ -187,7 +181,7 @@ class LayerSensitivity:
 
     def save(self, path: PathLike) -> None:
         """Write a JSON file, atomically."""
-        write_json(path, self.to_json())
+        write_table(path, _KIND, _VERSION, self.to_json())
 
     @classmethod
     def load(cls, path: PathLike) -> LayerSensitivity:
@@ -196,13 +190,7 @@ class LayerSensitivity:
         Raises:
             ArtifactError: the file is missing, damaged, or something else.
         """
-        record = read_json(path)
-        try:
-            return cls.from_json(record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(
-                f"not a file of layer sensitivities ({error})", where=str(path)
-            ) from error
+        return read_table(path, _KIND, _VERSION, cls.from_json, what="layer sensitivities")
 
     # --- for people ---------------------------------------------------------------------
 
