@@ -9,12 +9,19 @@ comes out identical when the saved plan is applied to a fresh copy::
     python -m benchmarks.prune_coverage
 
 Finished networks are kept in ``runs/prune-coverage``; a second call goes on with the others.
+
+``--sample 20 --seed 0`` measures 20 networks of the published page again (of at most 30 M
+parameters, see ``--largest``), prints what the page says beside what is found, and writes nothing:
+a check of some minutes after a change. The exit code is 1 where a network does worse.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import random
+import re
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,7 +34,16 @@ import torch
 from torch import nn
 
 import slimkit as sk
-from benchmarks.networks import LARGEST, build, names_of, records_of, shake, supervise, work
+from benchmarks.networks import (
+    LARGEST,
+    build,
+    guarded,
+    names_of,
+    records_of,
+    shake,
+    supervise,
+    work,
+)
 from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.graph.equivalence import check_equivalence
 from slimkit.prune.allocation.ranking import uniform
@@ -181,6 +197,45 @@ def row(record: dict[str, Any]) -> list[str]:
     ]
 
 
+# --- a sample, beside the published page ---------------------------------------------------
+
+
+def published() -> dict[str, list[str]]:
+    """Network → its row of the published page."""
+    text = (ROOT / "docs" / "benchmarks" / "prune_coverage.md").read_text()
+    lines = re.findall(r"^\| (\w+:\S+) \|(.*)\|$", text, flags=re.MULTILINE)
+    return {name: [name, *(cell.strip() for cell in rest.split("|"))] for name, rest in lines}
+
+
+def sample(options: argparse.Namespace) -> bool:
+    """Measure some networks of the page again; whether none does worse.
+
+    Worse is another result than "passes", or a smaller share that can be pruned.
+    """
+    pages = published()
+    small = [n for n, cells in pages.items() if float(cells[1].split()[0]) <= options.largest]
+    names = sorted(random.Random(options.seed).sample(sorted(small), options.sample))
+    rows, good = [], True
+    for name in names:
+        record = guarded(name, partial(measure, ratio=options.ratio, proof=not options.no_proof))
+        now, before = row(record), pages[name]
+        worse = before[6] == "passes" != now[6] or percent(now[3]) < percent(before[3])
+        good = good and not worse
+        rows.append([name, before[2], now[2], before[3], now[3], now[4], now[5], now[6]])
+        print(f"{name}: {now[6]}{', WORSE' if worse else ''}", file=sys.stderr, flush=True)
+    header = [
+        *("network", "fell by: page", "now", "prunable: page", "now"),
+        *("proof: difference / largest output", "seconds", "result"),
+    ]
+    print(markdown(header, rows))
+    return good
+
+
+def percent(cell: str) -> float:
+    """``"52 %"`` → 52."""
+    return float(cell.split(maxsplit=1)[0]) if cell[:1].isdigit() else -1.0
+
+
 def main() -> None:
     """Measure all networks and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -188,8 +243,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "prune-coverage")
     parser.add_argument("--only", default="", help="names that contain this text")
     parser.add_argument("--no-proof", action="store_true", help="leave out the proof (faster)")
+    parser.add_argument("--sample", type=int, help="so many networks of the page, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--largest", type=float, default=30.0, help="10⁶ parameters, in a sample")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.sample is not None:
+        sys.exit(0 if sample(options) else 1)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.worker:
         names = [name for name in names_of(options.out) if options.only in name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -146,6 +147,23 @@ def test_where_training_fails_what_an_unseen_head_could_read_stays_and_it_is_nam
     assert "targets in training" in text
     assert f"warning: {text}" in plan.explain()
     assert "aux, which did not run, may read them" in plan.explain()
+
+
+def test_a_training_forward_that_fails_is_silent_where_everything_ran():
+    class Fails(Body):
+        def forward(self, x):
+            out, _ = super().forward(x)
+            if self.training:
+                raise ValueError("no targets")
+            return out
+
+    model = nn.Sequential(Fails(), conv(5, 3)).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = sk.prune.plan(model, X, ratio=0.5)
+    assert plan.warnings == ()
+    assert kept(plan) == {"0.stem": 16, "0.body": 16}
+    assert model.training
 
 
 def test_an_error_says_how_to_release_what_is_protected():

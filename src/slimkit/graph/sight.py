@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as registry
 
 __all__ = ["Sight"]
@@ -57,16 +57,16 @@ class Sight:
         if path is not None and threading.get_ident() == self._thread:
             self._running.append(path)
 
-    def _left(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
-    ) -> None:
+    def _left(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        """``rest`` is (keywords, result); the result alone after an exception."""
         path = self._paths.get(id(module))
         if path is None or threading.get_ident() != self._thread:
             return
         while len(self._running) > 1 and self._running.pop() != path:
             pass  # left by an exception
-        given = list(self._numbers((args, kwargs)))
+        *keywords, result = rest
+        given = list(self._numbers((args, keywords)))
         self.see(path, given)
         self.see(self._running[-1], given)
-        if isinstance(result, Tensor) or result is not None:
+        if result is not None:
             self.see(self._running[-1], self._numbers(result))
