@@ -43,6 +43,20 @@ def test_torchscript_asks_for_the_eager_module(quantize: Any, how: str) -> None:
         quantize(compiled, X, calibration=[X])
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("mode", ["static", "dynamic", "weights"])
+def test_what_surrounds_torchscript_is_quantized(mode: str) -> None:
+    inner = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval())
+    model = nn.Sequential(inner, nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(288, 4)).eval()
+    q = ptq(model, X, calibration=[X], mode=mode, methods=[])
+    weights = {spec.parameter for spec in q.plan.quantizers if spec.parameter}
+    assert weights == {"1.weight", "3.weight"}
+    assert any(text.startswith("0: TorchScript stays in float") for text in q.plan.warnings)
+    with torch.no_grad():
+        assert torch.allclose(q(X), model(X), atol=0.05)
+        assert not torch.equal(q(X), model(X))
+
+
 def test_nothing_to_quantize_is_an_error_with_the_reasons() -> None:
     with pytest.raises(PlanError, match="no layer of the network is quantized: 0"):
         ptq(nn.Sequential(nn.Sigmoid()), X, calibration=[X])

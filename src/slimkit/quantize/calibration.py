@@ -35,7 +35,8 @@ from slimkit.quantize.observers.ranges import Observer, describe_observer, new_o
 from slimkit.quantize.outputs.check import output_check
 from slimkit.quantize.planning.laying_out import lay_out
 from slimkit.quantize.planning.requests import PerGroup, check_request
-from slimkit.quantize.planning.suitability import check_network, compiled_parts, warn_of_nothing
+from slimkit.quantize.planning.roles import COMPILED
+from slimkit.quantize.planning.suitability import check_network, compiled_modules, warn_of_nothing
 from slimkit.quantize.quantizers.learned import with_scales
 from slimkit.quantize.scheme import QuantPlan
 from slimkit.quantize.targets import Target, resolve_target
@@ -213,7 +214,8 @@ def attach(
     folds = tuple(batch_norm_pairs(folded, graph))
     FusePlan(folds).apply_to(folded)
     graph = capture(folded, example_inputs)
-    layout = lay_out(graph, chosen, request, skipped=skipped)
+    compiled = compiled_modules(model)
+    layout = lay_out(graph, chosen, request, skipped=skipped, compiled=compiled)
     told = warn_of_nothing(
         layout.decisions, layout.quantizers, target=chosen.name, skipped=bool(skipped)
     )
@@ -225,7 +227,7 @@ def attach(
         quantizers=tuple(layout.quantizers),
         calls=layout.calls,
         decisions=tuple(layout.decisions),
-        warnings=(*layout.warnings, *compiled_parts(model), *told),
+        warnings=(*layout.warnings, *(f"{path}: {COMPILED}" for path in compiled), *told),
         mode=mode,
         opset=chosen.opset,
         biases="float16" if chosen.compact else chosen.biases,

@@ -12,7 +12,7 @@ import torch
 from slimkit.graph.capturing import Call, Graph
 from slimkit.quantize.planning.drafting import Draft, Layout
 from slimkit.quantize.planning.requests import Request
-from slimkit.quantize.planning.roles import Roles
+from slimkit.quantize.planning.roles import COMPILED, Roles
 from slimkit.quantize.planning.static_scales import STORED
 from slimkit.quantize.targets import Target
 
@@ -48,6 +48,8 @@ def plan_layers(
 def _why_float(graph: Graph, target: Target, roles: Roles, call: Call) -> str | None:
     if call.function not in {*target.layers, *target.stored}:
         return f"{target.name} keeps no integers for {call.function}"
+    if roles.is_compiled(call):
+        return COMPILED
     if roles.is_skipped(call):
         return "skipped by pattern"
     reason = roles.why_float_layer(call)

@@ -15,7 +15,14 @@ from slimkit.quantize.targets import Target
 __all__ = ["lay_out"]
 
 
-def lay_out(graph: Graph, target: Target, request: Request, *, skipped: Iterable[str]) -> Layout:
+def lay_out(
+    graph: Graph,
+    target: Target,
+    request: Request,
+    *,
+    skipped: Iterable[str],
+    compiled: Iterable[str] = (),
+) -> Layout:
     """Decide for every call whether it computes with integers, and place the quantizers.
 
     Args:
@@ -23,8 +30,9 @@ def lay_out(graph: Graph, target: Target, request: Request, *, skipped: Iterable
         target: what the runtime can do.
         request: what the user asks for, checked.
         skipped: paths of modules that stay in float.
+        compiled: paths of modules of TorchScript: nothing inside can be rounded.
     """
-    roles = Roles(graph, target, skipped)
+    roles = Roles(graph, target, skipped, compiled)
     draft = Draft(graph, target, request, roles)
     if request.mode == "static":
         return plan_static(graph, target, roles, draft)

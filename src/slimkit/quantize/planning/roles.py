@@ -10,7 +10,9 @@ import torch
 from slimkit.graph.capturing import Call, Graph
 from slimkit.quantize.targets import Target
 
-__all__ = ["Roles"]
+__all__ = ["COMPILED", "Roles"]
+
+COMPILED = "TorchScript stays in float: the calls inside cannot be followed"
 
 _CONCATENATIONS = ("cat", "concat")
 
@@ -22,12 +24,20 @@ class Roles:
         graph: of the network with batch norms folded.
         target: what the runtime can do.
         skipped: paths of modules that stay in float.
+        compiled: paths of modules of TorchScript, whose calls happen unseen.
     """
 
-    def __init__(self, graph: Graph, target: Target, skipped: Iterable[str]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        target: Target,
+        skipped: Iterable[str],
+        compiled: Iterable[str] = (),
+    ) -> None:
         self._graph = graph
         self._target = target
         self._skipped = frozenset(skipped)
+        self._compiled = tuple(compiled)
 
     def why_float(self, call: Call, integers: set[int]) -> str | None:
         """Why ``call`` stays in float, ``None`` when it becomes integer.
@@ -40,6 +50,8 @@ class Roles:
         known = {*target.layers, *target.joins, *target.pools, *target.products}
         if function not in known | target.activations:
             return f"{target.name} has no integer {function}"
+        if self.is_compiled(call):
+            return COMPILED
         if self.is_skipped(call):
             return "skipped by pattern"
         tensors = [self._graph.tensors[value] for value in (*call.inputs, *call.outputs)]
@@ -65,9 +77,15 @@ class Roles:
         """Whether ``call`` computes in float with a weight that can be kept as integers."""
         if call.function not in {*self._target.stored, *self._target.layers}:
             return False
-        if self.is_skipped(call) or self.why_float_layer(call) is not None:
+        if self.is_compiled(call) or self.is_skipped(call):
+            return False
+        if self.why_float_layer(call) is not None:
             return False
         return self._graph.tensors[call.inputs[1]].dtype == torch.float32
+
+    def is_compiled(self, call: Call) -> bool:
+        """Whether it runs inside of a module of TorchScript, where nothing can be rounded."""
+        return any(f"{call.module}.".startswith(f"{path}.") for path in self._compiled)
 
     def is_skipped(self, call: Call) -> bool:
         """Whether a pattern of the user takes it out."""

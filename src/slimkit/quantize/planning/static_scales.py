@@ -118,6 +118,8 @@ class _StaticPlanner:
     # --- placing -------------------------------------------------------------------------
 
     def _place_outputs(self, call: Call, wanted: set[int], *, integer: bool) -> None:
+        if self._roles.is_compiled(call):
+            return
         outputs = {}
         for position, value in enumerate(call.outputs):
             new = value in wanted and value not in call.inputs and value not in self._placed

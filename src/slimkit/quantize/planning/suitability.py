@@ -11,7 +11,7 @@ from torch import nn
 from slimkit.errors import InputError, PlanError
 from slimkit.quantize.specs import Decision
 
-__all__ = ["check_network", "compiled_parts", "warn_of_nothing"]
+__all__ = ["check_network", "compiled_modules", "warn_of_nothing"]
 
 _NAMED = 3
 """Layers, and reasons, that a message names: enough to see the pattern."""
@@ -48,14 +48,10 @@ def check_network(model: nn.Module) -> None:
         )
 
 
-def compiled_parts(model: nn.Module) -> list[str]:
-    """A sentence about every module of TorchScript inside, which stays in float."""
+def compiled_modules(model: nn.Module) -> list[str]:
+    """Paths of the outermost modules of TorchScript inside, which stay in float."""
     paths = [path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
-    outermost = [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
-    return [
-        f"{path} is TorchScript and stays in float: the calls inside cannot be followed"
-        for path in outermost
-    ]
+    return [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
 
 
 def warn_of_nothing(
