@@ -44,6 +44,9 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """
     if isinstance(tree, Tensor):
         return function(tree)
+    if isinstance(tree, (list, tuple)):
+        mapped = [map_tensors(function, item) for item in tree]
+        return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
     if isinstance(tree, dict):
         changed = copy.copy(tree)  # keeps the class, and its order or default
         for key, value in tree.items():
@@ -51,10 +54,6 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
         return changed
     if isinstance(tree, Mapping):
         return {key: map_tensors(function, value) for key, value in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(function, item) for item in tree))
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(function, item) for item in tree)
     return tree
 
 

@@ -205,10 +205,9 @@ class Run:
         tools.begin(self.step, epoch, self.total)
         for batch in batches:
             if images is None:
-                images = 0
+                images, context = 0, tools.context(batch)
                 for callback in self.callbacks:
-                    callback.on_step_begin(tools.context(batch))
-                self.optimizer.zero_grad(set_to_none=True)
+                    callback.on_step_begin(context)
             context = tools.context(batch, tools.take(batch, 1 / count, looks))
             images += (batch.size or 1) * self.device.processes
         if images is None:

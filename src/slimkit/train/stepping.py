@@ -155,7 +155,7 @@ class StepTools:
             return self._sum(own if weighs else None, terms), self._outputs
 
     def backward(self, loss: Tensor, weight: float = 1.0) -> None:
-        """Add the gradients of ``weight`` · ``loss`` to those of the step.
+        """Add the gradients of ``weight`` · ``loss`` to those of the step, the first from nothing.
 
         What is logged as the step's loss is the sum of all that went through here.
 
@@ -175,6 +175,8 @@ class StepTools:
         scale = weight * self._share
         if scale != 1:
             loss, detached = loss * scale, detached * scale
+        if self._loss is None:  # the first of this step: the gradients of the last one go
+            self._optimizer.zero_grad(set_to_none=True)
         self._device.backward(loss)
         self._loss = detached if self._loss is None else self._loss + detached
 
