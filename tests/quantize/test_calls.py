@@ -339,3 +339,22 @@ def test_threads_with_a_quantized_a_training_and_the_float_network_at_once() -> 
     expected = [run(image) for image in images]
     found = in_threads(4, run, images)
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_tensor_that_was_changed_in_place_keeps_its_calls() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, z = self.a(x), self.b(x)
+            F.relu_(y)  # its result is not used
+            y[:, :2] = z[:, 2:]
+            return z.sigmoid() * (y + z) + y
+
+    x = torch.randn(4, 3, 4, 4)
+    net = InPlace().eval()
+    q = ptq(net, x, calibration=[x])
+    assert decibels(net(x).detach(), q(x).detach()) > 30
+    assert torch.isfinite(q.train()(x)).all()

@@ -150,8 +150,12 @@ class AddressMode(TorchFunctionMode):
             return self._recorded_call(frame, function, operands, (func, args, kwargs))
         found = self._alignment.find(frame, function, operands)
         if found is not None:
+            first = args[0] if args and isinstance(args[0], Tensor) else None
+            version = _version(first)
             result = self._handled(found[0], func, args, kwargs)
             name = found[1] or first_live(operands)
+            if first is not result and _version(first) != version:
+                self._name_result(frame, first, operands, name)  # changed in place, not rounded
         else:
             result = self._handled(f"{frame.path}:{function}#?", func, args, kwargs)
             if not isinstance(result, Tensor | tuple | list):
@@ -181,13 +185,15 @@ class AddressMode(TorchFunctionMode):
     ) -> Any:
         name = self._recording.next_call(frame.path, function)
         address = f"{frame.path}:{name}"
-        first = next((arg for arg in call[1] if isinstance(arg, Tensor)), None)
+        first = call[1][0] if call[1] and isinstance(call[1][0], Tensor) else None
         version = _version(first)
         result = self._handled(address, *call)
         new = result is not first or _version(first) != version
         self._recording.add_call(address, frame.label, operands, new)
         if new:
             self._name_result(frame, result, operands, name)
+            if first is not result and _version(first) != version:
+                self._name_result(frame, first, operands, name)  # ``x[:, :2] = y``
         return result
 
     def _name_result(self, frame: Frame, result: Any, operands: Operands, name: str | None) -> None:

@@ -50,7 +50,8 @@ class Attachment(AddressMode):
         called: set[str] | None = None,
         owner: Recomputable | None = None,
     ) -> None:
-        super().__init__(model, plan.table, plan.calls.keys())
+        planned = plan.calls.keys() | integer.keys() if integer else plan.calls.keys()
+        super().__init__(model, plan.table, planned)
         self._rules = plan.calls
         self._round = quantizers
         self._integer = integer or {}
