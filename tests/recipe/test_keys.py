@@ -206,6 +206,24 @@ def test_the_code_of_a_networks_factory_and_of_its_arguments_is_part_of_the_key(
         assert keys[0] == keys[1] != keys[2]
 
 
+def test_the_code_and_the_settings_of_a_task_are_part_of_every_key(
+    values: dict[str, Any], write: Callable[..., None]
+) -> None:
+    text = (
+        "from typing import Literal\n"
+        "from slimkit.tasks import ClassificationTask\n"
+        "class Mine(ClassificationTask):\n"
+        "    type: Literal['mine'] = 'mine'\n"
+        "    sharpness: float = 1.0\n"
+    )
+    keys = [key(values, {"type": "train"})]
+    for edited in (text, text + "# edited\n"):
+        write("own_task", edited)
+        tasks = ["own_task:Mine", {"type": "own_task:Mine", "sharpness": 2}]
+        keys += [key(values, {"type": "train"}, task=task) for task in tasks]
+    assert len(set(keys)) == 5
+
+
 def test_imports_between_the_users_own_files_are_followed(
     values: dict[str, Any], write: Callable[..., None]
 ) -> None:
