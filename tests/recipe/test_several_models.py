@@ -231,6 +231,17 @@ def test_what_a_stage_leaves_is_what_it_announced(
     assert bench.cache.find(bench.keys.stage(("train", "search.small"))) is None
 
 
+class Unfinished(Stage):
+    type: Literal["unfinished"] = "unfinished"
+
+
+def test_a_stage_that_does_not_say_what_it_does_is_told_so(recipe: dict[str, Any]) -> None:
+    with STAGES.scratch():
+        STAGES.register("unfinished")(Unfinished)
+        with pytest.raises(RecipeError, match=r"stages\.search\.type: unfinished has no run"):
+            parse_recipe(recipe, ["stages.search={type: unfinished}"])
+
+
 def test_a_stage_that_fails_with_a_checkpoint_error_of_its_own_runs_once(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,6 +250,8 @@ def registered_class(registry: Registry[Any], name: object) -> type[BaseModel]:
             'write: type: Literal["name"] = "name"',
             path="type",
         )
+    if lacking := sorted(getattr(settings, "__abstractmethods__", ())):
+        raise wrong(f"{name} has no {', '.join(lacking)}", "write what it does", path="type")
     return settings
 
 
