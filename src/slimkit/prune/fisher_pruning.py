@@ -105,7 +105,7 @@ def one_by_one(
 
 
 class _Race:
-    """Who is left, and in which order the others went."""
+    """Greedy backward elimination: channels that stay, and the others in order of removal."""
 
     def __init__(
         self, choices: PruneSpace, target: RemovalTarget, normalise: Saving | None

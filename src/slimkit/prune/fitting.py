@@ -1,4 +1,4 @@
-"""Hitting a target: which counts are allowed, and the largest that cost no more than the limit."""
+"""Counts of channels that meet a cost limit: bisection along a family, then greedy filling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["allowed_counts", "fit_counts", "rounded"]
+
+
+_STEP = 1e-5
+"""Width at which bisection ends, in fractions: less than one channel of 50,000."""
 
 
 def allowed_counts(
@@ -42,6 +46,9 @@ def fit_counts(
 ) -> dict[str, int] | None:
     """The counts that cost at most ``limit`` and as little less as rounding allows.
 
+    Bisection on the fraction finds the first member of the family that costs at most ``limit``.
+    What rounding took too much is given back by a greedy knapsack: most worth per cost first.
+
     Args:
         proposal: fraction → channels kept by group, not growing with the fraction.
         allowed: group → numbers of channels that it may keep, ascending.
@@ -64,7 +71,7 @@ def fit_counts(
     best = at(high)
     if cost(best) > limit:
         return None
-    while high - low > 1e-5:
+    while high - low > _STEP:
         middle = (low + high) / 2
         counts = at(middle)
         if cost(counts) <= limit:
@@ -85,7 +92,7 @@ def _raised(
     value: Callable[[str, int, int], float],
     limit: float,
 ) -> dict[str, int]:
-    """Give channels back, the most valuable per cost first, while the limit holds."""
+    """Greedy knapsack: give channels back, most worth per cost first, while the limit holds."""
     result = dict(counts)
     spent = cost(result)
     while True:

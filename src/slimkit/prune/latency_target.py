@@ -1,5 +1,6 @@
 """``latency=0.4``: prune until the network is that much faster, measured where it will run.
 
+A root finding by regula falsi with bisection, on the part of the MACs that is left.
 Pruned copies are exported and timed beside the unpruned network, in turns, so that only the
 ratio of the two counts and a machine that is busy or warm slows down both. The search goes
 along the MACs: milliseconds fall with them, though neither in proportion nor without steps
@@ -29,12 +30,19 @@ if TYPE_CHECKING:
 __all__ = ["Bench", "fit_latency"]
 
 _EXPORTS = 10
-_QUICK = (3, 0.25)  # repeats, and seconds per network and repeat, of a first look
-_SURE = (5, 0.6)  # of a measurement that decides
-_MARGIN = 0.01  # faster than asked for, so that the next measurement says the same
-_BEYOND = 0.05  # the result is at most so much faster than asked for, in parts of the goal
-_NARROW = 0.035  # what a first look must promise, while there are few points
-_PATIENT = 3  # points
+"""Pruned copies that are exported at most; each costs some seconds."""
+_QUICK = (3, 0.25)
+"""(Repeats, seconds per network and repeat) of a first look: it only steers the search."""
+_SURE = (5, 0.6)
+"""The same of a measurement that decides: its median scatters by about 1 % on an idle machine."""
+_MARGIN = 0.01
+"""Fraction of the goal by which the result is faster, so that a second measurement agrees."""
+_BEYOND = 0.05
+"""Fraction of the goal by which the result may be faster: beyond, channels are wasted."""
+_NARROW = 0.035
+"""The same for a first look while there are few points; less than ``_BEYOND``, as it is noisy."""
+_PATIENT = 3
+"""Points up to which a first look must be within ``_NARROW``; later ``_BEYOND`` will do."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class _Search:
     def _between(
         self, slow: tuple[float, float], fast: tuple[float, float]
     ) -> dict[str, int] | None:
-        """On the line between two points, then half-way, if that gives other counts."""
+        """Regula falsi: where the line between two points meets the goal; else bisection."""
         gap = slow[0] - fast[0]
         part = (self.aim - fast[1]) / max(slow[1] - fast[1], 1e-9)
         for step in (min(max(part, 0.05), 0.95), 0.5):
@@ -234,7 +242,7 @@ class Bench:
         )
 
     def facts(self, point: _Point) -> dict[str, Any]:
-        """What the plan says about the measurement of its network."""
+        """Settings for the plan: measured milliseconds, backend, threads, warnings."""
         from slimkit.measure.layer_latency import unrewarded
 
         found: dict[str, Any] = {

@@ -104,7 +104,7 @@ class PruneSpace:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """What shrinks independently."""
+        """Sets of linked groups, each of which shrinks independently of the others."""
         return units_of(self.groups, self.allowed)
 
     @cached_property
@@ -291,7 +291,7 @@ class PruneSpace:
         return worth
 
     def _lead(self, unit: Unit, wanted: Counts) -> float:
-        """What the largest group of a unit should keep."""
+        """Channels that the largest group of a unit should keep, by all its groups' wishes."""
         if len(unit.groups) == 1:
             return wanted[unit.name]
         total = sum(self._sizes[name] for name in unit.groups)

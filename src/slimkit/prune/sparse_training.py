@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import InputError, PlanError
-from slimkit.graph.capturing import capture
+from slimkit.graph.capturing import capture_both_modes
 from slimkit.graph.grouping import dependency_groups
 from slimkit.graph.groups import AttentionPart, Group, Slot
 from slimkit.graph.patterns import Pattern, match_modules
+from slimkit.graph.unseen import protected_values, unseen_parts
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.prune.criteria.scores import weight_slots
 
@@ -247,7 +248,9 @@ def _prunable(
     attention: AttentionPart | None = None,
 ) -> list[Group]:
     ignored = match_modules(model, ignore, where="ignore")
-    groups = dependency_groups(capture(model, as_inputs(example_inputs)), model, attention)
+    captured = capture_both_modes(model, as_inputs(example_inputs))  # what plan() will see
+    protected = protected_values(unseen_parts(model, captured), captured)
+    groups = dependency_groups(captured.both, model, attention, protected)
     found = [
         group
         for group in groups

@@ -298,7 +298,7 @@ def _deterministic(target: RemovalTarget) -> RemovalTarget:
 
 
 def _identity(space: PruneSpace, target: RemovalTarget, recover: Recover | None) -> dict[str, Any]:
-    """What a journal of one evolution must share with another."""
+    """Weights, target, recovery and units of a search: a journal with others is refused."""
     curves = SensitivityCurves.of(space).to_json()
     return {
         "weights": curves["weights"],

@@ -144,7 +144,7 @@ class _Point:
         return curves.with_base(value)
 
     def value(self, curves: SensitivityCurves) -> float:
-        """What the curves say at this point."""
+        """The metric that the curves hold for this point."""
         value = curves.units[self.unit].values[self.kept] if self.unit else curves.base
         assert value is not None
         return value

@@ -41,6 +41,7 @@ Saving = Literal["macs", "activations"]
 """What a channel costs: multiply-accumulates, or elements of the activations that layers make."""
 
 _UNIT: dict[Saving, float] = {"macs": 1e9, "activations": 1e6}
+"""Units in which the paper counts what a channel costs: GMACs, millions of elements."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +269,7 @@ class ChannelMasks(AddressMode):
 
 
 _CONVOLUTIONS = ("convolution", "transposed")
+"""Kinds of :class:`_WeightReader` whose input has its channels before the spatial dimensions."""
 
 
 @dataclass(frozen=True)
