@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from slimkit.errors import ArtifactError
 from slimkit.recipe import parse_recipe
@@ -18,6 +19,7 @@ from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import resolve_steps
 from slimkit.recipe.keys import Keys
 from slimkit.recipe.workbench import Workbench
+from slimkit.runtime import export, onnx_files, parity
 
 CHAIN = ("train", "prune", "recover", "int8")
 
@@ -151,3 +153,19 @@ def test_a_stage_that_returns_something_else_is_told_so(
     values["variants"] = {"final": ["train"]}
     with pytest.raises(SlimkitError, match=r"stages\.train: run\(\) returned Tiny"):
         _started(values, tmp_path)
+
+
+def test_weights_beside_an_exported_file_are_kept_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_files, "PROTOBUF_LIMIT", 2_000)
+    cache, x = Cache(tmp_path / "cache"), torch.randn(1, 64)
+    nets = [nn.Linear(64, 64) for _ in range(2)]
+    for number, net in enumerate(nets):
+        export(net, tmp_path / f"{number}" / "model.onnx", x)
+        cache.keep_file("exports", f"{number}/model.onnx", tmp_path / f"{number}" / "model.onnx")
+    for number, net in enumerate(nets):
+        target = tmp_path / "variant" / "model.onnx"
+        assert cache.fetch_file("exports", f"{number}/model.onnx", target)
+        assert parity(net, target, [x]).max_abs_diff < 1e-5
+    assert not cache.fetch_file("exports", "2/model.onnx", target)

@@ -4,7 +4,7 @@
 
     stages/ab/abcdef…/      model/ (weights + plans), or models/NAME/ for several; stage.json
     work/abcdef…/           a stage in progress: its training checkpoint survives a kill
-    exports/abcdef….onnx    exported networks
+    exports/abcdef…/        exported networks: model.onnx and what lies beside it
     proofs/…                what was measured of an exported file
     locks/abcdef….lock      held while a stage runs; freed by the kernel if the run dies
 """
@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimkit.artifact import PathLike, atomic_directory, atomic_file, read_json, write_json
-from slimkit.errors import ArtifactError
+from slimkit.artifact import PathLike, atomic_directory, read_json, write_json
+from slimkit.errors import ArtifactError, BackendError
 from slimkit.locking import file_lock
 from slimkit.plan import save
+from slimkit.runtime.onnx_files import copy_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -148,18 +149,19 @@ class Cache:
         write_json(self.root / kind / f"{key}.json", value)
 
     def fetch_file(self, kind: str, name: str, target: Path) -> bool:
-        """Copy a kept file to ``target``; False if there is none."""
+        """Copy a kept ONNX file, and its external data, to ``target``; False if there is none."""
         source = self.root / kind / name
         if not source.is_file():
             return False
-        with atomic_file(target) as temporary:
-            shutil.copyfile(source, temporary)
+        try:
+            copy_model(source, target)
+        except BackendError:  # damaged: it counts as not there
+            return False
         return True
 
     def keep_file(self, kind: str, name: str, source: Path) -> None:
-        """Keep a copy of a file under ``kind``."""
-        with atomic_file(self.root / kind / name) as temporary:
-            shutil.copyfile(source, temporary)
+        """Keep a copy of an ONNX file, and of its external data, under ``kind``."""
+        copy_model(source, self.root / kind / name)
 
     def _entry(self, key: str) -> Path:
         return self.root / "stages" / key[:2] / key

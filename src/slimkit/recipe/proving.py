@@ -5,7 +5,6 @@ The test split is read here and nowhere else.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from slimkit.artifact import content_hash, write_text
 from slimkit.measure.profiling import profile
 from slimkit.plan import save
 from slimkit.recipe.chains import Chain
+from slimkit.recipe.keys import file_hash
 from slimkit.runtime import export, open_session
+from slimkit.runtime.onnx_files import file_bytes, model_files
 from slimkit.runtime.structure import named_feeds
 from slimkit.tasks.interface import answers_to
 from slimkit.tasks.running import Run, session_run
@@ -70,7 +71,7 @@ def prove(bench: Workbench, chain: Chain, folder: Path) -> Proof:
         "macs": costs.macs,
         "bops": costs.bops,
         "weight_bytes": costs.bytes,
-        "bytes": path.stat().st_size,
+        "bytes": file_bytes(path),
     }
     key = _proof_key(bench, chain, path)
     known = bench.cache.note("proofs", key)
@@ -188,7 +189,8 @@ def _exported(bench: Workbench, chain: Chain, model: nn.Module, path: Path) -> P
         "slimkit.recipe": bench.recipe.name,
         "slimkit.stages": " ".join(chain),
     }
-    name = f"{bench.keys.export(chain, metadata)}.onnx"
+    # data beside a file is found by its name: each network has a folder of its own
+    name = f"{bench.keys.export(chain, metadata)}/model.onnx"
     if not bench.cache.fetch_file("exports", name, path):
         example = task.prepare(bench.example_inputs)
         options = task.export_options(splits)
@@ -205,7 +207,7 @@ def _proof_key(bench: Workbench, chain: Chain, path: Path) -> str:
     return content_hash(
         {
             "version": PROOF_VERSION,
-            "file": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "files": [file_hash(str(file)) for file in model_files(path)],
             "network": bench.keys.export(chain, {}),
             "task": [bench.task.model_dump(mode="json"), bench.task.version],
             "data": bench.splits.fingerprint,

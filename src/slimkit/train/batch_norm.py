@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.errors import InputError
 from slimkit.inputs import as_batch
+from slimkit.modules import evaluation
 
 __all__ = ["frozen_batch_norm", "reestimate_batch_norm", "tracking_norms"]
 
@@ -48,27 +49,24 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     if not norms:
         return 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    flags = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     before = [{name: b.clone() for name, b in norm.named_buffers(recurse=False)} for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's spelling of a cumulative average
     count = 0
     try:
-        for batch in batches:
-            as_batch(batch, where="batches").inputs.to(device).call(model)
-            count += 1
+        with evaluation(model):
+            for norm in norms:
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None  # torch's spelling of a cumulative average
+            for batch in batches:
+                as_batch(batch, where="batches").inputs.to(device).call(model)
+                count += 1
     finally:
         for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
             norm.momentum = momentum
             if not count:
                 for name, buffer in norm.named_buffers(recurse=False):
                     buffer.copy_(buffers[name])
-        for module, flag in flags.items():
-            module.training = flag
     if not count:
         raise InputError("there are no batches to measure batch norm on", where="batches")
     return count
