@@ -17,6 +17,7 @@ from slimkit.models import MODELS
 from slimkit.prune import CRITERIA
 from slimkit.quantize import TARGETS
 from slimkit.recipe import STAGES, parse_recipe, run_recipe
+from slimkit.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -34,7 +35,7 @@ def my_methods() -> Iterator[ModuleType]:
     module = ModuleType("my_methods")
     module.__file__ = str(PAGE)
     with ExitStack() as stack:
-        for registry in (CRITERIA, DISTILL_LOSSES, STAGES, MODELS, TARGETS):
+        for registry in (CRITERIA, DISTILL_LOSSES, STAGES, MODELS, TARGETS, TASKS):
             stack.enter_context(registry.scratch())
         stack.callback(sys.modules.pop, "my_methods")
         sys.modules["my_methods"] = module
@@ -46,10 +47,10 @@ def my_methods() -> Iterator[ModuleType]:
 
 def test_the_page_has_one_of_each() -> None:
     code = "".join(source for _, source in blocks("python"))
-    for registry in ("CRITERIA", "DISTILL_LOSSES", "STAGES", "MODELS"):
+    for registry in ("CRITERIA", "DISTILL_LOSSES", "STAGES", "MODELS", "TASKS"):
         assert f"@{registry}.register(" in code
     assert "TARGETS.register(" in code
-    assert len(blocks("yaml")) == 1
+    assert len(blocks("yaml")) == 2
 
 
 def test_the_python_blocks_run(my_methods: ModuleType) -> None:
@@ -59,7 +60,7 @@ def test_the_python_blocks_run(my_methods: ModuleType) -> None:
 
 
 def test_the_recipe_runs(my_methods: ModuleType, tmp_path: Path) -> None:
-    ((_, text),) = blocks("yaml")
+    (_, text) = blocks("yaml")[-1]
     recipe = parse_recipe(yaml.safe_load(text))
     report = run_recipe(recipe, tmp_path / "run", smoke=True, progress=False)
     names = [variant["name"] for variant in report["variants"]]
@@ -70,3 +71,11 @@ def test_the_recipe_runs(my_methods: ModuleType, tmp_path: Path) -> None:
         "recover",
         "clip",
     ]
+
+
+def test_the_recipe_of_the_task_runs(my_methods: ModuleType, tmp_path: Path) -> None:
+    (_, text) = blocks("yaml")[0]
+    report = run_recipe(parse_recipe(yaml.safe_load(text)), tmp_path, smoke=True, progress=False)
+    assert all(variant["metrics"]["rmse"] > 0 for variant in report["variants"])
+    assert report["task"]["metrics"][0]["label"] == "RMSE"
+    assert "RMSE" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -51,3 +51,14 @@ def test_a_text_classifier_goes_from_training_to_a_report(tmp_path: Path) -> Non
     values["require"] = {"metric_drop": 0.5, "min_metric": 0.4, "params_ratio": 0.01}
     with pytest.raises(GateError, match=r"params_ratio is .* required is at most 0\.01"):
         run_recipe(parse_recipe(values), tmp_path, cache=tmp_path / "cache", progress=False)
+
+
+def test_a_detector_goes_from_training_to_a_report(tmp_path: Path) -> None:
+    values = recipe("ToyDetection", "toy_detector")
+    values["stages"]["train"] |= {"epochs": 12}
+    values["stages"]["recover"] |= {"teacher": "unpruned"}
+    values["stages"]["recover"]["distill"] = [{"type": "mimic", "student": "backbone.5"}]
+    values["require"] = {"metric_drop": 100, "min_metric": 0}
+    report = run_recipe(parse_recipe(values), tmp_path, cache=tmp_path / "cache", progress=False)
+    first, last = report["variants"]
+    assert first["metrics"]["map"] > 50
