@@ -358,3 +358,25 @@ def test_a_tensor_that_was_changed_in_place_keeps_its_calls() -> None:
     q = ptq(net, x, calibration=[x])
     assert decibels(net(x).detach(), q(x).detach()) > 30
     assert torch.isfinite(q.train()(x)).all()
+
+
+class Stacking(nn.Module):
+    """A detector's way: images of any number and size, prepared one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        prepared = [F.pad(x / 2, (0, 8 - x.shape[2], 0, 8 - x.shape[1])) for x in images]
+        return self.conv(torch.stack(prepared)).relu()
+
+
+def test_a_list_may_hold_more_examples_than_at_capture() -> None:
+    torch.manual_seed(0)
+    images = [torch.rand(3, size, size) for size in (6, 8, 7, 5)]
+    quantized = sk.quantize.ptq(Stacking(), (images[:1],), calibration=[sk.Inputs((images,))])
+    together = quantized(images)
+    alone = torch.cat([quantized([image]) for image in images])
+    torch.testing.assert_close(together, alone)
+    assert not torch.equal(together, quantized.model(images))

@@ -8,7 +8,8 @@ are matched with that table (:mod:`slimkit.graph.alignment`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class AddressMode(TorchFunctionMode):
         self._alignment = None if self._table is None else Alignment(self._table, self._planned)
         self._parameters: dict[int, tuple[Tensor, str]] | None = None
         self._looked_again = False
+        self._examples = False  # the model takes a list, whose members are examples
         self._outermost: nn.Module | None = None
         self.failed: str | None = None
 
@@ -160,10 +162,13 @@ class AddressMode(TorchFunctionMode):
             result = self._handled(f"{frame.path}:{function}#?", func, args, kwargs)
             if not isinstance(result, Tensor | tuple | list):
                 return result  # a size or the like
-            self._alignment.unknown(frame, function, operands)
-            name = first_live(operands)
-            if name is not None:
-                frame.tainted.add(name)
+            repeat = self._alignment.name_of_repeat
+            name = repeat(frame, function, operands) if self._examples else None
+            if name is None:
+                self._alignment.unknown(frame, function, operands)
+                name = first_live(operands)
+                if name is not None:
+                    frame.tainted.add(name)
         self._name_result(frame, result, operands, name)
         return result
 
@@ -218,7 +223,8 @@ class AddressMode(TorchFunctionMode):
             elif value.__class__ is float:
                 names.append(f"={value!r}")
             elif value.__class__ is tuple or value.__class__ is list:
-                names += [self._name(tensor) for tensor in tensors_in_arguments(value)]
+                listed = [self._name(tensor) for tensor in tensors_in_arguments(value)]
+                names += [n for n, _ in itertools.groupby(listed)] if self._examples else listed
         if kwargs:
             names += [self._name(tensor) for tensor in tensors_in_arguments(kwargs.values())]
         return tuple(names[:1]) if function in LIKE else tuple(names)
@@ -249,18 +255,24 @@ class AddressMode(TorchFunctionMode):
         if path is None:
             return
         frame = self._frame
-        if not path and len(self._frames) == 1:
+        root = not path and len(self._frames) == 1
+        caller: Callable[[Tensor], str | None] = (lambda _: "example") if root else frame.made
+        named = [(tensor, name) for name, tensor in _named_inputs(args, caller)]
+        self._examples |= root and any(isinstance(argument, list) for argument in args)
+        if root:
             frame.module = module
         else:
             operands = tuple([self._name(tensor) for tensor in tensors_in_arguments(args)])
+            if self._examples:
+                operands = tuple([name for name, _ in itertools.groupby(operands)])
             if label is None:
                 runs = self._recording if self._alignment is None else self._alignment
                 label = runs.label(frame.label, path, operands)
             frame = Frame(path, label, module, operands)
             self._frames.append(frame)
             self._frame = frame
-        for position, tensor in enumerate(tensors_in_arguments(args)):
-            frame.give_name(tensor, f"in{position}")
+        for tensor, name in named:
+            frame.give_name(tensor, name)
         self.on_module(frame, args)
 
     def _path_again(self, module: nn.Module) -> str | None:
@@ -372,3 +384,25 @@ class _Forwarding(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return self._mode.__torch_function__(func, types, args, kwargs)
+
+
+def _named_inputs(
+    args: Iterable[Any], caller: Callable[[Tensor], str | None]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a module is called with, and their names: in0, in1 and so on.
+
+    Neighbours in a list that are called the same are examples (a detector's images), of which
+    there may be any number: they share a name here, too.
+
+    Args:
+        args: of the call.
+        caller: what a tensor is called where the module is called.
+    """
+    position = -1
+    for argument in args:
+        before: str | None = None
+        for tensor in tensors_in_arguments((argument,)):
+            name = caller(tensor) if isinstance(argument, list) else None
+            position += name is None or name != before
+            before = name
+            yield f"in{position}", tensor

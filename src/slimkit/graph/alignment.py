@@ -77,6 +77,15 @@ class Alignment:
             or self._by_latest(frame, function, operands)
         )
 
+    def name_of_repeat(self, frame: Frame, function: str, operands: Operands) -> str | None:
+        """What an unplanned call gives that ran before on equal operands; None for no such call.
+
+        A detector pads image after image: whatever number of them there was at capture, each
+        is called what the first is.
+        """
+        entries = self._index.by_key.get((frame.label, function, operands))
+        return entries[-1][1] if entries else None
+
     def unknown(self, frame: Frame, function: str, operands: Operands) -> None:
         """Note a call that the capture has not seen."""
         self._unknown[frame.label, function] = operands

@@ -61,6 +61,10 @@ class QuantizedModel(nn.Module):
             self.observer_steps_left = self.observer_steps_left.to(parameter.device)
         self.train(model.training)
 
+    partial = False
+    """Whether a part of the network is exported (:class:`slimkit.tasks.deployment.Part`), in which
+    what is planned need not all run."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's result on rounded weights and activations.
 
@@ -80,7 +84,7 @@ class QuantizedModel(nn.Module):
         mode = self._attached(exact=exact)
         with mode:
             result = self.model(*args, **kwargs)
-        if torch.compiler.is_exporting():  # a file needs all of them
+        if torch.compiler.is_exporting() and not self.partial:  # a file needs all of them
             mode.check_complete()
         return result
 

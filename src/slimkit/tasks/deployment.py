@@ -33,12 +33,17 @@ class Part(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What ``function`` returns."""
-        network = self.model.model if isinstance(self.model, QuantizedModel) else self.model
+        quantized = self.model if isinstance(self.model, QuantizedModel) else None
+        network: Any = self.model if quantized is None else quantized.model
         own = vars(network).get("forward")
         network.forward = functools.partial(self.function, network)
+        if quantized is not None:
+            quantized.partial = True
         try:
             return self.model(*args, **kwargs)
         finally:
+            if quantized is not None:
+                quantized.partial = False
             if own is None:
                 del network.forward
             else:
