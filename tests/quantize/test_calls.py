@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import slimkit as sk
 from slimkit.errors import AddressError, SlimkitError
-from slimkit.graph import recomputation
 from slimkit.plan import Plan
 from slimkit.quantize import QuantizedModel, ptq, qat
 
@@ -218,10 +217,6 @@ def test_a_checkpointed_closure_is_refused(reentrant: bool, monkeypatch) -> None
     monkeypatch.setattr(Closure, "checkpointing", True)
     with pytest.raises(AddressError, match="checkpoint a module"):
         q(x)
-
-
-def test_the_checkpoint_functions_of_torch_are_found() -> None:
-    assert len(recomputation._CHECKPOINTS) == 2
 
 
 def test_a_forward_that_cannot_be_aligned_names_the_call() -> None:

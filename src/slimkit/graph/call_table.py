@@ -23,7 +23,7 @@ outside of it does not enter:
                  outside of the module. One name on purpose: cached or computed is the same
 ===============  ==================================================================================
 
-The first two rows of *values* (``in0``, results) are *live* operands, the others are *fixed*.
+Arguments and results are *live* operands, made by this forward; the others are *fixed*.
 """
 
 from __future__ import annotations
