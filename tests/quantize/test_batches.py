@@ -80,10 +80,23 @@ def test_a_list_of_images_counts_by_its_length(form: str, monkeypatch: pytest.Mo
         "bare": pictures(4),
         "tuples": (tuple(pictures(4)), tuple(targets)),
     }[form]
-    example = (pictures(4),)
+    example = (pictures(1),)
     divided = ptq(Detector(), example, calibration=[batch, batch])
     whole = ptq(Detector(), example, calibration=[batch, batch], observer=Whole())
     assert bounds(divided) == bounds(whole)
+    assert divided.model.counts[:5] == [4, 1, 1, 1, 1]  # type: ignore[index]
+
+
+def test_lists_may_be_longer_than_at_capture() -> None:
+    model, batch = Detector().eval(), pictures(3, seed=1)
+    q = ptq(model, (pictures(1),), calibration=[(pictures(4),)])
+    with torch.no_grad():
+        assert torch.allclose(q(batch), model(batch), atol=0.1)
+        assert not torch.equal(q(batch), model(batch))
+        apart = torch.cat([q([image]) for image in batch])
+        assert torch.allclose(q(batch), apart, atol=1e-6)
+    q.train()(batch).sum().backward()
+    assert all(p.grad is not None for p in q.model.parameters())
 
 
 def test_the_output_check_takes_whole_images_of_a_list() -> None:
@@ -95,12 +108,13 @@ def test_the_output_check_takes_whole_images_of_a_list() -> None:
 def test_methods_take_lists_of_images() -> None:
     quantized = ptq(
         Detector(),
-        (pictures(4),),
-        calibration=[(pictures(4, seed=seed), None) for seed in range(4)],
+        (pictures(1),),
+        calibration=[(pictures(12, seed=seed), None) for seed in range(2)],
         weight_bits=4,
         methods=["gptq", "bias_correction", "bias_tuning"],
     )
     assert all(spec.scale == "fixed" for spec in quantized.plan.quantizers if spec.parameter)
+    assert {6, 8, 12} == set(quantized.model.counts)  # type: ignore[arg-type]
 
 
 def test_images_of_a_list_may_differ_in_size_but_not_in_channels() -> None:
