@@ -13,9 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 from slimkit.errors import ModelError
 
-__all__ = ["copy_module", "evaluation", "restored_flags", "set_evaluation"]
+__all__ = ["Evaluate", "copy_module", "evaluation", "restored_flags", "set_evaluation"]
 
 Module = TypeVar("Module", bound=nn.Module)
+
+Evaluate = Callable[[nn.Module], float]
+"""A network in evaluation mode → how good it is on validation data; higher is better."""
 
 
 def set_evaluation(model: Module) -> Module:

@@ -12,7 +12,7 @@ from slimkit.cli.options import Checkpoint, ModelArguments, ModelName, TaskName
 from slimkit.limits import KINDS, Limit
 
 if TYPE_CHECKING:
-    from slimkit.quantize.evaluating import Evaluate
+    from slimkit.modules import Evaluate
     from slimkit.tasks import Splits, Task
 
 __all__ = ["quantize_command"]

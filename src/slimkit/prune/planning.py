@@ -22,11 +22,12 @@ from slimkit.graph.groups import ATTENTION, AttentionPart, Group
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.graph.unseen import Unseen, protected_values, unseen_parts, without_unused
 from slimkit.inputs import ExampleInputs, as_inputs
+from slimkit.modules import Evaluate
 from slimkit.prune.allocation.ranking import ALLOCATIONS, Allocation, GivenRatios
 from slimkit.prune.criteria.scores import CRITERIA, Criterion, prepared, scored
 from slimkit.prune.edits import PrunePlan
 from slimkit.prune.fitting import allowed_counts
-from slimkit.prune.prune_space import Evaluate, PruneSpace, checked_evaluation, units_of
+from slimkit.prune.prune_space import PruneSpace, checked_evaluation, units_of
 from slimkit.prune.targets import checked_target, is_number
 
 __all__ = ["plan", "space"]

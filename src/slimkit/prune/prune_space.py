@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import PlanError, SlimkitError
-from slimkit.modules import copy_module
+from slimkit.modules import Evaluate, copy_module
 from slimkit.prune.costing import Cost, CostModel
 from slimkit.prune.fitting import fit_counts, rounded
 from slimkit.prune.writing import write_plan
@@ -28,16 +28,13 @@ if TYPE_CHECKING:
     from slimkit.prune.edits import PrunePlan
     from slimkit.prune.targets import RemovalTarget
 
-__all__ = ["Counts", "Evaluate", "Proposal", "PruneSpace", "Unit", "checked_evaluation"]
+__all__ = ["Counts", "Proposal", "PruneSpace", "Unit", "checked_evaluation"]
 
 Counts = Mapping[str, float]
 """Group name → channels kept; in a proposal they may be fractional."""
 
 Proposal = Callable[[float], Counts]
 """Fraction to remove, 0 … 1 → wanted counts, which do not grow with the fraction."""
-
-Evaluate = Callable[[nn.Module], float]
-"""A network → how good it is; higher is better (for a loss give its negative)."""
 
 
 _CLOSE = 1e-9

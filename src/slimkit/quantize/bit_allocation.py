@@ -15,7 +15,8 @@ from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs
 from slimkit.measure.profiling import profile
 from slimkit.measure.tables import human_bytes, percent, rendered
-from slimkit.quantize.evaluating import Evaluate, refuse_test_data
+from slimkit.modules import Evaluate
+from slimkit.quantize.evaluating import refuse_test_data
 from slimkit.quantize.layer_choice.choice_knapsack import choose_within
 from slimkit.quantize.layer_choice.layer_sensitivity import (
     measure_sensitivity,

@@ -6,21 +6,19 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from slimkit.errors import DataError, InputError, SlimkitError
+from slimkit.modules import Evaluate
 
 if TYPE_CHECKING:
     from slimkit.quantize.wrapper import QuantizedModel
 
-__all__ = ["Evaluate", "EvaluationError", "evaluated", "refuse_test_data"]
-
-Evaluate = Callable[[nn.Module], float]
-"""A network in evaluation mode → how good it is on validation data; higher is better."""
+__all__ = ["EvaluationError", "evaluated", "refuse_test_data"]
 
 
 class EvaluationError(SlimkitError, RuntimeError):

@@ -11,9 +11,10 @@ from torch import nn
 from slimkit.artifact import PathLike
 from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.modules import Evaluate
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.calibration import attach, calibrate
-from slimkit.quantize.evaluating import Evaluate, refuse_test_data
+from slimkit.quantize.evaluating import refuse_test_data
 from slimkit.quantize.layer_choice.layer_sensitivity import (
     measure_sensitivity,
     metric_scorer,

@@ -17,10 +17,10 @@ from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.limits import MOST_DB, Limit
 from slimkit.measure.tables import rendered
-from slimkit.modules import evaluation
+from slimkit.modules import Evaluate, evaluation
 from slimkit.quantize.batches import Batches
 from slimkit.quantize.calibration import WeightBits, ptq
-from slimkit.quantize.evaluating import Evaluate, evaluated, refuse_test_data
+from slimkit.quantize.evaluating import evaluated, refuse_test_data
 from slimkit.quantize.methods.interface import METHODS
 from slimkit.quantize.observers.ranges import OBSERVERS
 from slimkit.quantize.outputs.distance import OutputDistance, decibels
@@ -31,7 +31,7 @@ from slimkit.search.samplers import Sampler
 
 __all__ = ["SettingsSearch", "arguments_of", "search_settings", "settings_space"]
 
-Objective = Literal["sqnr", "kl"]
+OutputMeasure = Literal["sqnr", "kl"]
 _SEARCHABLE = ("observer", "granularity", "batches", "weight_bits", "methods")
 
 
@@ -83,7 +83,7 @@ def search_settings(  # noqa: PLR0913 - the verb: every choice is a keyword with
     *,
     calibration: Iterable[Any],
     evaluate: Evaluate | None = None,
-    objective: Objective = "sqnr",
+    objective: OutputMeasure = "sqnr",
     space: Mapping[str, Parameter] | None = None,
     trials: int = 20,
     sampler: str | Sampler = "tpe",
@@ -133,11 +133,11 @@ def search_settings(  # noqa: PLR0913 - the verb: every choice is a keyword with
         SearchError: too many evaluations failed; its ``result`` holds the trials so far.
         ArtifactError: ``storage`` cannot be read or written.
     """
-    if objective not in get_args(Objective):
+    if objective not in get_args(OutputMeasure):
         raise InputError(
             f"unknown objective {objective!r}",
             where="objective",
-            hint=nearest(str(objective), get_args(Objective)),
+            hint=nearest(str(objective), get_args(OutputMeasure)),
         )
     if evaluate is not None:
         refuse_test_data(evaluate)

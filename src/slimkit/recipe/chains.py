@@ -10,7 +10,7 @@ from slimkit.recipe.schema.links import full_link, stage_of
 from slimkit.recipe.schema.recipe import Recipe
 from slimkit.recipe.stages.interface import UNPRUNED, Stage
 
-__all__ = ["Chain", "Step", "check_teachers", "of_stage", "resolve_steps", "teacher_chain"]
+__all__ = ["Chain", "ChainStep", "check_teachers", "of_stage", "resolve_steps", "teacher_chain"]
 
 Chain = tuple[str, ...]
 """Stage names from the recipe's model on; a stage's place in it is what a result depends on.
@@ -20,7 +20,7 @@ Of a stage that leaves several networks a chain names one: ``search.small``.
 
 
 @dataclass(frozen=True)
-class Step:
+class ChainStep:
     """One stage at its place in a chain.
 
     Attributes:
@@ -55,14 +55,14 @@ def of_stage(chain: Chain) -> Chain:
     return (*chain[:-1], stage_of(chain[-1])) if chain else chain
 
 
-def resolve_steps(recipe: Recipe, chains: Iterable[Chain] | None = None) -> dict[Chain, Step]:
+def resolve_steps(recipe: Recipe, chains: Iterable[Chain] | None = None) -> dict[Chain, ChainStep]:
     """All steps that chains need, each once, in an order in which they can run.
 
     Args:
         recipe: of the chains.
         chains: those of the variants by default.
     """
-    steps: dict[Chain, Step] = {}
+    steps: dict[Chain, ChainStep] = {}
 
     def visit(chain: Chain) -> None:
         if not chain or chain in steps:
@@ -75,7 +75,7 @@ def resolve_steps(recipe: Recipe, chains: Iterable[Chain] | None = None) -> dict
             if name not in recipe.teachers:
                 teachers[name] = found = teacher_chain(recipe, name, chain, place)
                 visit(found)
-        steps[chain] = Step(chain, settings, teachers)
+        steps[chain] = ChainStep(chain, settings, teachers)
 
     for wanted in recipe.variants.values() if chains is None else chains:
         visit(wanted)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from slimkit.errors import SlimkitError
 from slimkit.recipe.schema.fields import REFERENCE, OneOf, TypedBy
-from slimkit.recipe.schema.methods import Method
+from slimkit.recipe.schema.methods import MethodField
 from slimkit.recipe.stages.interface import Stage
 from slimkit.train.settings import TrainSettings
 
@@ -90,17 +90,21 @@ class Effective:
     def _string(self, value: str, marks: tuple[Mark, ...]) -> Any:
         for mark in marks:
             try:
-                named = mark.method(value) if isinstance(mark, Method) else mark.registry.get(value)
+                named = (
+                    mark.method(value)
+                    if isinstance(mark, MethodField)
+                    else mark.registry.get(value)
+                )
             except SlimkitError:
                 continue
             self.mentions += [named] if ":" not in value else [value, named]
-            if isinstance(mark, Method):
+            if isinstance(mark, MethodField):
                 return self._method(mark, value)
         if _reference.match(value):
             self.mentions.append(value)
         return value
 
-    def _method(self, mark: Method, name: str) -> Any:
+    def _method(self, mark: MethodField, name: str) -> Any:
         """A name alone is the method with its defaults."""
         settings = mark.settings_class(name)
         try:

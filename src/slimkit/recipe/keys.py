@@ -19,7 +19,7 @@ from typing import Any
 from slimkit.artifact import content_hash
 from slimkit.errors import ArtifactError
 from slimkit.models import MODELS
-from slimkit.recipe.chains import Chain, Step, of_stage
+from slimkit.recipe.chains import Chain, ChainStep, of_stage
 from slimkit.recipe.effective import Effective, essence
 from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.recipe import ModelSettings, Recipe
@@ -42,7 +42,12 @@ class Keys:
     """
 
     def __init__(
-        self, recipe: Recipe, steps: Mapping[Chain, Step], fingerprint: str, *, smoke: bool = False
+        self,
+        recipe: Recipe,
+        steps: Mapping[Chain, ChainStep],
+        fingerprint: str,
+        *,
+        smoke: bool = False,
     ) -> None:
         self.recipe = recipe
         self.steps = steps
@@ -90,7 +95,7 @@ class Keys:
             }
         )
 
-    def work(self, step: Step) -> str:
+    def work(self, step: ChainStep) -> str:
         """A key of how much work a stage is, whatever the seed: for estimates of time."""
         return content_hash(
             {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slimkit.measure.profiling import profile
-from slimkit.recipe.chains import Chain, Step, of_stage
+from slimkit.recipe.chains import Chain, ChainStep, of_stage
 from slimkit.recipe.workbench import Workbench
 from slimkit.tasks.splits import some_examples
 
@@ -130,7 +130,7 @@ def preview_recipe(bench: Workbench) -> Preview:
 
 
 def _estimate(
-    bench: Workbench, step: Step, model: nn.Module, clock: Callable[[], _StepClock]
+    bench: Workbench, step: ChainStep, model: nn.Module, clock: Callable[[], _StepClock]
 ) -> float | None:
     """Seconds for a stage: as long as it took before, or its steps times a measured step."""
     earlier = bench.cache.note("timings", bench.keys.work(step))

@@ -23,10 +23,10 @@ from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.recipe import Recipe
 from slimkit.recipe.stages.interface import ignore_event
 from slimkit.recipe.workbench import Workbench
+from slimkit.report.reading import SCHEMA_VERSION
 
-__all__ = ["SCHEMA_VERSION", "preview_run", "run_recipe"]
+__all__ = ["preview_run", "run_recipe"]
 
-SCHEMA_VERSION = 1
 Listener = Callable[[Mapping[str, Any]], None]
 
 

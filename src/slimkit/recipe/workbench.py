@@ -17,7 +17,7 @@ from slimkit.models import build_model, load_checkpoint
 from slimkit.models.building import takes_argument
 from slimkit.plan import load
 from slimkit.recipe.cache import Cache
-from slimkit.recipe.chains import Chain, Step, of_stage, resolve_steps
+from slimkit.recipe.chains import Chain, ChainStep, of_stage, resolve_steps
 from slimkit.recipe.keys import Keys
 from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.places import at
@@ -172,7 +172,7 @@ class Workbench:
         return self.cache.find(self.keys.stage(chain)) is not None
 
     def context(
-        self, step: Step, teachers: Mapping[str, nn.Module], work: Path | None
+        self, step: ChainStep, teachers: Mapping[str, nn.Module], work: Path | None
     ) -> StageContext:
         """What the stage of ``step`` gets to see."""
         name = step.name
@@ -191,7 +191,7 @@ class Workbench:
             emit=lambda event: self.emit({"stage": name, **event}),
         )
 
-    def preview_teachers(self, step: Step) -> dict[str, nn.Module]:
+    def preview_teachers(self, step: ChainStep) -> dict[str, nn.Module]:
         """The teachers of a step without their weights."""
         return {
             name: self.preview(chain)
@@ -233,7 +233,7 @@ class Workbench:
         self.emit({"event": "cached", "stage": told[-1], "chain": list(told), "key": key})
         return StageRecord(key, found["seconds"], True, found["extra"])
 
-    def _run(self, step: Step) -> StageRecord:
+    def _run(self, step: ChainStep) -> StageRecord:
         key = self.keys.stage(step.chain)
         teachers = self._teachers(step)
         if step.parent:
@@ -264,7 +264,7 @@ class Workbench:
         self.emit({"event": "end", "stage": step.name, "seconds": seconds, "key": key})
         return StageRecord(key, seconds, False, extra)
 
-    def _work(self, step: Step, teachers: Mapping[str, nn.Module], key: str) -> StageResult:
+    def _work(self, step: ChainStep, teachers: Mapping[str, nn.Module], key: str) -> StageResult:
         """Run a stage; once more from its start, if it cannot go on where an earlier run was."""
         interrupted = self.cache.has_work(key)
         try:
@@ -277,7 +277,7 @@ class Workbench:
         self.emit({"event": "restart", "stage": step.name, "key": key})
         return self._attempt(step, self._teachers(step), key)
 
-    def _attempt(self, step: Step, teachers: Mapping[str, nn.Module], key: str) -> StageResult:
+    def _attempt(self, step: ChainStep, teachers: Mapping[str, nn.Module], key: str) -> StageResult:
         where = f"stages.{step.name}"
         model = self.result(step.parent)
         context = self.context(step, teachers, self.cache.work(key))
@@ -292,7 +292,7 @@ class Workbench:
         _check_parts(step, result.models, where)
         return result
 
-    def _teachers(self, step: Step) -> dict[str, nn.Module]:
+    def _teachers(self, step: ChainStep) -> dict[str, nn.Module]:
         return {
             name: self.result(chain).eval()
             if chain is not None
@@ -320,7 +320,7 @@ class Workbench:
         return found[str(part_of(chain[-1]))]
 
 
-def _check_parts(step: Step, models: Mapping[str, object], where: str) -> None:
+def _check_parts(step: ChainStep, models: Mapping[str, object], where: str) -> None:
     """Make sure that a stage leaves the networks that it announced."""
     announced = step.settings.parts()
     if set(models) != set(announced):

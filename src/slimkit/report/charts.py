@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Point", "curves", "histograms", "scatter", "training_curves"]
+__all__ = ["ChartPoint", "curves", "histograms", "scatter", "training_curves"]
 
 INK, MUTED, RULE, ACCENT, PAPER = "#101112", "#707172", "#d0d1d2", "#3061c2", "#fefdfc"
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", PAPER: "paper"}
@@ -54,7 +54,7 @@ STYLE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class Point:
+class ChartPoint:
     """One variant in a scatter picture.
 
     Attributes:
@@ -146,7 +146,7 @@ def _score_limits(
 
 
 def scatter(
-    points: Sequence[Point],
+    points: Sequence[ChartPoint],
     *,
     name: str,
     horizontal: str,

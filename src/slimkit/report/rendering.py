@@ -8,7 +8,7 @@ from typing import Any
 
 from slimkit.artifact import PathLike, read_json, write_text
 from slimkit.report import words
-from slimkit.report.charts import Point, histograms, scatter, training_curves
+from slimkit.report.charts import ChartPoint, histograms, scatter, training_curves
 from slimkit.report.drawings import drawn
 from slimkit.report.reading import Report, StageRun, Variant, parse_report
 
@@ -203,9 +203,9 @@ def _pictures(report: Report) -> list[dict[str, str]]:
     vertical = report.head.title
     interval = (report.head.low, report.head.high)
 
-    def points(costs: list[float | None]) -> list[Point]:
+    def points(costs: list[float | None]) -> list[ChartPoint]:
         return [
-            Point(variant.name, cost, score)
+            ChartPoint(variant.name, cost, score)
             for variant, cost in zip(report.variants, costs, strict=True)
             if cost is not None and (score := report.score(variant)) is not None
         ]

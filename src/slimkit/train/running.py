@@ -32,9 +32,9 @@ from slimkit.train.resizing import resized
 from slimkit.train.settings import TrainSettings
 from slimkit.train.stepping import Objective, StepTools, Term
 
-__all__ = ["Evaluate", "Run"]
+__all__ = ["EvaluateMetrics", "TrainingRun"]
 
-Evaluate = Callable[[nn.Module], Mapping[str, float]]
+EvaluateMetrics = Callable[[nn.Module], Mapping[str, float]]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class _Sums:
         return {name: float(total) / count for name, (total, count) in self.scalars.items()}
 
 
-class Run:
+class TrainingRun:
     """The state of one call of :func:`slimkit.train.fit`.
 
     Args:
@@ -123,7 +123,9 @@ class Run:
         self.history.precision = self.device.agreed(precision)
         self.tools.bf16 = self.history.precision == "bf16"
 
-    def epoch(self, evaluate: Evaluate | None, show: TrainingDisplay, scalars: Scalars) -> None:
+    def epoch(
+        self, evaluate: EvaluateMetrics | None, show: TrainingDisplay, scalars: Scalars
+    ) -> None:
         """Train one epoch, or what is left of the run, then evaluate and save.
 
         Raises:
@@ -164,7 +166,7 @@ class Run:
         if self.checkpoint is not None and self.device.is_main:
             save_run(self.checkpoint, self._state({"step": self.step, **self.history.to_json()}))
 
-    def _metrics(self, epoch: int, evaluate: Evaluate | None) -> dict[str, float]:
+    def _metrics(self, epoch: int, evaluate: EvaluateMetrics | None) -> dict[str, float]:
         """Of the averaged weights, if it is the time for it."""
         if self.average is not None:
             self.average.keep_zeros()
@@ -259,7 +261,7 @@ class Run:
         batches: Iterable[Any] = self.loader if with_ids is None else with_ids()
         return batches
 
-    def finish(self, evaluate: Evaluate | None) -> History:
+    def finish(self, evaluate: EvaluateMetrics | None) -> History:
         """Average the weights, measure batch norm anew, evaluate what came out."""
         if self.average is not None:
             self.average.copy_to_model()

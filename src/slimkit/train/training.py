@@ -21,7 +21,7 @@ from slimkit.train.callbacks import Callback
 from slimkit.train.devices import Device
 from slimkit.train.history import History
 from slimkit.train.progress import Scalars, TrainingDisplay
-from slimkit.train.running import Evaluate, Run
+from slimkit.train.running import EvaluateMetrics, TrainingRun
 from slimkit.train.settings import TrainSettings
 from slimkit.train.stepping import BatchLoss, LossFunction, Objective, Step, Term
 from slimkit.train.strided import at_stride_one
@@ -37,7 +37,7 @@ def fit(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     batch_loss: BatchLoss | None = None,
     step: Step | None = None,
     settings: TrainSettings,
-    evaluate: Evaluate | None = None,
+    evaluate: EvaluateMetrics | None = None,
     losses: Sequence[Term] = (),
     callbacks: Sequence[Callback] = (),
     checkpoint: PathLike | None = None,
@@ -103,7 +103,9 @@ def fit(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         ):
             if hasattr(loader, "set_seed"):
                 loader.set_seed(seed)
-            run = Run(model, loader, objective, settings, callbacks, seed, max_steps, device)
+            run = TrainingRun(
+                model, loader, objective, settings, callbacks, seed, max_steps, device
+            )
             run.restore_or_start(None if checkpoint is None else Path(checkpoint))
             show = TrainingDisplay(
                 run.total, run.step, label=label, enabled=progress and device.is_main

@@ -8,11 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from slimkit.distill.recording.records import Records
 from slimkit.inputs import Inputs
 
 __all__ = ["AnswerCache"]
-
-Answer = dict[str, Tensor]
 
 
 class AnswerCache:
@@ -33,10 +32,10 @@ class AnswerCache:
     def __init__(self, megabytes: float) -> None:
         self.room = int(megabytes * 2**20)
         self.hits, self.misses = 0, 0
-        self._answers: dict[bytes, Answer] = {}
+        self._answers: dict[bytes, Records] = {}
         self._divisible = True
 
-    def __call__(self, inputs: Inputs, ask: Callable[[Inputs], Answer]) -> Answer:
+    def __call__(self, inputs: Inputs, ask: Callable[[Inputs], Records]) -> Records:
         """The answer to ``inputs``, (N, …) each; ``ask`` gets what is not known."""
         tensors = inputs.tensors()
         count = len(tensors[0]) if tensors[0].dim() else 0
@@ -45,7 +44,7 @@ class AnswerCache:
             return ask(inputs)
         keys = _fingerprints(tensors, count)
         missing = [index for index, key in enumerate(keys) if key not in self._answers]
-        fresh: dict[bytes, Answer] = {}
+        fresh: dict[bytes, Records] = {}
         if missing:
             rows = torch.tensor(missing, device=tensors[0].device)
             whole = len(missing) == count
@@ -64,7 +63,7 @@ class AnswerCache:
             name: torch.stack([answer[name].to(device) for answer in known]) for name in known[0]
         }
 
-    def _keep(self, answers: dict[bytes, Answer]) -> None:
+    def _keep(self, answers: dict[bytes, Records]) -> None:
         for key, answer in answers.items():
             size = sum(record.numel() * record.element_size() for record in answer.values())
             if size > self.room:

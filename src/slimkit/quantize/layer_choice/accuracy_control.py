@@ -12,9 +12,9 @@ from torch import Tensor
 
 from slimkit.artifact import PathLike
 from slimkit.limits import MOST_DB, Fewest, Limit
-from slimkit.modules import copy_module
+from slimkit.modules import Evaluate, copy_module
 from slimkit.progress import ProgressDisplay
-from slimkit.quantize.evaluating import Evaluate, EvaluationError, evaluated
+from slimkit.quantize.evaluating import EvaluationError, evaluated
 from slimkit.quantize.layer_choice.layer_ranking import multiply_adds, noise_shares
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches, float_parameters
 from slimkit.quantize.layer_choice.noise_estimate import NoiseShares

@@ -14,8 +14,9 @@ from slimkit.artifact import PathLike, content_hash, tensors_hash
 from slimkit.errors import InputError
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.inputs import Inputs
+from slimkit.modules import Evaluate
 from slimkit.progress import LONG
-from slimkit.quantize.evaluating import Evaluate, evaluated
+from slimkit.quantize.evaluating import evaluated
 from slimkit.quantize.layer_choice.layer_switches import LayerSwitches
 from slimkit.quantize.layer_choice.sensitivity_table import PLANNED, LayerSensitivity
 from slimkit.quantize.outputs.distance import OutputDistance

@@ -10,12 +10,12 @@ from slimkit.tasks.interface import Metric
 
 __all__ = ["check_gates", "missed_text"]
 
-Variant = Mapping[str, Any]
+VariantFigures = Mapping[str, Any]
 AT_LEAST = {"min_accuracy", "sqnr_db", "top1_agreement", "integer_convs"}
 
 
 def check_gates(
-    require: RequireSettings, first: Variant, last: Variant, metric: Metric
+    require: RequireSettings, first: VariantFigures, last: VariantFigures, metric: Metric
 ) -> list[dict[str, Any]]:
     """Every gate of the recipe with its measured value.
 
@@ -58,7 +58,9 @@ def missed_text(gates: list[dict[str, Any]]) -> str:
     return "; ".join(told)
 
 
-def _of_metric(name: str, first: Variant, last: Variant, metric: Metric) -> float | None:
+def _of_metric(
+    name: str, first: VariantFigures, last: VariantFigures, metric: Metric
+) -> float | None:
     """The metric of the last variant, or how much worse it is than that of the first."""
     now, before = last["metrics"].get(metric.name), first["metrics"].get(metric.name)
     if now is None or name == "min_metric":
@@ -66,37 +68,37 @@ def _of_metric(name: str, first: Variant, last: Variant, metric: Metric) -> floa
     return None if before is None else metric.goodness(before) - metric.goodness(now)
 
 
-def _accuracy_drop(first: Variant, last: Variant) -> float | None:
+def _accuracy_drop(first: VariantFigures, last: VariantFigures) -> float | None:
     return float(first["metrics"]["accuracy"] - last["metrics"]["accuracy"])
 
 
-def _cost_ratio(name: str) -> Callable[[Variant, Variant], float | None]:
-    def ratio(first: Variant, last: Variant) -> float | None:
+def _cost_ratio(name: str) -> Callable[[VariantFigures, VariantFigures], float | None]:
+    def ratio(first: VariantFigures, last: VariantFigures) -> float | None:
         return float(last["cost"][name] / first["cost"][name])
 
     return ratio
 
 
-def _latency_ratio(first: Variant, last: Variant) -> float | None:
+def _latency_ratio(first: VariantFigures, last: VariantFigures) -> float | None:
     if not first["latency"] or not last["latency"]:
         return None
     return float(last["latency"][0]["median_ms"] / first["latency"][0]["median_ms"])
 
 
-def _parity(name: str) -> Callable[[Variant, Variant], float | None]:
-    def value(_: Variant, last: Variant) -> float | None:
+def _parity(name: str) -> Callable[[VariantFigures, VariantFigures], float | None]:
+    def value(_: VariantFigures, last: VariantFigures) -> float | None:
         found = last["parity"].get(name)
         return None if found is None else float(found)
 
     return value
 
 
-def _integer_convs(_: Variant, last: Variant) -> float | None:
+def _integer_convs(_: VariantFigures, last: VariantFigures) -> float | None:
     fusion = last.get("fusion") or {}
     return fusion["integer_convs"] / fusion["convs"] if fusion.get("convs") else None
 
 
-_VALUES: dict[str, Callable[[Variant, Variant], float | None]] = {
+_VALUES: dict[str, Callable[[VariantFigures, VariantFigures], float | None]] = {
     "accuracy_drop": _accuracy_drop,
     "min_accuracy": lambda _, last: float(last["metrics"]["accuracy"]),
     "bytes_ratio": _cost_ratio("bytes"),

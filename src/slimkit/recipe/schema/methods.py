@@ -29,10 +29,10 @@ from slimkit.errors import SlimkitError, nearest
 from slimkit.recipe.schema.fields import REFERENCE, TypedBy, wrong
 from slimkit.registry import import_object
 
-__all__ = ["Method", "build_method"]
+__all__ = ["MethodField", "build_method"]
 
 
-class Method(TypedBy):
+class MethodField(TypedBy):
     """A method by its name, or a mapping whose ``type`` names it beside its settings.
 
     The value is the name, or a pydantic object whose fields are those of the method.
@@ -125,7 +125,7 @@ class Method(TypedBy):
         return {"anyOf": [*choices, own]}
 
 
-def build_method(mark: Method, choice: str | BaseModel, given: Mapping[str, Any]) -> Any:
+def build_method(mark: MethodField, choice: str | BaseModel, given: Mapping[str, Any]) -> Any:
     """The method that a recipe chose.
 
     Args:

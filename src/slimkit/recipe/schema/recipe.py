@@ -35,7 +35,7 @@ __all__ = [
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
 """Of stages, teachers and variants: part of paths and folder names, so no dots or slashes."""
 
-Link = Annotated[str, WithJsonSchema({"type": "string", "pattern": LINK})]
+StageLink = Annotated[str, WithJsonSchema({"type": "string", "pattern": LINK})]
 """A stage's name, or STAGE.PART for one of several networks that it leaves."""
 
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -156,7 +156,7 @@ class Recipe(Settings):
     model: ModelSettings
     teachers: dict[Name, TeacherSettings] = {}
     stages: dict[Name, Annotated[Stage, TypedBy("slimkit.recipe.stages.interface:STAGES")]] = {}
-    variants: Annotated[dict[Name, tuple[Link, ...]], Field(min_length=1)]
+    variants: Annotated[dict[Name, tuple[StageLink, ...]], Field(min_length=1)]
     measure: MeasureSettings = MeasureSettings()
     require: RequireSettings = RequireSettings()
 

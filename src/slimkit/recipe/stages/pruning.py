@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from slimkit.errors import DataError, InputError, PlanError
 from slimkit.inputs import Batch, LossOfBatch
 from slimkit.recipe.schema.fields import OneOf, wrong
-from slimkit.recipe.schema.methods import Method, build_method
+from slimkit.recipe.schema.methods import MethodField, build_method
 from slimkit.recipe.stages.interface import Stage, StageContext, StageResult
 from slimkit.recipe.stages.teachers import DistillOptions
 from slimkit.recipe.stages.training import train_model
@@ -23,8 +23,8 @@ from slimkit.train.settings import TrainSettings
 if TYPE_CHECKING:
     from torch import nn
 
+    from slimkit.modules import Evaluate
     from slimkit.prune import PrunePlan
-    from slimkit.prune.prune_space import Evaluate
     from slimkit.tasks.splits import Loader
 
 __all__ = ["PruneStage", "TrainingBatches"]
@@ -33,8 +33,8 @@ Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Part = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Channels = Annotated[int, Field(ge=1)]
 
-TARGETS = ("ratio", "macs", "params", "latency")
-CRITERION = Method(
+REMOVALS = ("ratio", "macs", "params", "latency")
+CRITERION = MethodField(
     "slimkit.prune:CRITERIA",
     {
         "taylor": "slimkit.prune.criteria.gradients:Taylor",
@@ -43,7 +43,7 @@ CRITERION = Method(
     },
     given=("batches", "loss", "max_batches"),
 )
-ALLOCATION = Method("slimkit.prune:ALLOCATIONS", given=("file", "storage", "seed", "recover"))
+ALLOCATION = MethodField("slimkit.prune:ALLOCATIONS", given=("file", "storage", "seed", "recover"))
 _QUICK: dict[str, Any] = {"trials": 2, "ratios": (0.5,)}  # of a smoke run
 
 
@@ -118,11 +118,12 @@ class PruneStage(Stage):
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:
-        given = [name for name in TARGETS if getattr(self, name) is not None]
+        given = [name for name in REMOVALS if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise wrong(
-                f"expected exactly one of {', '.join(TARGETS[:-1])} and {TARGETS[-1]}, got {found}",
+                f"expected exactly one of {', '.join(REMOVALS[:-1])} and {REMOVALS[-1]}, "
+                f"got {found}",
                 "macs: 0.5 removes half of the multiply-accumulates",
             )
         if self.ratios and self.allocation != "uniform":
@@ -236,7 +237,7 @@ class PruneStage(Stage):
         if self.normalisation != "none":
             criterion = Normalised(criterion, self.normalisation)
         return {
-            **{name: getattr(self, name) for name in TARGETS},
+            **{name: getattr(self, name) for name in REMOVALS},
             "criterion": criterion,
             "allocation": self.ratios or self._allocation(context),
             "ignore": self.ignore,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from slimkit.errors import DataError, InputError
 from slimkit.limits import KINDS, Limit
 from slimkit.recipe.schema.fields import OneOf, wrong
-from slimkit.recipe.schema.methods import Method, build_method
+from slimkit.recipe.schema.methods import MethodField, build_method
 from slimkit.recipe.stages.interface import Stage, StageContext, StageResult
 from slimkit.recipe.stages.teachers import DistillOptions, check_distillation
 from slimkit.recipe.stages.training import train_model, training_facts
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PtqStage", "QatStage", "QuantizeOptions", "ValidationMetric"]
 
-OBSERVER = Method("slimkit.quantize:OBSERVERS")
+OBSERVER = MethodField("slimkit.quantize:OBSERVERS")
 
 
-METHOD = Method("slimkit.quantize:METHODS")
+METHOD = MethodField("slimkit.quantize:METHODS")
 Bits = Annotated[int, Field(ge=2, le=8)]
 PICTURED_SAMPLES = 8
 """Whose activations the report shows before and after rounding; both are held in memory."""

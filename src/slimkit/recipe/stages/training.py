@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -20,13 +20,14 @@ from slimkit.recipe.stages.teachers import (
     generated_batches,
 )
 from slimkit.registry import Registry
-from slimkit.train.callbacks import Callback, EpochContext, StepContext
+from slimkit.train.callbacks import Callback, EpochContext
 from slimkit.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from slimkit.inputs import ExampleInputs
+    from slimkit.train.stepping import Term
     from slimkit.train.training import History
 
 __all__ = [
@@ -39,7 +40,6 @@ __all__ = [
     "training_facts",
 ]
 
-Term = Callable[[StepContext], "Tensor"]
 
 SPARSITY: Registry[type[SparsityTerm]] = Registry("sparsity term")
 """Name in a recipe → settings of a term of the loss that makes channels fall before pruning."""
