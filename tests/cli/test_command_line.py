@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import slimkit
@@ -252,3 +253,28 @@ def test_a_factory_in_the_current_folder_is_found(
     code, out, _ = cli("profile", "own_network:build", "--arg", "width=8", "--json")
     assert code == 0
     assert json.loads(out)["params"] == 32
+
+
+def test_evaluate_prints_a_line_per_metric_of_a_model_and_of_its_file(
+    cli: Cli, tmp_path: Path
+) -> None:
+    model, data = ("slimkit:resnet20", "--arg", "in_channels=1"), ("--data", "digits")
+    code, said, _ = cli("evaluate", *model, *data, "--image-size", 8, "--split", "test")
+    assert code == 0
+    labels = [line.rpartition(" ")[0] for line in said.splitlines()]
+    assert labels == ["accuracy", "top-5 accuracy", "loss"]
+    network = slimkit.build_model("slimkit:resnet20", in_channels=1).eval()
+    slimkit.save(network, tmp_path / "m")
+    file = tmp_path / "m.onnx"
+    slimkit.export(network, file, torch.zeros(1, 1, 8, 8))
+    code, _, _ = cli("evaluate", file, *data, "--image-size", 8, "--split", "val")
+    assert code == 0
+    for arguments, message in (
+        ((*model, "--data", "digts"), "--data: unknown data source 'digts'"),
+        ((*model, *data, "--split", "vla"), "--split: there is no split 'vla'"),
+        ((*model, *data, "--task", "clasification"), "did you mean 'classification'"),
+    ):
+        code, _, said = cli("evaluate", *arguments)
+        assert code == 2
+        assert message in said
+    assert "classification" in cli("list", "tasks")[1]

@@ -83,12 +83,16 @@ class Keys:
         """The key of the ONNX file of what comes out of ``chain``.
 
         Unlike a stage's, it has the source of the exporting packages in it: exporting again
-        takes seconds, and a file that an older exporter wrote would tell little.
+        takes seconds, and a file that an older exporter wrote would tell little. So has it the
+        task, which may export a part and say how its outputs are read.
         """
+        effective = Effective()
         return content_hash(
             {
                 "format": KEY_FORMAT,
                 "network": self.chain(chain),
+                "task": effective.field(self.recipe, "task"),
+                "code": code_behind(effective.mentions),
                 "metadata": dict(metadata),
                 "source": [_package_hash(f"slimkit.{name}") for name in _EXPORTING],
                 "versions": [version_of(name) for name in ("torch", "onnx", "onnxscript")],
