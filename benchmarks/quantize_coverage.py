@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 import time
 import warnings
@@ -43,7 +44,8 @@ from benchmarks.tables import ROOT, markdown, write_page
 from slimkit.graph.capturing import tensors_in
 from slimkit.inputs import Inputs, as_inputs
 from slimkit.limits import Limit
-from slimkit.runtime import export, open_session
+from slimkit.runtime import export, open_session, parity
+from slimkit.runtime.structure import named_feeds
 from slimkit.search import Choice, Parameter
 from slimkit.train.batch_norm import reestimate_batch_norm, tracking_norms
 
@@ -204,7 +206,7 @@ def _exported(
         export(quantized, file, example)
         seconds, size = time.perf_counter() - start, file.stat().st_size
         session = open_session(file, threads=2)
-        outputs = [session.run([t.numpy() for t in call.tensors()]) for call in calls]
+        outputs = [session.run(named_feeds(call, session.input_names)) for call in calls]
     found = [
         [torch.from_numpy(np.asarray(o)) for o in out if o.dtype.kind == "f"] for out in outputs
     ]
@@ -361,6 +363,21 @@ def page(names: list[str], records: list[dict[str, Any]]) -> Path:
     )
 
 
+def parity_sample(names: list[str], count: int, seed: int) -> None:
+    """Print how far exported float files are from their networks, for a seeded sample."""
+    for name in sorted(random.Random(seed).sample(names, min(count, len(names)))):
+        start = time.perf_counter()
+        try:
+            model, example = build(name)
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "model.onnx"
+                export(model.eval(), file, example)
+                told = str(parity(model, file, [example], threads=2))
+        except Exception as error:  # one line per network, whatever happens to it
+            told = f"{type(error).__name__}: {str(error)[:150]}"
+        print(f"{name}: {told}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
 def main() -> None:
     """Measure all networks and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -370,9 +387,14 @@ def main() -> None:
     parser.add_argument(
         "--peer", action="store_true", help="ONNX Runtime's quantizer on networks that fail"
     )
+    parser.add_argument("--parity", type=int, help="so many networks, drawn by --seed: floats only")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = [name for name in names_of(options.out) if counted(name)]
+    if options.parity:
+        parity_sample(names, options.parity, options.seed)
+        return
     if options.worker:
         work([name for name in names if options.only in name], options.out, measure)
         return
