@@ -200,7 +200,7 @@ def same_noise(out: Output) -> str:
 
 TYPED_IS_RIGHT = frozenset(
     ("aux_head_prune", "bf16_noop", "early_exit_prune", "exported_program", "masked_weights_prune",
-     "qat_checkpointing", "saved_metadata")
+     "other_evaluation", "qat_checkpointing", "saved_metadata")
 )  # fmt: skip
 """Scripts that may end in a typed error: it says what cannot be done."""
 
