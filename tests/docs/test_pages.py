@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
     "docs/training.md",
+    "docs/detection.md",
     "docs/pruning.md",
     "docs/quantization.md",
     "docs/export.md",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
 import slimkit as sk
-from slimkit.models import build_model
+from slimkit.artifact import write_tensors
+from slimkit.models import build_model, load_checkpoint
 from slimkit.models.cells import boxes_at, cells_of, distances_to, mean_distances
 from slimkit.models.picodet import PicoDet
 from slimkit.reparam import fuse
@@ -142,3 +145,24 @@ def test_it_is_pruned_without_preparation_and_keeps_its_outputs() -> None:
     assert logits.shape[-1] == 2
     assert distances.shape[-1] == 32
     assert sum(p.numel() for p in model.parameters()) < 0.7 * before
+
+
+def test_a_checkpoint_of_other_classes_gives_all_but_their_scores(tmp_path: Path) -> None:
+    many, few = small(5).eval(), small(2).eval()
+    with torch.no_grad():
+        for parameter in many.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    write_tensors(tmp_path / "many.safetensors", many.state_dict())
+    fresh = few.head.outputs[0].weight[:2].clone()
+    load_checkpoint(few, tmp_path / "many.safetensors")
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(few(images).distances, many(images).distances)
+    assert few(images).logits.shape[-1] == 2
+    assert torch.equal(few.head.outputs[0].weight[:2], fresh)
+
+
+def test_a_checkpoint_of_another_width_is_refused(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "small.safetensors", small(2).state_dict())
+    wider = PicoDet(2, scale=0.5, ratios=RATIOS, neck=32, layers=1)
+    with pytest.raises(sk.errors.CheckpointError, match="in the file"):
+        load_checkpoint(wider, tmp_path / "small.safetensors")

@@ -71,7 +71,7 @@ def _loader(splits: Splits, split: str) -> Loader:
         raise InputError(
             f"there is no split {split!r}", where="--split", hint=nearest(split, SPLITS)
         )
-    loader: Loader | None = getattr(splits, SPLITS[split])
+    loader: Loader | None = splits.named.get(split) or getattr(splits, SPLITS[split])
     if loader is None:
         raise InputError("the data have no validation split", where="--split", hint="--split test")
     return loader

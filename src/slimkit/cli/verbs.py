@@ -14,6 +14,7 @@ VERBS = (
     "explain",
     "benchmark",
     "evaluate",
+    "predict",
     "quantize",
     "teach",
     "compare",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -13,13 +14,20 @@ from slimkit.plan import load_weights
 __all__ = ["load_checkpoint"]
 
 
+@runtime_checkable
+class _Adapting(Protocol):
+    def adapted_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+
 def load_checkpoint(model: nn.Module, path: PathLike) -> nn.Module:
     """Load a safetensors state dict into ``model`` in place; every name and shape must fit.
 
     Args:
         model: the network to fill.
         path: a ``.safetensors`` file with the keys of ``model.state_dict()``. Keys that all
-            start with ``module.`` (saved from DataParallel or DDP) are accepted.
+            start with ``module.`` (saved from DataParallel or DDP) are accepted. A model with a
+            method ``adapted_checkpoint(tensors)`` may put its own weights in place of some: a
+            detector those of its classes, where the file has another number of them.
 
     Returns:
         ``model``.
@@ -40,6 +48,8 @@ def load_checkpoint(model: nn.Module, path: PathLike) -> nn.Module:
     tensors = read_tensors(source)
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    if isinstance(model, _Adapting):
+        tensors = model.adapted_checkpoint(tensors)
     _check_fits(model.state_dict(), tensors, where=str(source))
     load_weights(model, tensors, where=str(source))
     return model

@@ -16,7 +16,6 @@ from slimkit.tasks.data.loading import ImageSplits, load_data, synthetic_data
 from slimkit.tasks.data.settings import DataSettings
 from slimkit.tasks.data.sources import SOURCES
 from slimkit.tasks.interface import Answer, Metric, SettingsClass, Task
-from slimkit.tasks.prediction import PREDICT_IMAGES
 from slimkit.tasks.splits import Splits
 from slimkit.train.settings import TrainSettings
 
@@ -39,6 +38,8 @@ class ClassificationTask(Task):
         Metric("top5", "top-5 accuracy"),
         Metric("loss", "loss", unit="", higher_is_better=False, high=None),
     )
+
+    script: ClassVar[str] = "slimkit.tasks.predict_images"
 
     type: Literal["classification"] = "classification"
     label_smoothing: float = Field(default=0, ge=0, lt=1)
@@ -134,10 +135,6 @@ class ClassificationTask(Task):
             ]
             for scores, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-
-    def predict_script(self, splits: Splits) -> str:
-        """See the base class."""
-        return PREDICT_IMAGES
 
 
 def logits(outputs: Any) -> Tensor:

@@ -261,7 +261,7 @@ def _check_deployment(
 
 def _check_texts(task: Task, splits: Splits, network: nn.Module) -> None:
     """Predictions, drawings, metadata and the script."""
-    with module_run(network) as run:
+    with task.running(network) as run:
         asked: list[Answer] = list(answers_to(run, first_batches(splits.test, 1)))
     outputs, batch = asked[0]
     with _answering("predictions", "says what outputs mean"):

@@ -21,9 +21,12 @@ batch and returns one tensor. :func:`slimkit.tasks.conformance.check_task` runs 
 
 from __future__ import annotations
 
+import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 from slimkit.errors import InputError, ModelError
 from slimkit.inputs import Batch, Inputs
 from slimkit.registry import Registry
-from slimkit.tasks.prediction import PREDICT_ARRAYS, model_metadata
+from slimkit.tasks.prediction import model_metadata, script_of
 from slimkit.tasks.running import Run, device_of, module_run, only_output
 from slimkit.tasks.splits import Splits, first_batches, some_examples
 
@@ -101,12 +104,15 @@ class Task(BaseModel):
             ``eval_batch_size`` the command line can use the task, too.
         metrics: the first one decides: gates, limits of quantization, the head of the report.
         version: raise it when the same settings come to give another result.
+        script: module that is written beside a file as ``predict.py`` and that ``slimkit predict``
+            runs: imports nothing of Slimkit, has ``main(arguments, model)``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     data_settings: ClassVar[SettingsClass]
     metrics: ClassVar[tuple[Metric, ...]]
     version: ClassVar[int] = 1
+    script: ClassVar[str] = "slimkit.tasks.predict_arrays"
 
     type: str
 
@@ -218,6 +224,15 @@ class Task(BaseModel):
                 one after the other, so that none need be held.
         """
 
+    def running(self, model: nn.Module) -> AbstractContextManager[Run]:
+        """``model`` in evaluation mode as a function from inputs to answers; flags restored.
+
+        The default gives what the model returns. A task that needs the model to read its outputs
+        (a detector's boxes are decoded by the detector) does it here, and in :meth:`complete`
+        for files.
+        """
+        return module_run(model)
+
     def evaluate(self, model: nn.Module | Run, loader: Iterable[Any]) -> dict[str, float]:
         """:meth:`scores` of a module, or of any function from :class:`Inputs` to outputs.
 
@@ -227,7 +242,7 @@ class Task(BaseModel):
             InputError: the loader yields no batch.
         """
         if isinstance(model, nn.Module):
-            with module_run(model) as run:
+            with self.running(model) as run:
                 return dict(self.scores(answers_to(run, loader, device_of(model))))
         return dict(self.scores(answers_to(model, loader)))
 
@@ -277,7 +292,16 @@ class Task(BaseModel):
 
     def predict_script(self, splits: Splits) -> str:
         """The text of a variant's ``predict.py``, which runs the file beside it on its own."""
-        return PREDICT_ARRAYS
+        return script_of(self.script)
+
+    def predict(self, model: Path, arguments: Sequence[str]) -> None:
+        """Run a file as its ``predict.py`` does.
+
+        Args:
+            model: the exported file.
+            arguments: as on the script's command line.
+        """
+        importlib.import_module(self.script).main(arguments, model)
 
 
 def answers_to(
@@ -301,3 +325,4 @@ TASKS: Registry[type[Task]] = Registry("task")
 """Name in a recipe → task."""
 
 TASKS.register_lazy("classification", "slimkit.tasks.classification:ClassificationTask")
+TASKS.register_lazy("detection", "slimkit.tasks.detection.task:DetectionTask")

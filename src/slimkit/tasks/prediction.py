@@ -1,12 +1,20 @@
-"""``predict.py``: stand-alone snippets that run an exported file, and what the file tells them."""
+"""``predict.py`` beside a variant, and what an exported file says of its own use.
+
+The scripts are modules of this package (``predict_images`` and its like) that import nothing of
+it: their text is what is written beside a file, their ``main`` is what ``slimkit predict`` runs.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["PREDICT_ARRAYS", "PREDICT_IMAGES", "model_metadata"]
+from slimkit.errors import ArtifactError
+
+__all__ = ["file_task", "model_metadata", "script_of"]
 
 TASK = "slimkit.task"
 PREPROCESSING = "slimkit.preprocessing"
@@ -33,92 +41,29 @@ def model_metadata(
     }
 
 
-PREDICT_IMAGES = '''\
-"""Classify images with the model beside this file:  python predict.py IMAGE [IMAGE …]
-
-Needs numpy, pillow and onnxruntime only. What the model expects is in its own metadata.
-"""
-
-import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
+def script_of(module: str) -> str:
+    """The text of a script, by its module's name."""
+    return Path(str(importlib.import_module(module).__file__)).read_text(encoding="utf-8")
 
 
-def load(path):
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    metadata = session.get_modelmeta().custom_metadata_map
-    preprocessing = json.loads(metadata["slimkit.preprocessing"])
-    return session, preprocessing, json.loads(metadata["slimkit.classes"])
+def file_task(path: Path) -> str:
+    """The task that an exported file is for, by its metadata.
 
+    Raises:
+        ArtifactError: it is no ONNX file, or none of ours.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
 
-def prepare(path, preprocessing):
-    """An image file as the model's input, float32 (1, C, H, W)."""
-    height, width = preprocessing["size"]
-    image = ImageOps.exif_transpose(Image.open(path))
-    image = image.convert("L" if preprocessing["channels"] == 1 else "RGB")
-    # short side to the size (a little more if the centre is cut out), then the centre
-    part = preprocessing.get("crop_fraction", 1.0)
-    scale = max(width / part / image.width, height / part / image.height)
-    larger = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if larger != image.size:
-        image = image.resize(larger, Image.Resampling.BILINEAR)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    pixels = np.asarray(image, dtype=np.float32).reshape(height, width, -1)
-    pixels = pixels / preprocessing["scale"]
-    pixels = (pixels - np.float32(preprocessing["mean"])) / np.float32(preprocessing["std"])
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32)
-
-
-def main(paths):
-    session, preprocessing, classes = load(Path(__file__).with_name("model.onnx"))
-    name = session.get_inputs()[0].name
-    for path in paths:
-        logits = session.run(None, {name: prepare(path, preprocessing)})[0][0]
-        scores = np.exp(logits - logits.max())
-        scores /= scores.sum()
-        best = np.argsort(-scores)[:3]
-        told = "  ".join(f"{classes[index]} {100 * scores[index]:.1f} %" for index in best)
-        print(f"{path}: {told}")
-
-
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(sys.argv[1:])
-'''
-
-PREDICT_ARRAYS = '''\
-"""Run the model beside this file on arrays:  python predict.py INPUTS.npz [INPUTS.npz …]
-
-Needs numpy and onnxruntime only. A file holds one array for each input of the model, by its name.
-"""
-
-import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import onnxruntime
-
-
-def main(paths):
-    model = str(Path(__file__).with_name("model.onnx"))
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    for path in paths:
-        with np.load(path) as given:
-            outputs = session.run(None, {name: given[name] for name in names})
-        for entry, output in zip(session.get_outputs(), outputs):
-            print(f"{path}: {entry.name} {json.dumps(output.tolist())}")
-
-
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(sys.argv[1:])
-'''
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise ArtifactError(f"it cannot be read: {error}", where=str(path)) from error
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if TASK not in metadata:
+        raise ArtifactError(
+            "its metadata do not say what it is for",
+            where=str(path),
+            hint="export it by slimkit run, or by slimkit quantize --task",
+        )
+    return str(metadata[TASK])

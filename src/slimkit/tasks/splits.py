@@ -14,7 +14,7 @@ from torch import Tensor
 from slimkit.errors import DataError
 from slimkit.inputs import Batch, as_batch
 
-__all__ = ["Loader", "Role", "SampleLoader", "Splits", "first_batches", "some_examples"]
+__all__ = ["Loader", "Role", "SampleLoader", "Samples", "Splits", "first_batches", "some_examples"]
 
 Role = Literal["train", "validation", "test"]
 
@@ -65,6 +65,8 @@ class Splits:
         classes: names in the order of the labels; empty where there are none.
         preprocessing: what turns a sample into an input, JSON-able; written into exported files.
         facts: what else a report should say of the data, JSON-able.
+        named: the source's own splits by their names, not augmented, where they are others: a
+            source without a test split reports on what it calls ``val``.
     """
 
     train: Loader
@@ -75,6 +77,7 @@ class Splits:
     classes: Sequence[str] = ()
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    named: Mapping[str, Loader] = field(default_factory=dict, kw_only=True)
 
 
 def first_batches(loader: Iterable[Any], count: int | None = None) -> Iterator[Batch]:
@@ -91,6 +94,14 @@ def some_examples(loader: Iterable[Any], count: int) -> Batch:
     for batch in first_batches(loader, 1):
         return batch.split(count)[0]
     raise DataError("it yields no batch", where=getattr(loader, "role", "loader"))
+
+
+class Samples(Protocol):
+    """What can be asked for a sample by its number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
 
 
 class SampleLoader:
@@ -116,7 +127,7 @@ class SampleLoader:
 
     def __init__(
         self,
-        samples: Sequence[Any],
+        samples: Samples,
         collate: Callable[[list[Any]], Any],
         *,
         batch_size: int,
@@ -197,7 +208,7 @@ class SampleLoader:
 class _Changed:
     """Samples by number, each changed by a generator of its own, whichever process asks."""
 
-    samples: Sequence[Any]
+    samples: Samples
     change: Callable[[Any, torch.Generator], Any] | None
     base: int
 

@@ -93,6 +93,22 @@ class PicoDet(nn.Module):
         cells = cells_of(image_size, self.strides, device=logits.device)
         return boxes_at(cells, mean_distances(distances)), logits.sigmoid()
 
+    def adapted_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a network with another number of classes, as a start for this one.
+
+        The scores of the new classes keep the fresh weights, everything else is taken: backbone,
+        neck, the towers of the head, and the distances of the sides.
+        """
+        adapted = dict(tensors)
+        sides = 4 * self.bins
+        for name, own in self.state_dict().items():
+            given = tensors.get(name)
+            if not name.startswith("head.outputs.") or given is None or given.shape == own.shape:
+                continue
+            if given.shape[1:] == own.shape[1:] and len(given) > sides:
+                adapted[name] = torch.cat([own[: self.num_classes], given[-sides:].to(own)])
+        return adapted
+
     def loss(
         self,
         predictions: CellPredictions,

@@ -1,0 +1,1 @@
+"""Object detection: scenes with boxes, detectors of every kind, COCO's average precision."""
