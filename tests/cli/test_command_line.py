@@ -82,7 +82,7 @@ BAD = [
     (["rnu"], "No such command 'rnu'"),
     (["run"], "Missing argument"),
     (["run", "--bad", "x.yaml"], "No such option: --bad"),
-    (["run", "quickstrt"], "did you mean 'quickstart'?"),
+    (["run", "quickstrt"], "did you mean 'quickstart'"),
     (["profile", "slimkit:resnet2"], "'resnet20'"),
     (["profile", "resnet20"], "slimkit:resnet20"),
     (["profile", "slimkit:resnet20", "--input", "1,3,a"], "--input: expected positive numbers"),
