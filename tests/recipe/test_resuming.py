@@ -60,13 +60,15 @@ def test_a_run_killed_at_every_boundary_and_in_training_ends_with_the_same_repor
     )
     assert done.returncode == 0, done.stderr
     ends = json.loads(done.stdout.splitlines()[-1])
+    again = ends.pop("again")  # attempts that a library aborted, see killed_runs.py
     assert ends == {**dict.fromkeys(POINTS, signal.SIGKILL), "last": 0}
 
     killed = json.loads((tmp_path / "killed" / "report.json").read_text())
     assert comparable(killed) == comparable(json.loads(json.dumps(finished.report)))
     starts = _starts(tmp_path / "killed" / "log.jsonl")
-    assert starts.count("train") == 6  # begun anew after each kill in it, never after its end
-    assert starts.count("prune") == 2
+    # begun anew after each kill in it, never after its end
+    assert 6 <= starts.count("train") <= 6 + again
+    assert 2 <= starts.count("prune") <= 2 + again
     for variant in ("baseline", "final"):
         calm_file, killed_file = (
             (folder / "variants" / variant / "model.onnx").read_bytes()

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+__all__ = ["main"]
+
 
 def main(arguments: Sequence[str] | None = None, model: Path | None = None) -> None:
     """Command line; ``model`` is the file to run, by default the one beside this."""

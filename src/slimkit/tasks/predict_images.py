@@ -18,6 +18,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+__all__ = ["load", "main", "prepare"]
+
 
 def load(path: Path) -> tuple[Any, Any, Any]:
     """The session, and what the file says of preprocessing and classes."""

@@ -19,6 +19,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+__all__ = ["draw", "find", "load", "main", "prepare", "suppressed"]
+
 
 def load(path: Path) -> tuple[Any, ...]:
     """The session, and what the file says of preprocessing, classes and suppression."""
