@@ -8,12 +8,20 @@ is accepted wherever a registered name is: a user's own function needs no regist
 from __future__ import annotations
 
 import importlib
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
-from slimkit.errors import MissingDependencyError, SlimkitError, UnknownNameError, nearest
+from slimkit.errors import (
+    InputError,
+    MissingDependencyError,
+    SlimkitError,
+    UnknownNameError,
+    nearest,
+)
 
 __all__ = ["Registry", "import_object"]
 
@@ -26,6 +34,8 @@ def import_object(reference: str, *, where: str | None = None) -> object:
     Raises:
         UnknownNameError: the module or the attribute does not exist.
         MissingDependencyError: the module imports something that is not installed.
+        InputError: the module cannot be read or raises while it is imported; the message names
+            its file and line.
     """
     module_name, _, attribute = reference.partition(":")
     try:
@@ -40,6 +50,12 @@ def import_object(reference: str, *, where: str | None = None) -> object:
             where=where or reference,
             hint=f"pip install {error.name}",
         ) from error
+    except (Exception, SystemExit) as error:  # whatever a module does while it is imported
+        raise InputError(
+            f"importing {module_name!r} failed{_place_in_import(error)}: "
+            f"{type(error).__name__}: {getattr(error, 'msg', None) or error}",
+            where=where or reference,
+        ) from error
     target: object = module
     for part in attribute.split("."):
         try:
@@ -51,6 +67,19 @@ def import_object(reference: str, *, where: str | None = None) -> object:
                 hint=nearest(part, [n for n in dir(target) if not n.startswith("_")]),
             ) from error
     return target
+
+
+def _place_in_import(error: BaseException) -> str:
+    """`` at FILE:LINE`` of what failed, in the user's own file where one is on the way."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" at {error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    run = [frame for frame in frames[1:] if not frame.filename.startswith("<frozen importlib")]
+    library = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    own = [frame for frame in run if not frame.filename.startswith(library)]
+    for frame in reversed(own or run):
+        return f" at {frame.filename}:{frame.lineno}"
+    return ""
 
 
 @dataclass(frozen=True)

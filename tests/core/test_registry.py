@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slimkit.errors import MissingDependencyError, SlimkitError, UnknownNameError
+from slimkit.errors import InputError, MissingDependencyError, SlimkitError, UnknownNameError
 from slimkit.registry import Registry, import_object
 
 
@@ -110,3 +110,34 @@ def test_what_is_registered_in_scratch_is_forgotten_and_lazy_entries_stay_lazy()
         assert registry.get("pi") == math.pi
     assert registry.names() == ["pi"]
     assert registry.get("pi") == math.pi
+
+
+BROKEN = {
+    "syntax": ("x = 1\ndef f(:\n", r"broken_syntax\.py:2: SyntaxError"),
+    "division": ("x = 1\n\ny = x / 0\n", r"broken_division\.py:3: ZeroDivisionError"),
+    "library": ("import json\n\njson.loads('{')\n", r"broken_library\.py:3: JSONDecodeError"),
+    "exit": ("import sys\nsys.exit(3)\n", r"broken_exit\.py:2: SystemExit"),
+    "name": ("from json import nothing\n", r"broken_name\.py:1: ImportError"),
+    "indent": ("if True:\nx = 1\n", r"broken_indent\.py:2: IndentationError"),
+    "nul": ("x = '\0'\n", "importing 'broken_nul' failed"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_module_that_fails_names_its_own_file_and_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, told = BROKEN[name]
+    (tmp_path / f"broken_{name}.py").write_text(text)
+    (tmp_path / f"uses_{name}.py").write_text(f"import broken_{name}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match=told):
+        import_object(f"broken_{name}:thing")
+    with pytest.raises(InputError, match=told if "py" in told else "failed"):
+        import_object(f"uses_{name}:thing")  # the line where it went wrong, not the import
+
+
+@pytest.mark.parametrize("reference", [":x", ".here:x", "..there:x", "a..b:x", "json:", "\0:x"])
+def test_odd_references_are_typed(reference: str) -> None:
+    with pytest.raises(SlimkitError):
+        import_object(reference)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from slimkit.errors import DataError, ModelError, SlimkitError, UnknownNameError
@@ -193,3 +195,77 @@ def test_head_that_does_not_match_the_classes_is_refused() -> None:
     with pytest.raises(SlimkitError, match=r"\(2, 1, 8, 8\)"):
         task.check_head(nn.Conv2d(3, 10, 3), splits)
     task.check_head(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), splits)
+
+
+def _labelled(folder: Path, write: Callable[..., Path], labels: list[object]) -> str:
+    """Two images per label in each split, without class names in the metadata."""
+    stream = io.BytesIO()
+    Image.new("RGB", (12, 12), "gray").save(stream, "PNG")
+    for split in ("train", "test"):
+        rows = [label for label in labels for _ in range(2)]
+        images = [stream.getvalue()] * len(rows)
+        write(folder / f"{split}.parquet", images, rows, names=None)
+    return f"parquet:{folder}"
+
+
+def test_labels_that_are_texts_are_classes_by_their_sorted_names(
+    tmp_path: Path, write_parquet: Callable[..., Path]
+) -> None:
+    source = _labelled(tmp_path, write_parquet, ["owl", "cat", "dog"])
+    splits = load_data(DataSettings(source=source, validation=0))
+    assert splits.classes == ["cat", "dog", "owl"]
+    found = torch.cat([targets for _, targets in splits.test])
+    assert found.tolist() == [2, 2, 0, 0, 1, 1]
+    whole = _labelled(tmp_path / "floats", write_parquet, [0.0, 1.0])
+    assert load_data(DataSettings(source=whole, validation=0)).classes == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([0, None], r"row 2 has no label in column 'label'"),
+        ([None, None], "row 0 has no label"),
+        (["cat", None], "row 2 has no label"),
+        ([0.0, 0.5], r"row 2 has the label '0\.5'"),
+        ([0.0, float("nan")], "row 2 has the label 'nan'"),
+        ([0, 10**12], r"label 1000000000000.*below 100000"),
+        ([[0], [1]], r"row 0 has the label '\[0\]'"),
+        ([-1, 0], "label -1 is outside"),
+    ],
+    ids=str,
+)
+def test_labels_that_are_no_classes_are_named(
+    tmp_path: Path, write_parquet: Callable[..., Path], labels: list[object], told: str
+) -> None:
+    with pytest.raises(DataError, match=told):
+        load(_labelled(tmp_path, write_parquet, labels))
+
+
+def test_a_label_that_training_does_not_have_is_named(
+    tmp_path: Path, write_parquet: Callable[..., Path]
+) -> None:
+    source = _labelled(tmp_path, write_parquet, ["cat", "dog"])
+    _labelled(tmp_path / "other", write_parquet, ["cat", "dgo"])
+    (tmp_path / "other" / "test.parquet").replace(tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=r"'dgo'.*did you mean 'dog'"):
+        load(source)
+    _labelled(tmp_path / "numbers", write_parquet, [0, 1])
+    (tmp_path / "numbers" / "train.parquet").replace(tmp_path / "train-2.parquet")
+    with pytest.raises(DataError, match="columns are others"):
+        load(source)
+
+
+def test_metadata_that_names_an_absent_column_is_told(parquet_folder: Path) -> None:
+    from pyarrow import parquet
+
+    for file in (parquet_folder / "data").glob("*.parquet"):
+        table = parquet.read_table(file)
+        renamed = table.rename_columns(["image", "kind"])
+        parquet.write_table(renamed.replace_schema_metadata(table.schema.metadata), file)
+    with pytest.raises(DataError, match=r"names a column 'label' that is not there.*kind"):
+        load(f"parquet:{parquet_folder}")
+
+
+def test_crops_beyond_the_image_are_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.augment\.crop: expected at most 8, got 9"):
+        load("digits", augment={"crop": 9})

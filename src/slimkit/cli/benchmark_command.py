@@ -15,7 +15,7 @@ def benchmark_command(
         list[Path], typer.Argument(metavar="MODEL.onnx…", help="ONNX files.", show_default=False)
     ],
     backend: Annotated[str, typer.Option(help="See: slimkit list backends.")] = "onnxruntime",
-    threads: Annotated[int, typer.Option(min=1, help="Threads within an operator.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads within an operator.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
     size: Annotated[
         list[str] | None,

@@ -42,7 +42,7 @@ def evaluate_command(
     backend: Annotated[
         str, typer.Option(help="What runs a file; see: slimkit list backends.")
     ] = "onnxruntime",
-    threads: Annotated[int, typer.Option(min=1, help="Threads within an operator.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads within an operator.")] = 1,
 ) -> None:
     """Measure how good a model or a file is, a line per metric."""
     from slimkit.cli.models import load_task

@@ -57,6 +57,10 @@ def _owner(event: Mapping[str, Any]) -> str:
     return str(event.get("variant") or event.get("stage"))
 
 
+def _damaged(event: Mapping[str, Any]) -> str:
+    return str(event.get("stage") or f"{event['kind']}/{str(event['key'])[:8]}…")
+
+
 def _proof(event: Mapping[str, Any]) -> str:
     size = event["bytes"] / 1000
     return f"proof    {event['variant']}: {event['score']}, {size:,.1f} kB"
@@ -70,7 +74,7 @@ _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "end": lambda event: f"done     {event['stage']} in {event['seconds']:.1f} s",
     "waiting": lambda event: f"waiting  another run is working on {event['stage']}",
     "restart": lambda event: f"restart  {event['stage']}: its checkpoint was of another version",
-    "damaged": lambda event: f"damaged  {event['stage']} in the cache; it is run again",
+    "damaged": lambda event: f"damaged  {_damaged(event)} in the cache; made again",
     "proof": _proof,
     "warning": lambda event: f"warning  {_owner(event)}: {event['message']}",
     "latency": lambda event: f"latency  measured in {event['seconds']:.1f} s",

@@ -4,14 +4,20 @@
 
     stages/ab/abcdef…/      model/ (weights + plans), or models/NAME/ for several; stage.json
     work/abcdef…/           a stage in progress: its training checkpoint survives a kill
-    exports/abcdef…/        exported networks: model.onnx and what lies beside it
+    exports/abcdef…/        exported networks: model.onnx, what lies beside it, files.json
     proofs/…                what was measured of an exported file
     locks/abcdef….lock      held while a stage runs; freed by the kernel if the run dies
+
+Every entry carries SHA-256 checksums of itself and of its files, which are verified on use. An
+entry that does not fit them (a flipped bit, an empty file after a power cut, JSON of another
+shape) counts as not there: it is told to ``damaged`` and made again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -19,8 +25,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimkit.artifact import PathLike, atomic_directory, read_json, write_json
-from slimkit.errors import ArtifactError, BackendError
+from slimkit.artifact import PathLike, atomic_directory, content_hash, read_json, write_json
+from slimkit.errors import ArtifactError
 from slimkit.locking import file_lock
 from slimkit.plan import save
 from slimkit.runtime.onnx_files import copy_model
@@ -30,13 +36,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Cache", "default_cache"]
 
+Damaged = Callable[[str], None]
+"""Is told what is wrong with an entry that was found and cannot be used."""
+
 _OTHER_FOLDER = "SLIMKIT_CACHE chooses another folder for the cache"
+_FILES = "files.json"
+"""Name of the checksums beside a kept file."""
 
 
 def default_cache() -> Path:
     """``$SLIMKIT_CACHE``, or ``~/.cache/slimkit``."""
     chosen = os.environ.get("SLIMKIT_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "slimkit"
+
+
+def _unheard(problem: str) -> None:
+    """A listener that does not listen."""
 
 
 class Cache:
@@ -60,17 +75,33 @@ class Cache:
             with tempfile.TemporaryFile(dir=self.root):
                 pass
 
-    def find(self, key: str) -> dict[str, Any] | None:
-        """The record of a finished stage, or None. A damaged entry counts as not there."""
+    def find(self, key: str, damaged: Damaged = _unheard) -> dict[str, Any] | None:
+        """The record of a finished stage, or None. A damaged entry counts as not there.
+
+        The networks are not read here; see :meth:`check_model`.
+        """
         folder = self._entry(key)
-        try:
-            record = read_json(folder / "stage.json")
-        except ArtifactError:
+        found = _read_sealed(folder / "stage.json", damaged if folder.is_dir() else _unheard)
+        if found is None:
             return None
-        if not isinstance(record, dict):
-            return None
-        folders = [self.model_folder(key, part) for part in record.get("models") or [None]]
-        return record if all((each / "plans.json").exists() for each in folders) else None
+        for name in found["files"]:
+            if not (folder / name).is_file():
+                damaged(f"{folder / name} is missing")
+                return None
+        record: dict[str, Any] = found["record"]
+        return record
+
+    def check_model(self, key: str, part: str | None = None) -> None:
+        """Verify the checksums of a network that :meth:`find` found.
+
+        Raises:
+            ArtifactError: a file of it is damaged or missing.
+        """
+        entry = self._entry(key)
+        found = _read_sealed(entry / "stage.json", _unheard)
+        folder = self.model_folder(key, part).relative_to(entry)
+        files = found["files"] if found is not None else {}
+        _verify(entry, {name: files[name] for name in files if folder in Path(name).parents})
 
     def model_folder(self, key: str, part: str | None = None) -> Path:
         """Where the weights and plans of a finished stage are, or of one of its networks."""
@@ -99,7 +130,8 @@ class Cache:
                 record = {**record, "models": list(model)}
             else:
                 save(model, temporary / "model")
-            write_json(temporary / "stage.json", dict(record))
+            files = _checksums(temporary)
+            _write_sealed(temporary / "stage.json", {"record": dict(record), "files": files})
         shutil.rmtree(self.root / "work" / key, ignore_errors=True)
 
     def discard(self, key: str) -> None:
@@ -134,34 +166,53 @@ class Cache:
         with file_lock(path, waiting=waiting, hint=_OTHER_FOLDER):
             yield
 
-    def note(self, kind: str, key: str) -> Any:
+    def note(self, kind: str, key: str, damaged: Damaged = _unheard) -> Any:
         """A small JSON value kept under ``kind``, or None."""
         path = self.root / kind / f"{key}.json"
-        if not path.exists():
-            return None
-        try:
-            return read_json(path)
-        except ArtifactError:
-            return None
+        return _read_sealed(path, damaged) if path.exists() else None
 
     def keep(self, kind: str, key: str, value: object) -> None:
         """Keep a small JSON value under ``kind``."""
-        write_json(self.root / kind / f"{key}.json", value)
+        _write_sealed(self.root / kind / f"{key}.json", value)
 
-    def fetch_file(self, kind: str, name: str, target: Path) -> bool:
-        """Copy a kept ONNX file, and its external data, to ``target``; False if there is none."""
+    def fetch_file(self, kind: str, name: str, target: Path, damaged: Damaged = _unheard) -> bool:
+        """Copy a kept ONNX file, and its external data, to ``target``; False if there is none.
+
+        Args:
+            kind: of the files.
+            name: as given to :meth:`keep_file`.
+            target: replaced if the file is there and whole.
+            damaged: is told why a file that is there is not taken.
+
+        Raises:
+            ArtifactError: ``target`` is not writable.
+        """
         source = self.root / kind / name
-        if not source.is_file():
+        if not source.parent.is_dir():
+            return False
+        files = _read_sealed(source.parent / _FILES, damaged)
+        if files is None:
             return False
         try:
-            copy_model(source, target)
-        except BackendError:  # damaged: it counts as not there
+            _verify(source.parent, files)
+        except ArtifactError as error:
+            damaged(str(error))
             return False
+        copy_model(source, target)
         return True
 
     def keep_file(self, kind: str, name: str, source: Path) -> None:
-        """Keep a copy of an ONNX file, and of its external data, under ``kind``."""
-        copy_model(source, self.root / kind / name)
+        """Keep a copy of an ONNX file, and of its external data, under ``kind``.
+
+        Args:
+            kind: of the files.
+            name: ``"KEY/FILE"``: each has a folder of its own, which is replaced as a whole.
+            source: the file.
+        """
+        final = self.root / kind / name
+        with atomic_directory(final.parent) as temporary:
+            copy_model(source, temporary / final.name)
+            _write_sealed(temporary / _FILES, _checksums(temporary))
 
     def _entry(self, key: str) -> Path:
         return self.root / "stages" / key[:2] / key
@@ -179,3 +230,53 @@ def _storing(path: Path) -> Iterator[None]:
             where=str(path),
             hint=_OTHER_FOLDER,
         ) from error
+
+
+def _write_sealed(path: Path, value: object) -> None:
+    """Write JSON beside its own checksum, which is of the value as it will be read."""
+    try:
+        plain = json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        plain = value  # which is refused below
+    write_json(path, {"sha256": content_hash(plain), "value": plain})
+
+
+def _read_sealed(path: Path, damaged: Damaged) -> Any:
+    """What :func:`_write_sealed` wrote; None if it is anything else."""
+    try:
+        sealed = read_json(path)
+        if isinstance(sealed, dict) and sealed.keys() == {"sha256", "value"}:
+            value = sealed["value"]
+            if content_hash(value) == sealed["sha256"]:
+                return value
+    except (ArtifactError, ValueError, RecursionError) as error:
+        damaged(f"{path} cannot be read: {type(error).__name__}")
+        return None
+    damaged(f"{path} does not fit its checksum")
+    return None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Path in ``folder`` → SHA-256 (hex) of each file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _file_sum(path) for path in files}
+
+
+def _file_sum(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _verify(folder: Path, files: Mapping[str, str]) -> None:
+    """Raise ArtifactError unless all files are there as they were written."""
+    if not files:
+        raise ArtifactError("the list of its files is empty", where=str(folder))
+    for name, expected in files.items():
+        try:
+            found = _file_sum(folder / name)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot read: {error.strerror or error}", where=str(folder / name)
+            ) from error
+        if found != expected:
+            raise ArtifactError("does not fit its checksum", where=str(folder / name))

@@ -15,6 +15,7 @@ from slimkit.artifact import PathLike
 from slimkit.errors import RecipeError, nearest
 from slimkit.recipe.schema.explaining import explain_problems
 from slimkit.recipe.schema.recipe import Recipe
+from slimkit.recipe.yaml_text import MOST_BYTES, MOST_LEVELS, parse_yaml
 
 __all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
 
@@ -33,14 +34,18 @@ def load_recipe(path: PathLike, overrides: Sequence[str] = ()) -> Recipe:
     """
     source = find_recipe(path)
     try:
-        text = source.read_text(encoding="utf-8")
+        with source.open("rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+        text = content[:MOST_BYTES].decode("utf-8")
     except OSError as error:
         raise RecipeError(
             f"cannot read the recipe: {error.strerror or error}", where=str(source)
         ) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"the recipe is not UTF-8 text: {error}", where=str(source)) from error
-    data = _parse_yaml(text, where=str(source))
+    if len(content) > MOST_BYTES:
+        raise RecipeError(f"it has more than {MOST_BYTES} bytes", where=str(source))
+    data = parse_yaml(text, where=str(source))
     return parse_recipe(data, overrides)
 
 
@@ -100,47 +105,14 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=96)
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"not valid YAML: {problem}", where=place) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads ``1e-4`` as a number and refuses a key that is written twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<: *anchor"; what it brings may be
-                continue  # overridden
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: Any, level: int = 0) -> Any:
     """A deep copy of mappings and lists with string keys, so that overrides can edit it."""
+    if level > MOST_LEVELS:
+        raise RecipeError(f"mappings and lists are nested at most {MOST_LEVELS} deep")
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, level + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, level + 1) for item in value]
     return value
 
 
@@ -148,13 +120,15 @@ def _override(values: dict[str, Any], override: str) -> None:
     """Set one ``path=value`` in ``values``."""
     path, equals, text = override.partition("=")
     keys = [key for key in re.split(r"[.\[\]]+", path.strip()) if key]
+    if len(keys) > MOST_LEVELS:
+        raise RecipeError(f"a path has at most {MOST_LEVELS} keys, not {len(keys)}", where="--set")
     if not equals or not keys:
         raise RecipeError(
             f"expected path=value, got {override!r}",
             where="--set",
             hint="for example stages.prune.macs=0.5",
         )
-    value = _parse_yaml(text, where=f"--set {path}")
+    value = parse_yaml(text, where=f"--set {path}")
     target: Any = values
     for depth, key in enumerate(keys[:-1]):
         target = _child(target, key, ".".join(keys[:depth]), path, last=False)
@@ -164,7 +138,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _child(target: Any, key: str, parent: str, path: str, *, last: bool, value: Any = None) -> Any:
     """The value at ``key`` of ``target``; with ``last`` it is replaced by ``value``."""
     if isinstance(target, list):
-        if not key.isdigit() or int(key) >= len(target):
+        if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(target):
             raise RecipeError(
                 f"{parent} has entries 0 to {len(target) - 1}, there is no {key!r}",
                 where=f"--set {path}",

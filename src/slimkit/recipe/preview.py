@@ -133,7 +133,7 @@ def _estimate(
     bench: Workbench, step: ChainStep, model: nn.Module, clock: Callable[[], _StepClock]
 ) -> float | None:
     """Seconds for a stage: as long as it took before, or its steps times a measured step."""
-    earlier = bench.cache.note("timings", bench.keys.work(step))
+    earlier = bench.note("timings", bench.keys.work(step))
     if isinstance(earlier, int | float):
         return float(earlier)
     epochs = step.settings.training_epochs()

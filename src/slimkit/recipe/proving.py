@@ -16,12 +16,14 @@ from slimkit.measure.profiling import profile
 from slimkit.plan import save
 from slimkit.recipe.chains import Chain
 from slimkit.recipe.keys import file_hash
+from slimkit.recipe.schema.places import at
 from slimkit.runtime import export, open_session
 from slimkit.runtime.onnx_files import file_bytes, model_files
 from slimkit.runtime.structure import named_feeds
 from slimkit.tasks.interface import answers_to
 from slimkit.tasks.running import Run, session_run
 from slimkit.tasks.splits import first_batches
+from slimkit.train.history import finite_metrics
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,6 +59,7 @@ def prove(bench: Workbench, chain: Chain, folder: Path) -> Proof:
         folder: of the variant, made if need be.
 
     Raises:
+        TrainingError: a metric of the network or of its file is not finite.
         ExportError, BackendError: the network cannot be exported or run.
         ArtifactError: not writable.
     """
@@ -74,9 +77,10 @@ def prove(bench: Workbench, chain: Chain, folder: Path) -> Proof:
         "bytes": file_bytes(path),
     }
     key = _proof_key(bench, chain, path)
-    known = bench.cache.note("proofs", key)
+    known = bench.note("proofs", key)
     if known is None:
-        known = _test(bench, model, path)
+        with at(f"variants.{folder.name}"):
+            known = _test(bench, model, path)
         bench.cache.keep("proofs", key, known)
         cached = False
     else:
@@ -122,7 +126,7 @@ def drawings(bench: Workbench, proofs: Mapping[str, Proof]) -> list[dict[str, An
     """What the task draws of the first and the last variant; from the cache if it is there."""
     names = list(dict.fromkeys([next(iter(proofs)), list(proofs)[-1]]))
     key = content_hash({"version": PROOF_VERSION, **{name: proofs[name].key for name in names}})
-    known = bench.cache.note("drawings", key)
+    known = bench.note("drawings", key)
     if known is None:
         answers = {  # computed while the task reads them
             name: answers_to(_file_run(bench, proofs[name].path), bench.splits.test)
@@ -190,8 +194,11 @@ def _exported(bench: Workbench, chain: Chain, model: nn.Module, path: Path) -> P
         "slimkit.stages": " ".join(chain),
     }
     # data beside a file is found by its name: each network has a folder of its own
-    name = f"{bench.keys.export(chain, metadata)}/model.onnx"
-    if not bench.cache.fetch_file("exports", name, path):
+    key = bench.keys.export(chain, metadata)
+    name = f"{key}/model.onnx"
+    if not bench.cache.fetch_file(
+        "exports", name, path, lambda problem: bench.damaged("exports", key, problem)
+    ):
         example = task.prepare(bench.example_inputs)
         options = task.export_options(splits)
         export(task.exported(model, splits), path, example, metadata=metadata, **options)
@@ -240,8 +247,10 @@ def _test(bench: Workbench, model: nn.Module, path: Path) -> dict[str, Any]:
                 "exact": layers.exact,
             }
     return {
-        "metrics": _rounded(task.evaluate(_file_run(bench, path), test)),
-        "torch_metrics": _rounded(task.evaluate(model, test)),
+        "metrics": _rounded(
+            task.evaluate(_file_run(bench, path), test), f"of the file on {backend}"
+        ),
+        "torch_metrics": _rounded(task.evaluate(model, test), "by torch"),
         "parity": _plain(facts),
         "fusion": _plain(fusion_report(path).to_json()),
     }
@@ -260,8 +269,9 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _rounded(scores: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in scores.items()}
+def _rounded(scores: Mapping[str, float], how: str) -> dict[str, float]:
+    found = finite_metrics(scores, f"on the test split, {how},")
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,8 @@ from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.places import at
 from slimkit.recipe.schema.recipe import ModelSettings, Recipe
 from slimkit.recipe.stages.interface import StageContext, StageResult, ignore_event
+from slimkit.tasks.splits import first_batches
+from slimkit.train import reestimate_batch_norm
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,12 +153,24 @@ class Workbench:
             if not self.record(chain).cached:
                 raise
             stage = stage_of(chain[-1])
-            self.emit({"event": "damaged", "stage": stage, "key": key, "problem": str(error)})
-            self.cache.discard(key)
+            self._discard(stage, key, str(error))
             del self._records[of_stage(chain)]
             return self._load(self.record(chain).key, part)
 
+    def note(self, kind: str, key: str) -> Any:
+        """A small JSON value in the cache, or None; a damaged one is told and counts as none."""
+        return self.cache.note(kind, key, lambda problem: self.damaged(kind, key, problem))
+
+    def damaged(self, kind: str, key: str, problem: str) -> None:
+        """Tell that an entry of the cache, other than a stage, is damaged and is made again."""
+        self.emit({"event": "damaged", "kind": kind, "key": key, "problem": problem})
+
+    def _discard(self, stage: str, key: str, problem: str) -> None:
+        self.emit({"event": "damaged", "stage": stage, "key": key, "problem": problem})
+        self.cache.discard(key)
+
     def _load(self, key: str, part: str | None) -> nn.Module:
+        self.cache.check_model(key, part)
         model = self._bare(self.recipe.model, "model", checkpoint=False)
         return load(self.cache.model_folder(key, part), model=model)
 
@@ -226,10 +240,10 @@ class Workbench:
 
     def _look_up(self, chain: Chain) -> StageRecord | None:
         key = self.keys.stage(chain)
-        found = self.cache.find(key)
+        told = of_stage(chain)
+        found = self.cache.find(key, lambda problem: self._discard(told[-1], key, problem))
         if found is None:
             return None
-        told = of_stage(chain)
         self.emit({"event": "cached", "stage": told[-1], "chain": list(told), "key": key})
         return StageRecord(key, found["seconds"], True, found["extra"])
 
@@ -294,11 +308,18 @@ class Workbench:
 
     def _teachers(self, step: ChainStep) -> dict[str, nn.Module]:
         return {
-            name: self.result(chain).eval()
-            if chain is not None
-            else self.build(self.recipe.teachers[name], f"teachers.{name}").eval()
+            name: self.result(chain).eval() if chain is not None else self._teacher(name)
             for name, chain in step.teachers.items()
         }
+
+    def _teacher(self, name: str) -> nn.Module:
+        settings = self.recipe.teachers[name]
+        model = self.build(settings, f"teachers.{name}")
+        if self.smoke and not Path(settings.checkpoint or "").is_file():
+            # the answers of an untrained deep network would grow beyond all measure, and with
+            # them a student's losses: it is at least normalised as a trained one is
+            reestimate_batch_norm(model, first_batches(self.splits.train, SMOKE_STEPS))
+        return model.eval()
 
     def preview(self, chain: Chain) -> nn.Module:
         """The structure that comes out of ``chain``, on untrained weights.

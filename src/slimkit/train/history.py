@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["History"]
+from slimkit.errors import TrainingError
+
+__all__ = ["History", "finite_metrics"]
 
 
 @dataclass
@@ -41,3 +45,22 @@ class History:
             "steps": self.steps,
             "seconds": self.seconds,
         }
+
+
+def finite_metrics(metrics: Mapping[str, float], when: str) -> dict[str, float]:
+    """The metrics of an evaluation, all of them finite.
+
+    Args:
+        metrics: name → value.
+        when: the evaluation took place, for the error: ``"after epoch 3"``.
+
+    Raises:
+        TrainingError: one is NaN or infinite.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the evaluation {when} is not finite: {name} is {value:g}",
+                hint="a lower lr, warmup_epochs or clip_grad_norm keeps a training from diverging",
+            )
+    return dict(metrics)

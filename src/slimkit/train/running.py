@@ -24,7 +24,7 @@ from slimkit.train.callbacks import Callback, EpochContext
 from slimkit.train.checkpointing import RunState, check_state, restore, save_run
 from slimkit.train.devices import Device
 from slimkit.train.ema import WeightAverage
-from slimkit.train.history import History
+from slimkit.train.history import History, finite_metrics
 from slimkit.train.optimisation import build_optimizer, learning_rate
 from slimkit.train.precision import choose_precision
 from slimkit.train.progress import Scalars, TrainingDisplay
@@ -130,6 +130,7 @@ class TrainingRun:
 
         Raises:
             DataError: the loader yields nothing.
+            TrainingError: a metric is not finite; the checkpoint of the epoch before is kept.
         """
         number = self.step // self.steps_per_epoch
         torch.manual_seed(mixed_seed(self.seed, number))
@@ -174,7 +175,7 @@ class TrainingRun:
         if evaluate is None or not (last or (epoch + 1) % self.settings.evaluate_every == 0):
             return {}
         with self.average.applied() if self.average else contextlib.nullcontext():
-            return dict(evaluate(self.model))
+            return finite_metrics(evaluate(self.model), f"after epoch {epoch + 1}")
 
     def _steps(self, epoch: int, show: TrainingDisplay, scalars: Scalars) -> _Sums:
         """The optimizer steps of an epoch, or what is left of the run."""
@@ -276,7 +277,8 @@ class TrainingRun:
             moved = (self.device.moved(item) for item in self.loader)
             used = reestimate_batch_norm(self.model, itertools.islice(moved, batches))
             if used and evaluate is not None:
-                self.history.final = dict(evaluate(self.model))
+                when = "after batch norm was measured anew"
+                self.history.final = finite_metrics(evaluate(self.model), when)
         return self.history
 
     def _state(self, header: dict[str, Any]) -> RunState:

@@ -6,14 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["TrainSettings"]
+__all__ = ["MOST_EPOCHS", "MOST_RATE", "TrainSettings"]
+
+MOST_EPOCHS = 100_000
+"""More is a slip of the pen: the longest published schedules have some thousand epochs."""
+MOST_RATE = 1_000.0
+"""Of a learning rate or a weight decay, likewise."""
 
 
 class TrainSettings(BaseModel):
     """How :func:`slimkit.train.fit` trains.
 
     Attributes:
-        epochs: passes over the training data; a fraction ends within the last one.
+        epochs: passes over the training data, at most 100,000; a fraction ends within the last
+            one.
         lr: highest learning rate.
         optimizer: ``"sgd"`` (with ``momentum``, ``nesterov``) or ``"adamw"``.
         weight_decay: L2 penalty (sgd) or decoupled decay (adamw).
@@ -47,25 +53,25 @@ class TrainSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    epochs: Annotated[float, Field(gt=0)] = 10
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    epochs: Annotated[float, Field(gt=0, le=MOST_EPOCHS)] = 10
+    lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 0.1
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, le=MOST_RATE)] = 5e-4
     decay_norms: bool = True
     schedule: Literal["cosine", "one_cycle", "linear", "constant"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0
+    warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
-    loss_weight: Annotated[float, Field(ge=0)] = 1
+    loss_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    accumulate: Annotated[int, Field(ge=1)] = 1
+    clip_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    accumulate: Annotated[int, Field(ge=1, le=65_536)] = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     freeze_batch_norm: bool = False
-    batch_norm_reestimation: Annotated[int, Field(ge=0)] = 0
-    image_size: Annotated[int, Field(ge=8)] | None = None
+    batch_norm_reestimation: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     log_every: Annotated[int, Field(ge=1)] = 20
     device: Literal["auto", "cpu"] = "auto"

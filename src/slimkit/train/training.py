@@ -86,7 +86,8 @@ def fit(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         DataError: the loader belongs to the validation or test split, or yields nothing.
         InputError: the loader is empty, has no length, or yields something that is no batch;
             nothing says what is minimised, or two things do.
-        TrainingError: the loss is not finite or no scalar, or nothing requires gradients.
+        TrainingError: the loss or a metric is not finite, the loss is no scalar, or nothing
+            requires gradients; the checkpoint of the epoch before is kept.
         CheckpointError: the checkpoint is of a run with other settings; a state is to be kept
             in it that is neither tensors nor JSON.
         ArtifactError: the checkpoint cannot be read or written.

@@ -49,6 +49,8 @@ def explain_problems(error: ValidationError, data: Mapping[str, Any]) -> RecipeE
     """
     found: dict[str, tuple[str, str | None]] = {}
     for problem in error.errors():
+        if problem["type"] == "too_short" and problem["input"]:
+            continue  # its entries are wrong, and told themselves
         path, message, hint = _explain(problem, data)
         if path in found and problem["type"] != "extra_forbidden":
             earlier, earlier_hint = found[path]  # the branches of a union complain one by one

@@ -18,6 +18,7 @@ from slimkit.errors import SlimkitError, nearest
 from slimkit.registry import Registry, import_object
 
 __all__ = [
+    "MOST_THREADS",
     "OneOf",
     "SettingsOf",
     "TypedBy",
@@ -26,6 +27,8 @@ __all__ = [
     "wrong",
 ]
 
+MOST_THREADS = 1024
+"""Within one inference; a process of more fails, or starves everything else."""
 REFERENCE = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
 
 

@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic.json_schema import models_json_schema
 
-from slimkit.recipe.schema.fields import OneOf, SettingsOf, TypedBy, wrong
+from slimkit.recipe.schema.fields import MOST_THREADS, OneOf, SettingsOf, TypedBy, wrong
 from slimkit.recipe.schema.links import LINK, full_link, link_problem, parts_problem
 from slimkit.recipe.stages.interface import UNPRUNED, Stage
 from slimkit.tasks import ClassificationTask
@@ -76,8 +76,8 @@ class BackendSettings(Settings):
     """
 
     name: Annotated[str, OneOf("slimkit.runtime.sessions:BACKENDS")] = "onnxruntime"
-    threads: int = Field(default=1, ge=1)
-    batch: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=MOST_THREADS)
+    batch: int = Field(default=1, ge=1, le=65_536)
 
 
 class MeasureSettings(Settings):
@@ -91,8 +91,8 @@ class MeasureSettings(Settings):
     """
 
     backends: Annotated[tuple[BackendSettings, ...], Field(min_length=1)] = (BackendSettings(),)
-    seconds: float = Field(default=2.0, gt=0, allow_inf_nan=False)
-    parity_batches: int = Field(default=4, ge=1)
+    seconds: float = Field(default=2.0, gt=0, le=3_600)
+    parity_batches: int = Field(default=4, ge=1, le=1_000_000)
 
 
 class RequireSettings(Settings):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from slimkit.errors import DataError, InputError, PlanError
 from slimkit.inputs import Batch, LossOfBatch
-from slimkit.recipe.schema.fields import OneOf, wrong
+from slimkit.recipe.schema.fields import MOST_THREADS, OneOf, wrong
 from slimkit.recipe.schema.methods import MethodField, build_method
 from slimkit.recipe.stages.interface import Stage, StageContext, StageResult
 from slimkit.recipe.stages.teachers import DistillOptions
@@ -95,7 +95,7 @@ class PruneStage(Stage):
     params: Fraction | None = None
     latency: Fraction | None = None
     backend: Annotated[str, OneOf("slimkit.runtime.sessions:BACKENDS")] = "onnxruntime"
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=MOST_THREADS)
     criterion: Annotated[str | BaseModel, CRITERION] = "l2"
     normalisation: Literal["none", "mean", "max", "sum", "std", "gaussian"] = "none"
     allocation: Annotated[str | BaseModel, ALLOCATION] = "uniform"
@@ -106,12 +106,12 @@ class PruneStage(Stage):
     equal: tuple[tuple[str, ...], ...] = ()
     limits: dict[str, tuple[Channels | None, Channels | None]] = Field(default={})
     attention: Literal["heads", "channels"] | None = None
-    round_to: int = Field(default=8, ge=1)
+    round_to: int = Field(default=8, ge=1, le=65_536)
     min_channels: Channels | None = None
     batches: int = Field(default=16, ge=1)
     evaluate: Literal["loss", "metric"] = "loss"
     evaluation_batches: int = Field(default=8, ge=1)
-    steps: int = Field(default=1, ge=1)
+    steps: int = Field(default=1, ge=1, le=1_000)
     schedule: Literal["cubic", "linear"] = "cubic"
     between: TrainSettings | None = None
     batch_norm_reestimation: int = Field(default=20, ge=0)

@@ -16,7 +16,7 @@ from slimkit.recipe.stages.teachers import DistillOptions, check_distillation
 from slimkit.recipe.stages.training import train_model, training_facts
 from slimkit.tasks.running import device_of
 from slimkit.tasks.splits import first_batches, some_examples
-from slimkit.train.settings import TrainSettings
+from slimkit.train.settings import MOST_EPOCHS, MOST_RATE, TrainSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -223,9 +223,9 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
 
     version: ClassVar[int] = 2
     type: Literal["qat"] = "qat"
-    epochs: Annotated[float, Field(gt=0)] = 2
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    epochs: Annotated[float, Field(gt=0, le=MOST_EPOCHS)] = 2
+    lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 5e-4
+    clip_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     scales: Literal["observed", "lsq", "pact"] = "observed"
 

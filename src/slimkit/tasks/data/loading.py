@@ -86,6 +86,12 @@ def _splits(
             where="data.image_size",
             hint="set image_size",
         )
+    if settings.augment.crop > min(height, width):
+        raise DataError(
+            f"expected at most {min(height, width)}, got {settings.augment.crop}: images of "
+            f"{height}×{width} would often be all black",
+            where="data.augment.crop",
+        )
     mean, std = _statistics(raw.train.store, train, channels, settings)
     common: dict[str, Any] = {"mean": mean, "std": std, "seed": settings.seed}
     still = {**common, "batch_size": settings.eval_batch_size}

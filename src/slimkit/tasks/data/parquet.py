@@ -2,7 +2,8 @@
 
 A folder (or its subfolder ``data``) with ``train*.parquet`` and ``test*.parquet``, perhaps
 ``validation*.parquet``; a column of images (``{"bytes", "path"}``) and a column of labels.
-Class names come from the schema's ``huggingface`` metadata where it has them.
+Class names come from the schema's ``huggingface`` metadata where it has them; labels that are
+texts are classes in alphabetical order.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimkit.errors import DataError
+from slimkit.errors import DataError, nearest
 from slimkit.tasks.data.settings import DataSettings
 from slimkit.tasks.data.sources import (
     RawData,
@@ -33,6 +34,8 @@ _PATTERNS = {
     "test": ("test*.parquet",),
 }
 _IMAGE_COLUMNS = ("image", "img")
+MOST_CLASSES = 100_000
+"""Of labels that are numbers without names: the largest public sets have 21,841 classes."""
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
 
 
@@ -90,7 +93,12 @@ def _table(paths: list[Path]) -> pa.Table:
             tables.append(parquet.read_table(path))
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"not a complete Parquet file: {error}", where=str(path)) from error
-    return pa.concat_tables(tables)
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"its columns are others than those of {paths[0].name}: {error}", where=str(paths[-1])
+        ) from error
 
 
 def _features(table: pa.Table) -> dict[str, Any]:
@@ -107,6 +115,12 @@ def _column(table: pa.Table, feature: str, names: tuple[str, ...], where: str) -
     """The column with that feature type, or with one of the usual names."""
     for name, description in _features(table).items():
         if isinstance(description, dict) and description.get("_type") == feature:
+            if name not in table.column_names:
+                raise DataError(
+                    f"its metadata names a column {name!r} that is not there",
+                    where=where,
+                    hint=f"its columns are: {', '.join(table.column_names)}",
+                )
             return name
     for name in names:
         if name in table.column_names:
@@ -119,16 +133,63 @@ def _column(table: pa.Table, feature: str, names: tuple[str, ...], where: str) -
 
 
 def _classes(tables: dict[str, pa.Table], where: str) -> list[str]:
+    """Names from the metadata, else the sorted texts of the labels, else 0 … the largest."""
     table = tables["train"]
     column = _column(table, "ClassLabel", _LABEL_COLUMNS, where)
-    names = _features(table).get(column, {}).get("names")
-    if names:
+    description = _features(table).get(column)
+    names = description.get("names") if isinstance(description, dict) else None
+    if isinstance(names, list) and names:
         return [str(name) for name in names]
-    import pyarrow.compute as pc
-
-    if not len(table):
+    labels = _labels(table, where)
+    if not labels:
         raise DataError("the train split is empty", where=where)
-    return [str(label) for label in range(int(pc.max(table[column]).as_py()) + 1)]
+    if isinstance(labels[0], str):
+        return sorted({str(label) for label in labels})
+    largest = max(int(label) for label in labels)
+    if largest >= MOST_CLASSES:
+        raise DataError(
+            f"the label {largest} in column {column!r} would mean as many classes",
+            where=where,
+            hint=f"labels are 0, 1, 2, … below {MOST_CLASSES}, or texts",
+        )
+    return [str(label) for label in range(largest + 1)]
+
+
+def _labels(table: pa.Table, where: str) -> list[int | str]:
+    """The labels as they are written: all whole numbers, or all texts.
+
+    Raises:
+        DataError: a label is missing, or neither.
+    """
+    name = _column(table, "ClassLabel", _LABEL_COLUMNS, where)
+    labels = table[name].to_pylist()
+    kind = str if any(isinstance(label, str) for label in labels) else int
+    for row, label in enumerate(labels):
+        whole = isinstance(label, float) and label.is_integer()
+        if not isinstance(label, kind) and not (kind is int and whole):
+            shown = "no label" if label is None else f"the label {str(label)[:40]!r}"
+            raise DataError(
+                f"row {row} has {shown} in column {name!r}",
+                where=where,
+                hint="labels are all whole numbers from 0, or all texts",
+            )
+    return [kind(label) for label in labels]
+
+
+def _numbered(labels: list[int | str], classes: list[str], where: str) -> list[int]:
+    """Labels as positions in ``classes``."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    found: list[int] = []
+    for label in labels:
+        if isinstance(label, str) and label not in numbers:
+            raise DataError(
+                f"no image of the train split has the label {label[:40]!r}",
+                where=where,
+                hint=nearest(label, classes),
+            )
+        # beyond int64 it is outside anyway
+        found.append(numbers[label] if isinstance(label, str) else min(label, 2**62))
+    return found
 
 
 def _decoded(
@@ -136,7 +197,7 @@ def _decoded(
 ) -> RawSplit:
     where = str(path)
     column = table[_column(table, "Image", _IMAGE_COLUMNS, where)]
-    labels = table[_column(table, "ClassLabel", _LABEL_COLUMNS, where)].to_pylist()
+    labels = _numbered(_labels(table, where), classes, where)
     rows = column.to_pylist()
     items: list[tuple[bytes | Path, str]] = []
     for number, row in enumerate(rows):

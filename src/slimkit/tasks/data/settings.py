@@ -24,10 +24,10 @@ class AugmentSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    crop: int = Field(0, ge=0)
+    crop: int = Field(0, ge=0, le=4096)
     flip: bool = False
     scale: _Unit | None = None
-    cutout: int = Field(0, ge=0)
+    cutout: int = Field(0, ge=0, le=4096)
 
 
 class DataSettings(BaseModel):
@@ -62,16 +62,16 @@ class DataSettings(BaseModel):
     image_size: int | None = Field(None, ge=4, le=4096)
     channels: Literal[1, 3] | None = None
     crop_fraction: _Unit = 1.0
-    batch_size: int = Field(128, ge=1)
-    eval_batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(128, ge=1, le=65_536)
+    eval_batch_size: int = Field(256, ge=1, le=65_536)
     validation: Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] = 0.1
     augment: AugmentSettings = AugmentSettings()
-    mean: tuple[float, ...] | None = None
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
     limit: int | None = Field(None, ge=1)
     on_bad_image: Literal["error", "skip"] = "error"
     cache: Literal["auto", "memory", "files"] = "auto"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
     def _mean_with_std(self) -> DataSettings:
