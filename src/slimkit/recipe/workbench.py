@@ -315,7 +315,7 @@ class Workbench:
     def _teacher(self, name: str) -> nn.Module:
         settings = self.recipe.teachers[name]
         model = self.build(settings, f"teachers.{name}")
-        if self.smoke and not Path(settings.checkpoint or "").is_file():
+        if self.smoke:
             # the answers of an untrained deep network would grow beyond all measure, and with
             # them a student's losses: it is at least normalised as a trained one is
             reestimate_batch_norm(model, first_batches(self.splits.train, SMOKE_STEPS))
