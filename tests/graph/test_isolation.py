@@ -74,6 +74,29 @@ def test_private_numbers_are_those_that_would_be_next(
     assert torch.equal(seeded, draw(x))
 
 
+def attended(x: Tensor, dropout: float) -> Tensor:
+    """Attention, whose operators know the default generator only."""
+    heads = x.reshape(1, 1, 3, 4)
+    return F.scaled_dot_product_attention(heads, heads, heads, dropout_p=dropout)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_draws_privately_in_the_innermost_of_nested_modes(
+    dropout: float, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        with PrivateRandomNumbers(), PrivateRandomNumbers(seed=0):
+            private = attended(x, dropout), torch.native_dropout(x, 0.5, train=True)[0]
+            if dropout == 0:  # nothing is lent, which other threads could notice
+                monkeypatch.setattr(PrivateRandomNumbers, "_lent", lambda *_: pytest.fail("lent"))
+                assert torch.equal(attended(x, dropout), private[0])
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(0)
+        again = attended(x, dropout), torch.native_dropout(x, 0.5, train=True)[0]
+    assert all(map(torch.equal, private, again))
+
+
 def test_private_numbers_leave_a_generator_of_the_network_alone() -> None:
     own = torch.Generator().manual_seed(5)
     with PrivateRandomNumbers():

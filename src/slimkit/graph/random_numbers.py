@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["PrivateRandomNumbers"]
 
 _lock = threading.Lock()
+_here = threading.local()
+"""``lending``: a mode of this thread has put its state into a default generator."""
 
 
 class PrivateRandomNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -41,7 +43,8 @@ class PrivateRandomNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not _draws(func) or kwargs.get("generator") is not None:
+        lent = getattr(_here, "lending", False)
+        if lent or kwargs.get("generator") is not None or not _draws(func, args, kwargs):
             return func(*args, **kwargs)
         device = _device(args, kwargs)
         if device.type == "meta":
@@ -69,17 +72,33 @@ class PrivateRandomNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with _lock:
             before = default.get_state()
             default.set_state(own.get_state())
+            _here.lending = True  # to this mode, not to one around it
             try:
                 return func(*args, **kwargs)
             finally:
+                _here.lending = False
                 own.set_state(default.get_state())
                 default.set_state(before)
 
 
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws random numbers; attention does not without dropout."""
+    random, place, default = _randomness(func)
+    if not random or place is None:
+        return random
+    chance = args[place] if place < len(args) else kwargs.get("dropout_p", default)
+    return not isinstance(chance, int | float) or chance != 0
+
+
 @functools.cache
-def _draws(func: Any) -> bool:
-    """Whether an operator draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+def _randomness(func: Any) -> tuple[bool, int | None, Any]:
+    """Whether an operator may draw; place and default of its argument ``dropout_p``, if any."""
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False, None, None
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return True, place, argument.default_value
+    return True, None, None
 
 
 @functools.cache
