@@ -293,5 +293,5 @@ def test_names_from_outside_never_command_the_terminal(
     for text in (printed.out, printed.err):
         assert not {"\x1b", "\x07", "\x9b"} & set(text)
     assert "a␛[2J" in printed.out
-    assert "␛]0;title␇[red]" in printed.err.replace("\n", "")
-    assert "␛]0;title␇[red]" in printed.out.replace("\n", "")
+    assert "␛]0;title[red]" in printed.err.replace("\n", "")
+    assert "␛]0;title[red]" in printed.out.replace("\n", "")
