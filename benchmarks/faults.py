@@ -29,9 +29,7 @@ from slimkit.artifact import write_json
 
 TYPED = frozenset(name for name in slimkit.errors.__all__ if name.endswith("Error"))
 """Names of the errors that a user may meet."""
-LATER = frozenset(
-    ("damaged_plans", "killed_save", "profile_in_threads", "ptq_beside_export", "report_injection")
-)
+LATER = frozenset(("damaged_plans", "killed_save"))
 """Scripts of faults that are mended after the others."""
 BEFORE = PAGES / "records" / "faults_before.json"
 """Outcomes of the revision that the scripts were written against."""
@@ -179,8 +177,9 @@ def masked_weights(out: Output) -> str:
 def threads_profile(out: Output) -> str:
     """Nothing of the process is changed for others."""
     drawn, different = out.numbers(r"drawn: # different: #")
+    chance = drawn**2 / 2**25  # pairs of equal numbers among so many of 24 bits
     return wrong("fast path on: True" not in out.text, "attention's fast path stays off") or wrong(
-        drawn != different, "random numbers repeat"
+        drawn - different > chance + 4 * chance**0.5 + 1, "random numbers repeat"
     )
 
 

@@ -136,7 +136,12 @@ def _new_directory(final: Path) -> Path:
 
 
 def _umask() -> int:
-    current = os.umask(0)
+    """The umask of the process, read without changing it: other threads write files, too."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        line = next(line for line in status.splitlines() if line.startswith("Umask:"))
+        return int(line.partition(":")[2], 8)
+    current = os.umask(0o077)  # there is no other way to read it elsewhere
     os.umask(current)
     return current
 

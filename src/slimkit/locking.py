@@ -1,12 +1,14 @@
-"""Locks between processes: who writes a file or a folder keeps the others out."""
+"""Locks: between processes for files and folders, between threads for what a process has once."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from slimkit.errors import ArtifactError
 
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
     from slimkit.artifact import PathLike
 
-__all__ = ["file_lock"]
+__all__ = ["SharedSetting", "file_lock", "one_at_a_time"]
+
+T = TypeVar("T")
 
 _POLL = 0.1
 """Seconds between two attempts to take a lock that another process holds."""
@@ -83,3 +87,64 @@ def _taken(lock: BaseFileLock, seconds: float) -> bool:
     except Timeout:
         return False
     return True
+
+
+class SharedSetting(Generic[T]):
+    """Reference counting of a setting that the whole process has once.
+
+    It has ``value`` while at least one thread is inside :meth:`held`; the last one that leaves
+    puts back what the first one found.
+
+    Args:
+        read: the setting now.
+        write: change it.
+        value: what it is inside.
+    """
+
+    def __init__(self, read: Callable[[], T], write: Callable[[T], object], value: T) -> None:
+        self._read, self._write, self._value = read, write, value
+        self._before = value
+        self._inside = 0
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The setting has its value inside."""
+        with self._lock:
+            if not self._inside:
+                self._before = self._read()
+                self._write(self._value)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._write(self._before)
+
+
+class _Tracing:
+    """The lock of :func:`one_at_a_time`; a forked process begins with a free one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def renew(self) -> None:
+        self.lock = threading.RLock()
+
+
+_tracing = _Tracing()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_tracing.renew)
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """A lock (reentrant) on captures, exports and copies of networks, for a block or a function.
+
+    A capture changes modes and attributes of the network for a while, and torch's exporter
+    replaces methods of :class:`torch.nn.Module`: other threads wait.
+    """
+    with _tracing.lock:
+        yield

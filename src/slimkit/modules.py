@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slimkit.errors import ModelError
+from slimkit.locking import one_at_a_time
 
 __all__ = ["Evaluate", "copy_module", "evaluation", "restored_flags", "set_evaluation"]
 
@@ -74,7 +75,7 @@ def copy_module(model: Module, *, where: str = "model") -> Module:
             module and attribute.
     """
     try:
-        with _DetachedCopies():
+        with one_at_a_time(), _DetachedCopies():  # no copy of what a capture has changed for now
             return copy.deepcopy(model)
     except Exception as error:  # a user's own __deepcopy__ may raise anything
         raise _not_copied(model, where, error) from error

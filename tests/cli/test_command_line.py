@@ -278,3 +278,20 @@ def test_evaluate_prints_a_line_per_metric_of_a_model_and_of_its_file(
         assert code == 2
         assert message in said
     assert "classification" in cli("list", "tasks")[1]
+
+
+def test_names_from_outside_never_command_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "\x1b]0;title\x07[red]"
+    assert main(["report", str(folder)]) == 2
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps({"variants": [{"name": "a\x1b[2J\x9b2J"}]}))
+    assert main(["report", str(folder)]) == 0
+    assert main(["compare", str(folder), str(folder)]) == 0
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        assert not {"\x1b", "\x07", "\x9b"} & set(text)
+    assert "a␛[2J" in printed.out
+    assert "␛]0;title[red]" in printed.err.replace("\n", "")
+    assert "␛]0;title[red]" in printed.out.replace("\n", "")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -195,3 +196,16 @@ def test_a_file_never_lies_beside_companions_of_another_one(tmp_path: Path) -> N
         (folder / "model").write_text("alone")
     assert target.read_text() == "alone"
     assert _names(tmp_path) == ["model"]
+
+
+def test_writing_never_changes_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the umask can be read without changing it on Linux only")
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+            write_text(tmp_path / "a", "a")
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)

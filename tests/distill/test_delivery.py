@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -132,6 +134,53 @@ def test_calls_that_do_not_pair_up_are_an_error(
         pytest.raises(ModelError, match=words),
     ):
         distiller.loss(x, student(x))
+
+
+class Paused(Noisy):
+    """Lets another thread go on in the middle of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = super().forward(x)
+        self.inside.set()
+        assert self.go_on.wait(30)
+        return outputs
+
+
+def test_other_threads_draw_for_themselves_or_are_told_one_at_a_time(x: Tensor) -> None:
+    student = Paused()
+    delivery = Delivery(function=HERE, source="student")
+    with (
+        Distiller(student, Watched(8), [L1()], deliveries=[delivery]) as distiller,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        job = pool.submit(student, x)
+        assert student.inside.wait(30)
+        try:
+            drawn(x)  # would be delivered to the teacher
+            with pytest.raises(ModelError, match="one at a time"):
+                student(x)
+        finally:
+            student.go_on.set()
+        distiller.loss(x, job.result())
+        assert all(map(torch.equal, student.seen, Watched.log[-1]))
+
+
+def test_students_of_two_threads_get_the_draws_of_their_own_teachers(x: Tensor) -> None:
+    def seen_and_taught(_: int) -> bool:
+        student, teacher = Noisy(), Noisy()
+        with Distiller(student, teacher, [L1()], deliveries=[HERE]) as distiller:
+            for _step in range(20):
+                distiller.loss(x, student(x))
+        return True
+
+    before = drawn
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(seen_and_taught, range(4)))
+    assert globals()["drawn"] is before
 
 
 def test_mistakes_are_typed() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from slimkit.artifact import write_json
 from slimkit.errors import ArtifactError
-from slimkit.report import build_html, write_report
+from slimkit.report import build_html, words, write_report
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 RESOURCES = {"src", "href", "action", "data", "poster", "srcset"}
@@ -245,3 +245,88 @@ def test_what_is_no_report_is_refused(content: Any, tmp_path: Path) -> None:
 def test_a_report_of_a_newer_version_is_refused(report: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match="update slimkit"):
         build_html({**report, "schema_version": 99})
+
+
+@pytest.mark.parametrize(
+    ("path", "address"),
+    [
+        ("variants/a b/model.onnx", "variants/a%20b/model.onnx"),
+        ("variants/50%/#1?.onnx", "variants/50%25/%231%3F.onnx"),
+        ("javascript:alert(2)", ""),
+        ("https://example.org/a", ""),
+        ("//example.org/a", ""),
+        ("/etc/passwd", ""),
+        ("variants/../../a", ""),
+        ("..", ""),
+        ("a\\..\\b", ""),
+        ("java\nscript", ""),
+        (".", "."),
+        ("", ""),
+    ],
+)
+def test_links_lead_to_files_of_the_run_only(path: str, address: str) -> None:
+    assert words.link(path) == address
+    html = build_html({"variants": [{"name": "a", "files": {"model": path}}]})
+    assert [r for r in Page(html).references if not r.startswith("#")] == [address] * bool(address)
+
+
+def _poisoned(value: Any, poison: str) -> Any:
+    """The same report with all texts, and all names in it that are free, made hostile."""
+    if isinstance(value, dict):
+        free = {"metrics", "settings", "files"}
+        return {
+            key: {f"{k}{poison}": v for k, v in item.items()}
+            if key in free and isinstance(item, dict) and key != "metrics"
+            else _poisoned(item, poison)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_poisoned(item, poison) for item in value]
+    return value + poison if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize(
+    "poison", ['"><script>alert(1)</script>', "' onload='alert(1)", "]]><b>", "$x$ $\\frac$"]
+)
+def test_texts_of_a_report_are_text_everywhere_in_the_page(
+    report: dict[str, Any], html: str, poison: str
+) -> None:
+    class Tags(Page):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            super().handle_starttag(tag, attrs)
+            self.kinds.update({tag} | {f"{tag}.{key}" for key, _ in attrs})
+
+        kinds: set[str] = set()  # noqa: RUF012 - replaced below
+
+    def kinds(page: str) -> set[str]:
+        reader = type("Reader", (Tags,), {"kinds": set()})
+        found: set[str] = reader(page).kinds
+        return found
+
+    page = build_html(_poisoned(report, poison))
+    assert poison in Page(page).text
+    assert kinds(page) <= kinds(html) | {"td.title"}
+
+
+def test_what_a_terminal_would_obey_is_shown(report: dict[str, Any]) -> None:
+    for variant in report["variants"]:
+        variant["name"] += "\x1b]0;title\x07\x9b2J\u202e"
+    html = build_html(report)
+    assert not set("\x1b\x07\x9b\u202e") & set(html)
+    assert "␛]0;title␇" in html
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"channels": [{"layer": "a", "kept": "x", "total": 3}]},
+        {"channels": [{"layer": "a", "total": 3}]},
+        {"history": [{"epoch": "x", "loss": 1}, {"epoch": 2, "loss": 1}]},
+        {"rounding": {"layers": [{"layer": "a", "sqnr_db": "x"}]}},
+        {"seconds": "x"},
+    ],
+)
+def test_numbers_that_are_none_are_an_error(report: dict[str, Any], broken: dict[str, Any]) -> None:
+    report["variants"][-1]["stages"][-1] |= broken
+    with pytest.raises(ArtifactError, match="damaged"):
+        build_html(report)

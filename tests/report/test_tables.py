@@ -110,3 +110,13 @@ def test_labels_keep_their_distance_and_order(values: list[float]) -> None:
         assert places[high] - places[low] >= 5.0 - 1e-6
     if all(abs(a - b) >= 5 for n, a in enumerate(values) for b in values[:n]):
         assert places == pytest.approx(values)
+
+
+def test_names_never_command_the_terminal(report: dict[str, Any]) -> None:
+    report["variants"][-1]["name"] = "final\x1b[2J\x9b2J"
+    report["variants"][-1]["latency"][0]["backend"] = "[red]\x1b[31m"
+    for thing in (summary_table(report), compare(report, report)):
+        text = _printed(thing)
+        assert not {"\x1b", "\x9b"} & set(text)
+        assert "[red]␛[31m" in text
+    assert "\x1b" not in compare(report, report).markdown()

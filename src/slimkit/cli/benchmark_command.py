@@ -28,6 +28,7 @@ def benchmark_command(
     import json
 
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     from slimkit.cli.console import errors, output
@@ -51,7 +52,7 @@ def benchmark_command(
     first = next(iter(timings.values())).median_ms
     for name, timing in timings.items():
         table.add_row(
-            name,
+            escape(name),
             f"{timing.median_ms:.3f}",
             f"{timing.p90_ms:.3f}",
             f"{timing.min_ms:.3f}",
@@ -61,7 +62,7 @@ def benchmark_command(
     output.print(table)
     output.print(f"{backend}, threads: {threads}, batch: {batch}")
     for warning in {timing.busy for timing in timings.values() if timing.busy}:
-        errors.print(f"warning: {warning}", style="yellow")
+        errors.print(f"warning: {warning}", style="yellow", markup=False)
 
 
 def _sizes(given: list[str]) -> dict[str, int]:

@@ -105,7 +105,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     calls = (kind.prepare(b.inputs) for b in first_batches(splits.calibration, batches))
     agreement = parity(kind.exported(network, splits), out, calls)
     output.print(quantized.plan.explain(), markup=False)
-    output.print(f"{out}: {written.bytes / 1000:,.1f} kB")
+    output.print(f"{out}: {written.bytes / 1000:,.1f} kB", markup=False)
     output.print(f"in ONNX Runtime: {fusion_report(out)}", markup=False)
     output.print(f"against the float network on training data: {agreement}", markup=False)
 

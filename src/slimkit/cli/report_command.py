@@ -19,4 +19,4 @@ def report_command(
 
     page = write_report(folder)
     output.print(summary_table(folder))
-    output.print(str(page), style="bold")
+    output.print(str(page), style="bold", markup=False)

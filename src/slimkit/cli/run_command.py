@@ -39,7 +39,7 @@ def run_command(
     folder = out if out is not None else Path("runs") / loaded.name
     if dry_run:
         preview = preview_run(loaded, smoke=smoke)
-        output.print(data_line(preview.data))
+        output.print(data_line(preview.data), markup=False)
         output.print(preview.table())
         return
     narrator = Narrator(errors, quiet=quiet)
@@ -51,4 +51,4 @@ def run_command(
             from slimkit.report import summary_table
 
             output.print(summary_table(page))
-            output.print(f"{folder / 'report.html'}", style="bold")
+            output.print(f"{folder / 'report.html'}", style="bold", markup=False)

@@ -30,6 +30,7 @@ from slimkit.graph.recording import GraphRecorder, ValueNumbering
 from slimkit.graph.shortcuts import ValuesNeededError
 from slimkit.graph.sight import Sight
 from slimkit.inputs import ExampleInputs
+from slimkit.locking import one_at_a_time
 
 __all__ = [
     "BothModes",
@@ -44,13 +45,15 @@ __all__ = [
 ]
 
 
+@one_at_a_time()
 @uncollected()
 def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     """Run ``model`` once and record its operators, calls and tensors.
 
     The forward runs in evaluation mode and without gradients, on the device of the first
-    parameter. Training flags, buffers and the random state are afterwards as before. Hooks of
-    the model see zeros behind convolutions and linear layers.
+    parameter. Training flags and buffers are afterwards as before, and the random state of the
+    process is not touched. Hooks of the model see zeros behind convolutions and linear layers.
+    Captures in several threads wait for each other, and for exports.
 
     Args:
         model: any module.
@@ -94,6 +97,7 @@ class BothModes:
     sight: Mapping[str, Mapping[int, None]]
 
 
+@one_at_a_time()
 @uncollected()
 def capture_both_modes(model: nn.Module, example_inputs: ExampleInputs) -> BothModes:
     """Capture the evaluation forward, and one in training mode.

@@ -99,8 +99,7 @@ def check_equivalence(
     masked, norms = masked_outputs(original, inputs, graph, plan, decisions)
     pruned = plan.apply_to(original)
     replay = decisions.replay(pruned)
-    with undisturbed(pruned), torch.no_grad():
-        torch.manual_seed(0)
+    with undisturbed(pruned, seed=0), torch.no_grad():
         try:
             with replay:
                 found = list(tensors_in(own_inputs(pruned, inputs).call(pruned)))

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from slimkit.graph.random_numbers import PrivateRandomNumbers
 from slimkit.graph.sizes import TrackedInt, attribute_origin
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
+from slimkit.locking import SharedSetting
 from slimkit.modules import evaluation
 
 if TYPE_CHECKING:
@@ -40,6 +42,14 @@ def own_inputs(model: nn.Module, example_inputs: ExampleInputs) -> Inputs:
     return as_inputs(example_inputs).map(lambda t: t.detach().to(device, copy=True))
 
 
+_collection = SharedSetting(
+    gc.isenabled, lambda enabled: gc.enable() if enabled else gc.disable(), value=False
+)
+_fast_attention = SharedSetting(
+    torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, value=False
+)
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Inside, Python does not look for cyclic garbage.
@@ -47,21 +57,21 @@ def uncollected() -> Iterator[None]:
     A graph is many small objects that all stay: looking through them, and through all of torch,
     again and again takes time and finds nothing.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with _collection.held():
         yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no fused attention inside; the model and the random state restored.
+def undisturbed(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
+    """Evaluation mode, no fused attention and random numbers of its own; the model restored.
 
     What the forward keeps in attributes (a cache of attention biases, say) is forgotten:
-    channels that leave afterwards would not leave the cache.
+    channels that leave afterwards would not leave the cache. Random numbers of other threads
+    stay as they are; see :class:`~slimkit.graph.random_numbers.PrivateRandomNumbers`.
+
+    Args:
+        model: what will run.
+        seed: of its random numbers; None for those that would be next.
     """
     attributes = [_Attributes(vars(module)) for module in model.modules()]
     buffers = [
@@ -70,15 +80,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    random_state = torch.get_rng_state()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluation(model):
+        with _fast_attention.held(), PrivateRandomNumbers(seed), evaluation(model):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch.set_rng_state(random_state)
         for held in attributes:
             held.restore()
         with torch.no_grad():
@@ -106,13 +111,11 @@ def training_flags(model: nn.Module) -> Iterator[None]:
     Layers of torch itself, batch normalization and modules without parameters (dropout,
     stochastic depth) stay in evaluation mode: they read the same tensors in both modes, and one
     example is too few for the statistics of a batch.
-    The random states of torch (every device of the model), Python and NumPy are restored.
+    The random states of Python and NumPy, which the process has once, are restored.
     """
     numbers, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            torch.manual_seed(0)
+        with PrivateRandomNumbers(seed=0):
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002
             for module in model.modules():

@@ -74,10 +74,8 @@ def masked_outputs(
     addresses = Addresses(model, graph.table)
     mode = _MaskMode(tracker, doomed, addresses, decisions or Decisions(graph.table))
     inputs = own_inputs(model, example_inputs)
-    with undisturbed(model), torch.no_grad():
-        torch.manual_seed(0)
-        with addresses, mode:
-            result = inputs.call(model)
+    with undisturbed(model, seed=0), torch.no_grad(), addresses, mode:
+        result = inputs.call(model)
     return result, tuple(dict.fromkeys(mode.masked_norms))
 
 

@@ -91,6 +91,7 @@ class Profile:
         Args:
             depth: fold what lies deeper than so many levels into its parent.
         """
+        from rich.markup import escape
         from rich.table import Table
 
         sparse = self.sparsity >= 0.01
@@ -106,7 +107,7 @@ class Profile:
                 cells.append(human_count(row.nonzero_params) if row.params else "")
             if row.macs:
                 cells += [human_count(row.macs), percent(row.macs, self.macs)]
-            table.add_row(label, row.type, *cells, style=style)
+            table.add_row(escape(label), escape(row.type), *cells, style=style)
         return table
 
     def summary(self) -> str:

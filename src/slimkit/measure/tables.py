@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from slimkit.terminal import visible
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -42,4 +44,5 @@ def rendered(thing: RenderableType, *, width: int = 140) -> str:
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, color_system=None, legacy_windows=False)
     console.print(thing)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
+    text = visible(buffer.getvalue())
+    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())

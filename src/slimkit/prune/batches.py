@@ -34,17 +34,15 @@ Loss = Callable[[Any, Any], Tensor] | LossOfBatch
 
 @contextmanager
 def evaluated_copy(model: nn.Module, loss: Loss) -> Iterator[nn.Module]:
-    """A copy whose parameters need no gradients; random state restored.
+    """A copy whose parameters need no gradients, with random numbers of its own.
 
     It is in evaluation mode, or for a loss inside the model in what
     :func:`~slimkit.graph.isolation.training_flags` makes of training mode.
     """
     twin = copy_module(model).requires_grad_(False)
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with (
         undisturbed(twin),
         training_flags(twin) if isinstance(loss, LossOfBatch) else nullcontext(),
-        torch.random.fork_rng(devices=sorted(devices, key=str)),
         torch.enable_grad(),
     ):
         yield twin

@@ -19,6 +19,7 @@ from slimkit.quantize.quantizers.host_values import HostValue
 from slimkit.quantize.quantizers.learned import build_quantizer
 from slimkit.quantize.specs import named_weights
 from slimkit.runtime.export_hooks import BIASES_HINT, OPSET_HINT, SCALES_HINT
+from slimkit.runtime.export_state import is_exporting
 
 if TYPE_CHECKING:
     from slimkit.quantize.scheme import QuantPlan
@@ -75,16 +76,16 @@ class QuantizedModel(nn.Module):
             AddressError: it makes other calls than at capture, and a planned one cannot be told;
                 or, while it is exported, a planned one does not run.
         """
-        if self.training and not torch.compiler.is_exporting():
+        if self.training and not is_exporting():
             self._count_step()
-        exact = not (self.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
+        exact = not (self.training or torch.is_grad_enabled() or is_exporting())
         if exact:  # a kernel needs the scale of its output before that is rounded
             for quantizer in self.activation_quantizers().values():
                 quantizer.refresh()
         mode = self._attached(exact=exact)
         with mode:
             result = self.model(*args, **kwargs)
-        if torch.compiler.is_exporting() and not self.partial:  # a file needs all of them
+        if is_exporting() and not self.partial:  # a file needs all of them
             mode.check_complete()
         return result
 
@@ -104,7 +105,7 @@ class QuantizedModel(nn.Module):
     def _attached(
         self, *, exact: bool, replaced: Mapping[str, Rounding] | None = None
     ) -> Attachment:
-        noting = self.training and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        noting = self.training and torch.is_grad_enabled() and not is_exporting()
         return Attachment(
             self.model,
             self.plan,

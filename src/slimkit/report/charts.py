@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -83,7 +84,8 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the page's own font draws the text
         figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -100,6 +102,11 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     head = f'<svg role="img" aria-label="{escape(title)}" {size.group() if size else ""}>'
     body = svg[svg.index(">") + 1 :]
     return "\n".join(line for line in (head + body).splitlines() if line.strip())
+
+
+def _literal(text: str) -> str:
+    """``text`` as it is: matplotlib reads what stands between two ``$`` as a formula."""
+    return text.replace("$", r"\$")
 
 
 def _spread(values: Sequence[float], gap: float) -> list[float]:
@@ -181,7 +188,7 @@ def scatter(
         right = costs[number] > 0.55 * max(costs)
         moved = abs(places[number] - scores[number]) > 0.01 * (high - low)
         axes.annotate(
-            point.label,
+            _literal(point.label),
             (costs[number], scores[number]),
             xytext=(-9 if right else 9, 72 * 3.0 * (places[number] - scores[number]) / (high - low))
             if moved
@@ -191,8 +198,8 @@ def scatter(
             va="center",
             color=MUTED if number == 0 else INK,
         )
-    axes.set_xlabel(horizontal)
-    axes.set_ylabel(vertical)
+    axes.set_xlabel(_literal(horizontal))
+    axes.set_ylabel(_literal(vertical))
     return _svg(figure, name, f"{vertical} against {horizontal}")
 
 
@@ -233,7 +240,7 @@ def training_curves(
         x, y = [row[0] for row in rows], [row[1] for row in rows]
         panel.plot(x, y, color=ACCENT, marker="o" if len(rows) < 5 else None, markersize=4)
         written = words.score(y[-1], digits) if title == label else f"{y[-1]:.3g}"
-        panel.set_title(f"{title}, last {written}", loc="left", color=MUTED)
+        panel.set_title(_literal(f"{title}, last {written}"), loc="left", color=MUTED)
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.yaxis.set_major_locator(MaxNLocator(4))
         panel.set_xlabel("epoch")
@@ -260,11 +267,11 @@ def curves(
         colour = ACCENT if number == len(series) - 1 else MUTED
         stroke: Any = strokes[(len(series) - 1 - number) % len(strokes)]
         xs, ys = [point[0] for point in points], [point[1] for point in points]
-        axes.plot(xs, ys, label=label, color=colour, linestyle=stroke)
+        axes.plot(xs, ys, label=_literal(label), color=colour, linestyle=stroke)
     if len(series) > 1:
         axes.legend(frameon=False, labelcolor=INK)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_xlabel(_literal(x))
+    axes.set_ylabel(_literal(y))
     return _svg(figure, name, f"{y} over {x}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from slimkit.artifact import PathLike, read_json
 from slimkit.errors import ArtifactError
 from slimkit.report import words
+from slimkit.terminal import visible_json
 
 __all__ = ["Latency", "Report", "Score", "StageRun", "Variant", "load_report", "parse_report"]
 
@@ -285,6 +286,8 @@ def _variant(entry: Mapping[str, Any]) -> Variant:
 def parse_report(data: Any, *, where: str = "report.json") -> Report:
     """Check and read the contents of a ``report.json``.
 
+    Control characters in its texts are shown, not kept: they end in terminals.
+
     Args:
         data: the parsed JSON.
         where: the file's name for messages.
@@ -294,6 +297,7 @@ def parse_report(data: Any, *, where: str = "report.json") -> Report:
     """
     if not isinstance(data, Mapping) or not data.get("variants"):
         raise ArtifactError("this is not a report: it lists no variants", where=where)
+    data = visible_json(dict(data))
     version = data.get("schema_version", SCHEMA_VERSION)
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ArtifactError(

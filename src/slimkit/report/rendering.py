@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkit.artifact import PathLike, read_json, write_text
+from slimkit.errors import ArtifactError
 from slimkit.report import words
 from slimkit.report.charts import ChartPoint, histograms, scatter, training_curves
 from slimkit.report.drawings import drawn
@@ -53,24 +54,33 @@ def build_html(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.globals.update(words=words)
-    page = environment.get_template("report.html.j2").render(
-        report=parsed,
-        headline=_headline(parsed),
-        columns=_columns(parsed),
-        rows=[_row(parsed, variant) for variant in parsed.variants],
-        proofs=_proofs(parsed),
-        pictures=_pictures(parsed),
-        metrics=_metrics(parsed),
-        drawings=drawn(parsed),
-        estimates=_estimates(parsed),
-        curves=_curves(parsed),
-        channels=_channels(parsed),
-        rounding=_rounding(parsed),
-        gates=[_gate(gate) for gate in parsed.gates],
-        warnings=_warnings(parsed),
-        facts=_facts(parsed),
-    )
+    template = environment.get_template("report.html.j2")
+    try:
+        page = template.render(_contents(parsed))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the report is damaged: {error!r}", where="report.json") from error
     return "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
+
+
+def _contents(parsed: Report) -> dict[str, Any]:
+    """What the template needs."""
+    return {
+        "report": parsed,
+        "headline": _headline(parsed),
+        "columns": _columns(parsed),
+        "rows": [_row(parsed, variant) for variant in parsed.variants],
+        "proofs": _proofs(parsed),
+        "pictures": _pictures(parsed),
+        "metrics": _metrics(parsed),
+        "drawings": drawn(parsed),
+        "estimates": _estimates(parsed),
+        "curves": _curves(parsed),
+        "channels": _channels(parsed),
+        "rounding": _rounding(parsed),
+        "gates": [_gate(gate) for gate in parsed.gates],
+        "warnings": _warnings(parsed),
+        "facts": _facts(parsed),
+    }
 
 
 def _headline(report: Report) -> list[dict[str, str]]:

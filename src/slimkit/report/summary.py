@@ -44,7 +44,7 @@ def summary_table(report: Mapping[str, Any] | PathLike) -> Table:
     titles = [read.head.title] if scored else []
     titles += ["params", "MACs", "file", *(item.label for item in read.latencies)]
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(escape(title), justify="right")
     for variant in read.variants:
         first = variant is base
         cells = []

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 __all__ = [
     "change",
     "count",
     "factor",
     "flat",
+    "link",
     "milliseconds",
     "plain",
     "points",
@@ -112,6 +114,18 @@ def plain(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(plain(item) for item in value) or "none"
     return str(value)
+
+
+def link(path: str) -> str:
+    """The address of a file of the run for the page beside it; empty for anything else.
+
+    A link has no scheme (``javascript:``), is not absolute and does not leave the folder.
+    """
+    parts = path.split("/")
+    odd = not path.isprintable() or any(sign in path for sign in ":\\")
+    if odd or path.startswith("/") or ".." in parts or not any(parts):
+        return ""
+    return quote(path)
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -31,6 +31,7 @@ from slimkit.runtime.dynamic_axes import (
     try_out,
 )
 from slimkit.runtime.export_hooks import GRAPH_PASSES, translation_table
+from slimkit.runtime.export_state import exporting
 from slimkit.runtime.onnx_files import write_onnx
 from slimkit.runtime.sessions import TensorSpec
 from slimkit.runtime.structure import (
@@ -91,7 +92,8 @@ def export(
     annotations shortened; the result is checked and appears at ``path`` only when complete.
     A model from :mod:`slimkit.quantize` becomes a QDQ model with int8 weights. Inputs are named
     by the parameters of ``forward`` and stand in its order, whatever that of a dictionary is.
-    Weights beyond 2 GiB, protobuf's limit, go to ``model.onnx.data`` beside the file.
+    Weights beyond 2 GiB, protobuf's limit, go to ``model.onnx.data`` beside the file. Exports in
+    several threads wait for each other; networks may run in other threads meanwhile.
 
     Args:
         model: any module; its training flags are as before afterwards.
@@ -118,7 +120,7 @@ def export(
     """
     _check_arguments(model, path, opset, metadata)
     inputs = in_signature_order(model, _on_device(as_inputs(example_inputs), model))
-    with evaluation(model), torch.no_grad(), _quiet():
+    with exporting(), evaluation(model), torch.no_grad(), _quiet():
         batched = batched_positions(inputs) if dynamic_batch else []
         if dynamic_batch and not batched:
             raise ExportError(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from slimkit.runtime.export_hooks import GRAPH_PASSES, TRANSLATIONS
+from slimkit.runtime.export_state import is_exporting
 
 __all__ = [
     "dynamic_fake_quantize",
@@ -62,7 +63,7 @@ def fake_quantize(
         A tensor like ``x``; gradients reach ``x`` where it was not clipped.
     """
     dim = -1 if axis is None else axis
-    if torch.compiler.is_exporting():
+    if is_exporting():
         exported: Tensor = torch.ops.slimkit.fake_quantize(x, scale, zero_point, dim, qmin, qmax)
         return exported
     result: Tensor = _StraightThrough.apply(x, scale, zero_point, dim, qmin, qmax, clips)

@@ -114,10 +114,10 @@ class Deliveries:
             self._interceptors["teacher"].stop()
 
     def _start(self, side: Side) -> None:
+        self._interceptors[side].start()
         for delivery in self._deliveries:
             if delivery.source == side:
                 self._queues[delivery.function].clear()
-        self._interceptors[side].start()
 
     def check_delivered(self) -> None:
         """Make sure that both networks called each function equally often.
@@ -140,7 +140,7 @@ class Deliveries:
         if self._scope is not None:
             self._scope.close()
         for interceptor in self._interceptors.values():
-            interceptor.stop()
+            interceptor.stop(of_any_thread=True)
 
     def _handlers(self, side: Side) -> dict[str, Handler]:
         return {

@@ -1,4 +1,7 @@
-"""Monkey patching for as long as a forward runs: functions are replaced and always put back."""
+"""Monkey patching for as long as a forward runs: functions are replaced and always put back.
+
+Handlers hear only of the calls of the thread that started them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class _Patch:
     owner: Any
     attribute: str
     own: Any  # what the owner itself held; _MISSING when it inherited the attribute
-    handlers: list[Handler] = field(default_factory=list)
+    handlers: list[tuple[int, Handler]] = field(default_factory=list)  # (thread, handler)
 
 
 _patches: dict[str, _Patch] = {}
@@ -41,7 +44,8 @@ class Interceptor:
     """Hands the calls of some functions to handlers while it is active.
 
     Several interceptors may be active at once on the same function and may end in any order;
-    when the last one ends, the original is back.
+    when the last one ends, the original is back. Calls of other threads than the one that
+    started it pass by.
 
     Args:
         handlers: ``"package.module:function"`` or ``"package.module:Class.method"`` → handler.
@@ -50,40 +54,48 @@ class Interceptor:
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self.handlers = dict(handlers)
         self.active = False
+        self._thread = 0
 
     def start(self) -> None:
         """Begin to intercept.
 
         Raises:
-            ModelError: a function cannot be replaced; none is.
+            ModelError: a function cannot be replaced; none is. Or another thread is in the
+                middle of it: one at a time.
         """
-        if self.active:
-            return
         with _lock:
+            thread = threading.get_ident()
+            if self.active and self.handlers and self._thread != thread:
+                raise ModelError(
+                    "its calls are followed in another thread at this moment: one at a time",
+                    where=", ".join(self.handlers),
+                    hint="a student and a teacher of its own for each thread",
+                )
+            if self.active:
+                return
             replaced: list[str] = []
             try:
                 for reference, handler in self.handlers.items():
                     if reference not in _patches:
                         _patches[reference] = _patched(reference)
-                    _patches[reference].handlers.append(handler)
+                    _patches[reference].handlers.append((thread, handler))
                     replaced.append(reference)
             except BaseException:
-                self._release(replaced)
+                self._release(replaced, thread)
                 raise
-            self.active = True
+            self.active, self._thread = True, thread
 
-    def stop(self) -> None:
-        """End it; may be called twice."""
-        if not self.active:
-            return
+    def stop(self, *, of_any_thread: bool = False) -> None:
+        """End what this thread started, or any; may be called twice."""
         with _lock:
-            self._release(self.handlers)
-            self.active = False
+            if self.active and (of_any_thread or self._thread == threading.get_ident()):
+                self._release(self.handlers, self._thread)
+                self.active = False
 
-    def _release(self, references: Iterable[str]) -> None:
+    def _release(self, references: Iterable[str], thread: int) -> None:
         for reference in references:
             patch = _patches[reference]
-            patch.handlers.remove(self.handlers[reference])
+            patch.handlers.remove((thread, self.handlers[reference]))
             if not patch.handlers:
                 _restore(_patches.pop(reference))
 
@@ -98,8 +110,10 @@ def _patched(reference: str) -> _Patch:
     @functools.wraps(plain)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         call = functools.partial(plain, *args, **kwargs)
-        for handler in patch.handlers:
-            call = functools.partial(handler, call)
+        thread = threading.get_ident()
+        for started_in, handler in tuple(patch.handlers):
+            if started_in == thread:
+                call = functools.partial(handler, call)
         return call()
 
     wrapped: Any = type(raw)(wrapper) if isinstance(raw, staticmethod | classmethod) else wrapper

@@ -123,8 +123,8 @@ class Recorder:
         return keep
 
     def _enter(self, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        self._interceptor.start()  # not where another thread is in the middle of it
         self._calls.clear()
-        self._interceptor.start()
 
     def _leave(self) -> None:
         self._interceptor.stop()
@@ -141,7 +141,7 @@ class Recorder:
         self._handles.clear()
         if self._scope is not None:
             self._scope.close()
-        self._interceptor.stop()
+        self._interceptor.stop(of_any_thread=True)
         self.clear()
 
 

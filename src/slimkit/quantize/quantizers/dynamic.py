@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from slimkit.quantize.scales import affine_parameters
 from slimkit.quantize.targets import NumberFormat
+from slimkit.runtime.export_state import is_exporting
 from slimkit.runtime.fake_quantize import dynamic_fake_quantize, fake_quantize
 
 __all__ = ["DynamicQuantizer"]
@@ -42,7 +43,7 @@ class DynamicQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x``, any shape."""
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return dynamic_fake_quantize(x, qmin=self.form.qmin, qmax=self.form.qmax)
         if not self.rounding or not x.numel():
             return x

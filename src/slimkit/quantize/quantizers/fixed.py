@@ -12,6 +12,7 @@ from slimkit.quantize.quantizers.host_values import HostValue
 from slimkit.quantize.scales import affine_parameters, weight_grid
 from slimkit.quantize.specs import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
+from slimkit.runtime.export_state import is_exporting
 from slimkit.runtime.fake_quantize import fake_quantize
 
 __all__ = ["ActivationQuantizer", "WeightQuantizer"]
@@ -69,7 +70,7 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x``, any shape."""
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return self._rounded(x) if self.ready else x
         if self.observing and self.bounds is None and x.numel():
             self._observe(x.detach())
@@ -164,7 +165,7 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Round ``weight``."""
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return self._rounded(weight, self.scale)
         return self._rounded(weight, self.refresh(weight)) if self.rounding else weight
 

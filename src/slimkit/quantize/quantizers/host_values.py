@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
+
+from slimkit.runtime.export_state import is_exporting
 
 __all__ = ["HostValue"]
 
@@ -33,7 +34,7 @@ class HostValue(Generic[T]):
 
     def of(self, buffer: Tensor) -> T:
         """The value of ``buffer``; the last one read while an export traces the network."""
-        if torch.compiler.is_exporting():  # a traced tensor has no values
+        if is_exporting():  # a traced tensor has no values
             return self._value
         if buffer.is_cpu or buffer.is_inference():
             self._value = self._read(buffer)

@@ -27,6 +27,7 @@ from slimkit.quantize.quantizers.learned_scales import (
 from slimkit.quantize.scales import TINY, mse_weight_grid, pair_scale, pairs_can_overflow
 from slimkit.quantize.specs import QuantizerSpec
 from slimkit.quantize.targets import NumberFormat
+from slimkit.runtime.export_state import is_exporting
 
 if TYPE_CHECKING:
     from slimkit.quantize.scheme import QuantPlan
@@ -137,7 +138,7 @@ class LsqActivation(ActivationQuantizer):
             self.zero_point.copy_(point)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting() or self.observing:
+        if is_exporting() or self.observing:
             return super()._rounded(x)
         self.refresh()
         if not torch.is_grad_enabled():
@@ -201,7 +202,7 @@ class PactActivation(ActivationQuantizer):
             self.clip.copy_(clip)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting() or self.observing or self._signed.of(self.low):
+        if is_exporting() or self.observing or self._signed.of(self.low):
             return super()._rounded(x)
         self.refresh()
         if not torch.is_grad_enabled():
@@ -263,7 +264,7 @@ class LsqWeight(WeightQuantizer):
         return scale
 
     def _rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        if is_exporting() or not torch.is_grad_enabled():
             return super()._rounded(weight, scale)
         qmin, qmax = self.form.qmin, self.form.qmax
         factor = gradient_scale(weight.numel() // self.step_size.numel(), qmax)
