@@ -7,14 +7,20 @@ and is moved into place when it is complete. Nothing is ever pickled.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from glob import escape as glob_escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slimkit.errors import ArtifactError
 
@@ -27,6 +33,8 @@ __all__ = [
     "atomic_file",
     "atomic_files",
     "content_hash",
+    "file_hash",
+    "read_directory",
     "read_json",
     "read_tensors",
     "tensors_hash",
@@ -36,6 +44,10 @@ __all__ = [
 ]
 
 PathLike = str | os.PathLike[str]
+Contents = TypeVar("Contents")
+
+_ATTEMPTS = 1000
+"""How often a folder is read or replaced again because another process replaced it meanwhile."""
 
 
 def _failed(action: str, path: Path, error: OSError) -> ArtifactError:
@@ -53,6 +65,7 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
     with _temporary(final, _new_file) as temporary:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
+        _sync(temporary)
         temporary.replace(final)
 
 
@@ -74,6 +87,9 @@ def atomic_files(path: PathLike, companions: Sequence[str] = ()) -> Iterator[Pat
     final = Path(path)
     with _temporary(final, _new_directory) as folder:
         yield folder
+        for name in (*companions, final.name):
+            if (folder / name).exists():
+                _sync(folder / name)
         if any((final.parent / name).exists() for name in companions):
             final.unlink(missing_ok=True)
         for name in companions:
@@ -90,20 +106,171 @@ def atomic_files(path: PathLike, companions: Sequence[str] = ()) -> Iterator[Pat
 def atomic_directory(path: PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success it replaces ``path`` as a whole.
 
+    The two folders change places in one step where the file system can do that (Linux, macOS).
+    Elsewhere there is a moment without ``path``; who is killed then leaves the old one beside it,
+    where :func:`read_directory` finds it. Of several who write at once, the last one wins.
+
+    Args:
+        path: of the folder; a link stays a link.
+
     Raises:
-        ArtifactError: the parent is not writable or the disk is full; ``path`` is untouched.
+        ArtifactError: the parent is not writable, the disk is full, or ``path`` is a file or the
+            current folder; ``path`` is untouched.
     """
-    final = Path(path)
+    final = Path(os.path.realpath(path))
+    if os.path.lexists(final) and not final.is_dir():
+        raise ArtifactError("this is no folder", where=str(path))
+    if final in (current := Path(os.path.realpath(os.curdir)), *current.parents):
+        raise ArtifactError(
+            "the current folder would be replaced with all that is in it",
+            where=str(path),
+            hint="name a folder of its own, such as model/",
+        )
     with _temporary(final, _new_directory) as temporary:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
-        if final.exists():  # a folder in use cannot be replaced: it is moved out of the way
-            outgoing = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.old."))
-            final.replace(outgoing / final.name)
-            temporary.replace(final)
-            shutil.rmtree(outgoing, ignore_errors=True)
+        for folder, _, names in os.walk(temporary, topdown=False):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        _put_in_place(temporary, final)
+        _sync(final.parent)
+
+
+def read_directory(path: PathLike, read: Callable[[Path], Contents]) -> Contents:
+    """What ``read`` makes of a folder written by :func:`atomic_directory`, of one version of it.
+
+    Reading starts anew when the folder was replaced meanwhile.
+
+    Args:
+        path: of the folder. If it is missing because a writer was killed, it is put back.
+        read: gets the folder, may open several of its files, and changes nothing.
+
+    Raises:
+        ArtifactError: what ``read`` raises, of a folder that nobody replaces.
+    """
+    final = Path(path)
+    for _ in range(_ATTEMPTS):
+        _put_back(final)
+        before = _version(final)
+        try:
+            found = read(final)
+        except ArtifactError:
+            if before == _version(final):
+                raise
         else:
-            temporary.replace(final)
+            if before == _version(final):
+                return found
+    raise ArtifactError("it is replaced faster than it can be read", where=str(path))
+
+
+def _version(folder: Path) -> tuple[int, ...] | None:
+    """What tells one version of a folder from the next: its inode, and when it was filled."""
+    try:
+        found = folder.stat()
+    except (OSError, ValueError):  # missing, or no name for a file
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Let ``temporary`` replace ``final``; what was there lies at ``temporary`` afterwards.
+
+    Others may do the same at any moment: then it is tried again.
+
+    Raises:
+        OSError: neither way is possible; ``final`` is as before.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            if not final.exists():
+                temporary.rename(final)
+            elif not _exchanged(temporary, final):
+                _replace_in_two_steps(temporary, final)
+        except OSError as error:
+            if error.errno not in {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+            if not temporary.exists():
+                raise
+        else:
+            return
+    raise ArtifactError("others replace it all the time", where=str(final))
+
+
+def _replace_in_two_steps(temporary: Path, final: Path) -> None:
+    """Move ``final`` out of the way, then ``temporary`` in; see :func:`_put_back`."""
+    outgoing = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.old."))
+    try:
+        final.replace(outgoing / final.name)
+        temporary.replace(final)
+    except OSError:
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(OSError):  # it never left, or another one is there now
+                (outgoing / final.name).rename(final)
+            if final.exists():
+                shutil.rmtree(outgoing, ignore_errors=True)
+                break
+        raise
+    shutil.rmtree(outgoing, ignore_errors=True)
+
+
+def _put_back(final: Path) -> None:
+    """Undo the first of two steps if the second was never done: the writer was killed."""
+    if os.path.lexists(final):
+        return
+    with contextlib.suppress(OSError, ValueError):  # no such parent, or no name for a file
+        for outgoing in final.parent.glob(f".{glob_escape(final.name)}.old.*"):
+            with contextlib.suppress(OSError):  # another reader or the writer was faster
+                (outgoing / final.name).rename(final)
+                outgoing.rmdir()
+                return
+
+
+@functools.cache
+def _system_exchange() -> Callable[[bytes, bytes], int] | None:
+    """The system's call that swaps two names in one step; None if there is none."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            swap = library.renamex_np
+            return lambda one, other: int(swap(one, other, ctypes.c_uint(2)))  # RENAME_SWAP
+        swap = library.renameat2
+    except (OSError, AttributeError, TypeError):
+        return None
+    here = ctypes.c_int(-100)  # AT_FDCWD: names are relative to the current folder
+    return lambda one, other: int(swap(here, one, here, other, ctypes.c_uint(2)))  # RENAME_EXCHANGE
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, unless the system or the file system cannot do that."""
+    exchange = _system_exchange()
+    if exchange is None:
+        return False
+    if exchange(os.fsencode(one), os.fsencode(other)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in {errno.ENOENT, errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS}:
+        raise OSError(code, os.strerror(code))
+    return False
+
+
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES}
+"""What a file system answers that has nothing to sync, or cannot sync folders."""
+
+
+def _sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's entries, on the disk: they outlive a power cut."""
+    if path.is_symlink() or (os.name == "nt" and path.is_dir()):
+        return
+    try:
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 @contextlib.contextmanager
@@ -167,13 +334,29 @@ def read_json(path: PathLike) -> Any:
     Raises:
         ArtifactError: missing, unreadable, or not JSON (with line and column).
     """
-    source = Path(path)
+    source = _regular(path)
     try:
         return json.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise _failed("read", source, error) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ArtifactError("not a JSON file: nested too deeply", where=str(source)) from error
+    except ValueError as error:  # a number of too many digits is one, too
         raise ArtifactError(f"not a JSON file: {error}", where=str(source)) from error
+
+
+def _regular(path: PathLike) -> Path:
+    """A path that does not wait for a writer when it is opened, as a pipe would."""
+    source = Path(path)
+    try:
+        mode = source.stat().st_mode
+    except OSError:
+        return source  # opening it says why
+    except ValueError as error:
+        raise ArtifactError(f"no name of a file: {error}", where=repr(str(path))) from error
+    if not stat.S_ISREG(mode):
+        raise ArtifactError("cannot read: this is no regular file", where=str(source))
+    return source
 
 
 def write_tensors(
@@ -199,7 +382,7 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    source = Path(path)
+    source = _regular(path)
     try:
         return load_file(str(source))
     except FileNotFoundError as error:
@@ -216,6 +399,20 @@ def content_hash(value: object) -> str:
     """SHA-256 (hex) of a JSON-able value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(path: PathLike) -> str:
+    """SHA-256 (hex) of a file's bytes.
+
+    Raises:
+        ArtifactError: missing or unreadable.
+    """
+    source = _regular(path)
+    try:
+        with source.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise _failed("read", source, error) from error
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

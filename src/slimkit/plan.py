@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 from slimkit.artifact import (
     PathLike,
     atomic_directory,
+    content_hash,
+    file_hash,
+    read_directory,
     read_json,
     read_tensors,
     write_json,
@@ -44,6 +47,8 @@ FORMAT_VERSION = 1
 """Of the envelope around every plan's JSON; a file of another version is refused."""
 _ATTRIBUTE = "slimkit_plans"
 """The attribute of a model that lists the plans that were applied to it."""
+_INDEX, _WEIGHTS = "plans.json", "weights.safetensors"
+"""The two files that every saved folder has."""
 Module = TypeVar("Module", bound="nn.Module")
 
 PLAN_KINDS: Registry[type[Plan]] = Registry("plan kind")
@@ -174,6 +179,7 @@ def _packed(plan: Plan) -> dict[str, Any]:
         "kind": plan.kind,
         "version": plan.version,
         "has_tensors": bool(plan.tensors()),
+        "sha256": _checksum(plan.to_json()),
         "plan": plan.to_json(),
     }
 
@@ -182,6 +188,11 @@ def _unpacked(data: Any, tensors: Mapping[str, Tensor], *, where: str) -> Plan:
     if not isinstance(data, dict) or not {"format", "kind", "version", "plan"} <= data.keys():
         raise ArtifactError("this is not a plan: kind, version and plan are missing", where=where)
     kind = data["kind"]
+    if not isinstance(kind, str) or not (_counts(data["format"]) and _counts(data["version"])):
+        raise ArtifactError(
+            "this is not a plan: kind is no text, or format and version are no numbers",
+            where=where,
+        )
     if kind not in PLAN_KINDS:
         raise PlanError(
             f"unknown kind of plan {kind!r}", where=where, hint=nearest(kind, PLAN_KINDS)
@@ -194,12 +205,50 @@ def _unpacked(data: Any, tensors: Mapping[str, Tensor], *, where: str) -> Plan:
             where=where,
             hint="update slimkit",
         )
+    _check_intact(data["plan"], data.get("sha256"), f"the {kind} plan", where)
     try:
         return plan_type.from_json(data["plan"], tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, PlanError):
-            raise
+    except PlanError as error:
+        raise PlanError(error.message, where=error.where or where, hint=error.hint) from error
+    except _WRONG_SHAPE as error:
         raise ArtifactError(f"the {kind} plan is damaged: {error!r}", where=where) from error
+
+
+_WRONG_SHAPE = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError),
+    RecursionError,
+)
+"""What reading raises of JSON that has another shape than what was written."""
+
+
+def _checksum(value: object) -> str | None:
+    """SHA-256 of ``value`` as it comes back from a file: keys are text, tuples are lists."""
+    try:
+        return content_hash(json.loads(json.dumps(value, allow_nan=False)))
+    except (TypeError, ValueError):  # writing it says why
+        return None
+
+
+def _check_intact(content: object, expected: object, what: str, where: str) -> None:
+    """Compare with the checksum beside it; files of older versions have none.
+
+    Raises:
+        ArtifactError: it is another one.
+    """
+    try:
+        intact = expected is None or content_hash(content) == expected
+    except RecursionError as error:
+        raise ArtifactError(f"{what} is nested too deeply", where=where) from error
+    if not intact:
+        raise ArtifactError(
+            f"{what} is damaged: it is not what was saved",
+            where=where,
+            hint="whoever changes it by hand removes its sha256",
+        )
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def apply(
@@ -370,7 +419,7 @@ def save(model: nn.Module, directory: PathLike) -> Path:
     """
     tensors, extra, metadata = _split_state(model.state_dict(), directory)
     with atomic_directory(directory) as folder:
-        write_tensors(folder / "weights.safetensors", tensors)
+        write_tensors(folder / _WEIGHTS, tensors)
         names = []
         for number, plan in enumerate(applied_plans(model)):
             names.append(f"plan{number}_{plan.kind}.json")
@@ -381,8 +430,9 @@ def save(model: nn.Module, directory: PathLike) -> Path:
             "plans": names,
             "metadata": metadata,
             "extra_state": extra,
+            "files": {each.name: file_hash(each) for each in sorted(folder.iterdir())},
         }
-        write_json(folder / "plans.json", index)
+        write_json(folder / _INDEX, {**index, "sha256": _checksum(index)})
     return Path(directory)
 
 
@@ -400,14 +450,65 @@ def load(directory: PathLike, *, model: nn.Module) -> nn.Module:
         ArtifactError: files are missing or damaged.
         PlanError, CheckpointError: the files belong to another network.
     """
-    folder = Path(directory)
-    index = read_json(folder / "plans.json")
-    weights = read_tensors(folder / "weights.safetensors")
-    for name in index["plans"]:
-        model = apply(model, Plan.load(folder / name))
-    state = _with_metadata({**weights, **index.get("extra_state", {})}, index.get("metadata"))
-    load_weights(model, state, where=str(folder / "weights.safetensors"))
+    plans, state = read_directory(directory, _read)
+    for plan in plans:
+        model = apply(model, plan)
+    load_weights(model, state, where=str(Path(directory) / _WEIGHTS))
     return model
+
+
+def _read(folder: Path) -> tuple[list[Plan], OrderedDict[str, Any]]:
+    """All plans and the state dict in a folder that :func:`save` wrote.
+
+    Raises:
+        ArtifactError, PlanError: one of the files is missing or damaged.
+    """
+    index = _read_index(folder / _INDEX)
+    for name, expected in index.get("files", {}).items():
+        if file_hash(folder / name) != expected:
+            raise ArtifactError(
+                "it is not what was saved: damaged, or changed since",
+                where=str(folder / name),
+                hint="save the model again",
+            )
+    plans = [Plan.load(folder / name) for name in index["plans"]]
+    weights = read_tensors(folder / _WEIGHTS)
+    extra, metadata = index.get("extra_state", {}), index.get("metadata")
+    return plans, _with_metadata({**weights, **extra}, metadata)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """``plans.json``, checked: names that stay inside its folder, and mappings where they belong.
+
+    Raises:
+        ArtifactError: it is damaged, or of a newer version.
+    """
+    index = read_json(path)
+    if not isinstance(index, dict) or not isinstance(index.get("plans"), list):
+        raise ArtifactError("this is no index of plans: its list is missing", where=str(path))
+    if not _counts(index.get("format", 1)) or index.get("format", 1) > FORMAT_VERSION:
+        raise ArtifactError(
+            f"it has format {index['format']!r}, this library reads up to {FORMAT_VERSION}",
+            where=str(path),
+            hint="update slimkit",
+        )
+    content = {key: value for key, value in index.items() if key != "sha256"}
+    _check_intact(content, index.get("sha256"), "the index of plans", str(path))
+    parts = {key: index.get(key, {}) for key in ("files", "extra_state", "metadata")}
+    for key, part in parts.items():
+        held = part.values() if isinstance(part, dict) and key == "metadata" else ()
+        if not isinstance(part, dict) or not all(isinstance(each, dict) for each in held):
+            raise ArtifactError(f"its {key} is no mapping", where=str(path))
+    for name in (*index["plans"], *parts["files"]):
+        if not isinstance(name, str) or not _stays_inside(name):
+            raise ArtifactError(
+                f"{name!r} is not the name of a file in this folder", where=str(path)
+            )
+    return index
+
+
+def _stays_inside(name: str) -> bool:
+    return name not in {"", ".", ".."} and not set(name) & set("/\\:\0")
 
 
 PLAN_KINDS.register_lazy("prune", "slimkit.prune.edits:PrunePlan")

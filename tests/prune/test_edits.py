@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import slimkit as sk
 from slimkit.errors import ArtifactError, PlanError
+from slimkit.plan import applied_plans
 from slimkit.prune.edits import Edit, _sliced, pack_indices, unpack_indices
 
 X = torch.linspace(-1, 1, 2 * 3 * 12 * 12).reshape(2, 3, 12, 12)
@@ -140,6 +142,126 @@ def test_a_damaged_plan_is_refused(plan, tmp_path):
     path.write_text(path.read_text().replace('"keep"', '"kept_indices"'))
     with pytest.raises(ArtifactError, match="damaged"):
         sk.Plan.load(path)
+
+
+def _shapes(model):
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _edit(place, **changes):
+    def change(data):
+        data["edits"][place].update(changes)
+
+    return change
+
+
+def _first(data):
+    return next(n for n, edit in enumerate(data["edits"]) if len(unpack_indices(edit["keep"])) > 2)
+
+
+def _rekept(change):
+    def edit(data):
+        held = data["edits"][_first(data)]
+        held["keep"] = change(list(unpack_indices(held["keep"])))
+
+    return edit
+
+
+CHANGES = {
+    "repeated": _rekept(lambda keep: [keep[0], *keep]),
+    "unsorted": _rekept(lambda keep: keep[::-1]),
+    "shortened": _rekept(lambda keep: keep[:-1]),
+    "emptied": _rekept(lambda _: []),
+    "negative": _rekept(lambda keep: [-1, *keep[1:]]),
+    "too large": _rekept(lambda keep: [*keep[:-1], 99]),
+    "endless": _rekept(lambda _: [[0, 10**15]]),
+    "halves": _rekept(lambda keep: [each + 0.5 for each in keep]),
+    "text": _rekept(lambda _: "all"),
+    "null": _rekept(lambda _: None),
+    "truth": _rekept(lambda keep: [False, *keep[1:]]),
+    "dimension": _edit(-1, dim=7),
+    "negative dimension": _edit(-1, dim=-1),
+    "dimension as text": _edit(-1, dim="0"),
+    "no such tensor": _edit(-1, tensor="nowhere.weight"),
+    "tensor as a number": _edit(-1, tensor=3),
+    "edit twice": lambda data: data["edits"].append(data["edits"][0]),
+    "edit gone": lambda data: data["edits"].pop(),
+    "shape gone": lambda data: data["shapes"].popitem(),
+    "shapes gone": lambda data: data.update(shapes={}),
+    "shape as text": lambda data: data["shapes"].update(dict.fromkeys(data["shapes"], "4")),
+    "attributes gone": lambda data: data.update(attributes=[]),
+    "attribute of nothing": lambda data: data["attributes"][0].update(module="nowhere"),
+    "attribute with a strange place": lambda data: data["attributes"][0].update(attribute="a[b]"),
+    "another size": lambda data: data["attributes"][0].update(after=3),
+    "edits as mapping": lambda data: data.update(edits={"a": 1}),
+    "layers": lambda data: data.update(layers=[1]),
+    "network": lambda data: data.update(network=[1]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_plan_that_does_not_fit_is_refused_before_the_first_tensor_changes(
+    net, plan, tmp_path, name
+):
+    path = plan.save(tmp_path / "plan.json")
+    held = json.loads(path.read_text())
+    del held["sha256"]  # as if whoever changed it knew about it
+    CHANGES[name](held["plan"])
+    path.write_text(json.dumps(held))
+    before, expected = _shapes(net), net(X)
+    with pytest.raises((PlanError, ArtifactError)):
+        sk.apply(net, sk.Plan.load(path))
+    assert _shapes(net) == before
+    assert torch.equal(net(X), expected)
+    assert not applied_plans(net)
+
+
+def test_a_plan_changed_in_its_file_is_refused(plan, tmp_path):
+    path = plan.save(tmp_path / "plan.json")
+    held = json.loads(path.read_text())
+    held["plan"]["settings"]["note"] = "changed by hand"
+    path.write_text(json.dumps(held))
+    with pytest.raises(ArtifactError, match="not what was saved"):
+        sk.Plan.load(path)
+
+
+class Stack(nn.Module):
+    """As ResNet-18 and ResNet-34: the deeper one has all tensors of the other, in equal shapes."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(depth))
+        )
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.blocks(x))
+
+
+@pytest.mark.parametrize(("made_for", "applied_to"), [(2, 3), (3, 2)])
+def test_the_plan_of_a_shallower_or_deeper_network_is_refused(made_for, applied_to):
+    x = torch.randn(2, 8)
+    ignore = ["blocks.2.*"] * (made_for > 2)  # so that no edit misses its tensor
+    plan = sk.prune.plan(Stack(made_for), x, ratio=0.5, round_to=1, ignore=ignore)
+    other = Stack(applied_to)
+    before, expected = _shapes(other), other(x)
+    with pytest.raises(PlanError, match=r"blocks\.2\.0"):
+        sk.apply(other, plan)
+    assert _shapes(other) == before
+    assert torch.equal(other(x), expected)
+
+
+def test_the_plan_of_a_resnet_18_is_refused_by_a_resnet_34():
+    models = pytest.importorskip("torchvision.models")
+    x = torch.randn(1, 3, 32, 32)
+    plan = sk.prune.plan(models.resnet18().eval(), x, ratio=0.5)
+    other = models.resnet34().eval()
+    before, expected = _shapes(other), other(x)
+    with pytest.raises(PlanError, match="made for a ResNet without this parameter"):
+        sk.apply(other, plan)
+    assert _shapes(other) == before
+    assert torch.equal(other(x), expected)
 
 
 class Tied(nn.Module):

@@ -19,7 +19,14 @@ from slimkit.errors import PlanError, nearest
 from slimkit.graph.capturing import Graph
 from slimkit.modules import copy_module
 
-__all__ = ["SamePadConv2d", "computed_weights", "make_plain", "masked_weights"]
+__all__ = [
+    "SamePadConv2d",
+    "computed_weights",
+    "make_plain",
+    "masked_weights",
+    "plain_layers",
+    "replace_layers",
+]
 
 _LAYER_CALLS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 _SETTINGS = (
@@ -63,27 +70,41 @@ def masked_weights(graph: Graph) -> dict[str, str]:
     return found
 
 
-def make_plain(model: nn.Module, paths: Iterable[str]) -> nn.Module:
-    """Replace those layers in place and return ``model``.
+def plain_layers(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """Path → the layer that would replace it; ``model`` stays as it is.
 
     Raises:
-        PlanError: a layer is missing, or computes more than a plain one would; nothing was
-            changed.
+        PlanError: a layer is missing, or computes more than a plain one would.
     """
     modules = dict(model.named_modules())
     plain: dict[str, nn.Module] = {}
     for path in paths:
-        if path not in modules:
+        if path not in modules or not path:
             raise PlanError("no such module", where=path, hint=nearest(path, modules))
         found = _plain(modules[path])
         if found is None:
             kind = type(modules[path]).__name__
             raise PlanError(f"{kind} is no layer with a weight of its own", where=path)
         plain[path] = found
-    for path, layer in plain.items():
+    return plain
+
+
+def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Put each layer at its path, in place, and return ``model``."""
+    for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     return model
+
+
+def make_plain(model: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """Replace those layers in place and return ``model``; see :func:`plain_layers`.
+
+    Raises:
+        PlanError: a layer is missing, or computes more than a plain one would; nothing was
+            changed.
+    """
+    return replace_layers(model, plain_layers(model, paths))
 
 
 @torch.no_grad()

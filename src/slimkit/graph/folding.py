@@ -151,11 +151,33 @@ class FusePlan(Plan):
             PlanError: a module is missing, of another type or of another size; nothing
                 was changed.
         """
+        self.check(model)
         modules = dict(model.named_modules())
+        for layer_path, norm_path in self.pairs:
+            _fold(modules[layer_path], modules[norm_path])
+            parent, _, name = norm_path.rpartition(".")
+            setattr(model.get_submodule(parent), name, _without_norm(modules[norm_path]))
+        return model
+
+    def check(self, model: nn.Module, replaced: Mapping[str, nn.Module] | None = None) -> None:
+        """Make sure that the plan fits ``model``, as :meth:`apply_to` does first.
+
+        Args:
+            model: not changed.
+            replaced: path → module that will be there by then.
+
+        Raises:
+            PlanError: a module is missing, is there twice, of another type or of another size.
+        """
+        modules = {**dict(model.named_modules()), **(replaced or {})}
+        seen: set[str] = set()
         for layer_path, norm_path in self.pairs:
             for path in (layer_path, norm_path):
                 if path not in modules:
                     raise PlanError("no such module", where=path, hint=nearest(path, modules))
+                if path in seen:
+                    raise PlanError("it is in two pairs", where=path)
+                seen.add(path)
             layer, norm = modules[layer_path], modules[norm_path]
             if not _foldable(layer, norm):
                 raise PlanError(
@@ -167,11 +189,6 @@ class FusePlan(Plan):
                     f"{norm.num_features} channels, but {layer_path} makes {_out_channels(layer)}",
                     where=norm_path,
                 )
-        for layer_path, norm_path in self.pairs:
-            _fold(modules[layer_path], modules[norm_path])
-            parent, _, name = norm_path.rpartition(".")
-            setattr(model.get_submodule(parent), name, _without_norm(modules[norm_path]))
-        return model
 
 
 def _out_channels(layer: nn.Module) -> Any:

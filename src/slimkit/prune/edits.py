@@ -13,41 +13,21 @@ from torch import Tensor, nn
 from slimkit.errors import PlanError, nearest
 from slimkit.plan import PLAN_KINDS, Plan, applied_plans
 from slimkit.prune.costing import Cost
+from slimkit.prune.edit_values import (
+    AttributeEdit,
+    Edit,
+    check_edits,
+    check_sizes,
+    pack_indices,
+    read_attribute,
+    read_edit,
+    read_shapes,
+    read_text,
+    unpack_indices,
+)
 from slimkit.prune.explaining import LayerChange, explanation
 
 __all__ = ["AttributeEdit", "Edit", "PrunePlan", "pack_indices", "unpack_indices"]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """What stays of one dimension of one parameter or buffer.
-
-    Attributes:
-        tensor: its name in the model.
-        dim: the dimension that shrinks.
-        keep: positions that stay, ascending.
-    """
-
-    tensor: str
-    dim: int
-    keep: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class AttributeEdit:
-    """A plain attribute that follows the new sizes, such as ``out_channels``.
-
-    Attributes:
-        module: path of the module.
-        attribute: its name.
-        before: the value that it must have.
-        after: the value that it gets.
-    """
-
-    module: str
-    attribute: str
-    before: Any
-    after: Any
 
 
 @PLAN_KINDS.register("prune")
@@ -63,6 +43,8 @@ class PrunePlan(Plan):
         layers: what happens to each layer and why, for people.
         before, after: costs for the example input.
         settings: how the plan was made (criterion, allocation, target …).
+        network: name → shape of all parameters before; ``None`` in a file of an older version:
+            then only what is edited is compared.
     """
 
     kind: ClassVar[str] = "prune"
@@ -75,6 +57,7 @@ class PrunePlan(Plan):
     before: Cost
     after: Cost
     settings: Mapping[str, Any] = field(default_factory=dict)
+    network: Mapping[str, tuple[int, ...]] | None = None
 
     @property
     def kept(self) -> dict[str, tuple[int, int]]:
@@ -106,6 +89,9 @@ class PrunePlan(Plan):
             "before": asdict(self.before),
             "after": asdict(self.after),
             "settings": dict(self.settings),
+            "network": None
+            if self.network is None
+            else {name: list(shape) for name, shape in self.network.items()},
         }
 
     @classmethod
@@ -114,19 +100,18 @@ class PrunePlan(Plan):
         data: Mapping[str, Any],
         tensors: Mapping[str, Tensor],  # noqa: ARG003 - a pruning plan has none
     ) -> PrunePlan:
-        """The inverse of :meth:`to_json`."""
-        return cls(
-            model=data["model"],
-            shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
-            edits=tuple(
-                Edit(e["tensor"], e["dim"], unpack_indices(e["keep"])) for e in data["edits"]
-            ),
-            attributes=tuple(
-                AttributeEdit(
-                    e["module"], e["attribute"], _tupled(e["before"]), _tupled(e["after"])
-                )
-                for e in data["attributes"]
-            ),
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            PlanError: an edit is none of its tensor.
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        shapes, network = read_shapes(data["shapes"]), data.get("network")
+        plan = cls(
+            model=read_text(data["model"]),
+            shapes=shapes,
+            edits=tuple(read_edit(e, shapes) for e in data["edits"]),
+            attributes=tuple(read_attribute(e) for e in data["attributes"]),
             layers=tuple(
                 LayerChange(
                     **{
@@ -139,8 +124,11 @@ class PrunePlan(Plan):
             ),
             before=Cost(**data["before"]),
             after=Cost(**data["after"]),
-            settings=data["settings"],
+            settings=dict(data["settings"]),
+            network=None if network is None else read_shapes(network),
         )
+        check_edits(plan.edits, plan.shapes)
+        return plan
 
     def apply_to(self, model: nn.Module) -> nn.Module:
         """Slice the tensors of ``model`` in place; see :func:`slimkit.apply`.
@@ -154,10 +142,12 @@ class PrunePlan(Plan):
         """
         self.check(model)
         holders = _holders(model)
-        for name, edits in _by_tensor(self.edits).items():
-            old = _find(model, name)
-            new = _sliced(old, edits)
-            for module, local in holders[id(old)]:
+        tensors = {name: _find(model, name) for name in self.shapes}
+        sliced = {
+            name: _sliced(tensors[name], edits) for name, edits in _by_tensor(self.edits).items()
+        }
+        for name, new in sliced.items():
+            for module, local in holders[id(tensors[name])]:
                 _replace(module, local, new)
         for edit in self.attributes:
             _set_attribute(model.get_submodule(edit.module), edit.attribute, edit.after)
@@ -197,20 +187,32 @@ class PrunePlan(Plan):
         Raises:
             PlanError: a tensor or attribute differs from what the plan expects.
         """
-        named = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers()),
-        }
-        again = any(earlier is self or earlier == self for earlier in applied_plans(model))
-        for name, shape in self.shapes.items():
+        check_edits(self.edits, self.shapes)
+        self._check_tensors(model)
+        for edit in self.attributes:
+            found = _get_attribute(_module(model, edit.module), edit.attribute)
+            if found != edit.before:
+                raise PlanError(
+                    f"the plan expects {edit.attribute} = {edit.before}, the model has {found}",
+                    where=edit.module,
+                )
+        check_sizes(model, self.edits, self.attributes)
+
+    def _check_tensors(self, model: nn.Module) -> None:
+        """The part of :meth:`check` about names and shapes."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        named = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+        for name, shape in {**(self.network or {}), **self.shapes}.items():
             if name not in named:
                 raise PlanError(
-                    f"the plan was made for {self.model} and edits {name!r}, which this "
+                    f"the plan was made for {self.model} and "
+                    f"{'edits' if name in self.shapes else 'knows'} {name!r}, which this "
                     f"{type(model).__name__} does not have",
                     where=name,
                     hint=nearest(name, named),
                 )
             if tuple(named[name].shape) != shape:
+                again = any(earlier is self or earlier == self for earlier in applied_plans(model))
                 raise PlanError(
                     f"the plan expects shape {shape}, the model has {tuple(named[name].shape)}",
                     where=name,
@@ -219,13 +221,22 @@ class PrunePlan(Plan):
                     else f"apply it to the {self.model} that it was made for, before any "
                     "other pruning",
                 )
-        for edit in self.attributes:
-            found = _get_attribute(model.get_submodule(edit.module), edit.attribute)
-            if found != edit.before:
-                raise PlanError(
-                    f"the plan expects {edit.attribute} = {edit.before}, the model has {found}",
-                    where=edit.module,
-                )
+        more = [name for name in parameters if self.network and name not in self.network]
+        if more:
+            raise PlanError(
+                f"the plan was made for a {self.model} without this parameter; this "
+                f"{type(model).__name__} has {len(more)} more than that",
+                where=more[0],
+                hint="apply it to the network that it was made for",
+            )
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        modules = dict(model.named_modules())
+        raise PlanError("no such module", where=path, hint=nearest(path, modules)) from error
 
 
 def _get_attribute(module: nn.Module, attribute: str) -> Any:
@@ -234,7 +245,10 @@ def _get_attribute(module: nn.Module, attribute: str) -> Any:
     found = getattr(module, name, None)
     if not bracket:
         return tuple(found) if isinstance(found, list) else found
-    place = int(index.rstrip("]"))
+    digits = index.rstrip("]")
+    if not digits.isdecimal():
+        return None
+    place = int(digits)
     return found[place] if isinstance(found, list | tuple) and place < len(found) else None
 
 
@@ -246,25 +260,6 @@ def _set_attribute(module: nn.Module, attribute: str, value: Any) -> None:
         items[int(index.rstrip("]"))] = value
         value = type(held)(items)
     setattr(module, name, value)
-
-
-def pack_indices(indices: Sequence[int]) -> list[int] | list[list[int]]:
-    """Ascending indices as runs ``[first, last + 1]`` where that is shorter."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and runs[-1][1] == index:
-            runs[-1][1] = index + 1
-        else:
-            runs.append([index, index + 1])
-    return runs if 2 * len(runs) < len(indices) else list(indices)
-
-
-def unpack_indices(packed: Iterable[int | Sequence[int]]) -> tuple[int, ...]:
-    """The inverse of :func:`pack_indices`."""
-    indices: list[int] = []
-    for item in packed:
-        indices.extend([item] if isinstance(item, int) else range(item[0], item[1]))
-    return tuple(indices)
 
 
 def _tupled(value: Any) -> Any:

@@ -58,6 +58,10 @@ def write_plan(
         before=costs[0],
         after=costs[1],
         settings=settings,
+        network={
+            name: tuple(tensor.shape)
+            for name, tensor in model.named_parameters(remove_duplicate=False)
+        },
     )
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slimkit.errors import PlanError, nearest
 from slimkit.graph.call_table import CallTable
-from slimkit.graph.computed_weights import make_plain
+from slimkit.graph.computed_weights import make_plain, plain_layers, replace_layers
 from slimkit.graph.folding import FusePlan
 from slimkit.modules import copy_module
 from slimkit.plan import Plan
-from slimkit.quantize.specs import CallRule, Decision, QuantizerSpec, named_weights
+from slimkit.quantize.specs import CallRule, Decision, QuantizerSpec, check_names, named_weights
 from slimkit.quantize.wrapper import QuantizedModel
 
 if TYPE_CHECKING:
@@ -74,12 +74,18 @@ class QuantPlan(Plan):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantPlan:  # noqa: ARG003
-        """Read what :meth:`to_json` wrote."""
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: calls, decisions and quantizers do not name each other.
+            KeyError, TypeError, ValueError: it is something else.
+        """
         rules = {a: CallRule.from_json(rule) for a, rule in data["calls"].items()}
         specs = tuple(QuantizerSpec.from_json(spec) for spec in data["quantizers"])
         decisions = tuple(
             Decision(**{**entry, "reads": tuple(entry["reads"])}) for entry in data["decisions"]
         )
+        check_names(specs, rules, decisions)
         return cls(
             target=str(data["target"]),
             granularity=str(data["granularity"]),
@@ -124,32 +130,18 @@ class QuantPlan(Plan):
         """Fold batch norms in ``model`` and wrap it; scales come with the state dict.
 
         Raises:
-            PlanError: a weight is missing or has another number of channels.
+            PlanError: a module or weight is missing or has another number of channels; nothing
+                was changed.
         """
-        make_plain(model, self.plain)
+        plain = plain_layers(model, self.plain)
+        folding = FusePlan(self.folds)
+        folding.check(model, plain)
         parameters = named_weights(model)
+        for path, layer in plain.items():
+            parameters |= {f"{path}.{name}": each for name, each in named_weights(layer).items()}
         for spec in self.quantizers:
-            if spec.parameter is None:
-                continue
-            if spec.parameter not in parameters:
-                raise PlanError(
-                    "the quantized weight does not exist",
-                    where=spec.parameter,
-                    hint=nearest(spec.parameter, parameters),
-                )
-            shape = tuple(parameters[spec.parameter].shape)
-            if spec.channels is not None and shape[spec.axis] != spec.channels:
-                raise PlanError(
-                    f"it has shape {shape}, the plan has {spec.channels} channels "
-                    f"in dimension {spec.axis}",
-                    where=spec.parameter,
-                )
-            if spec.blocks is not None and shape[1] % spec.blocks:
-                raise PlanError(
-                    f"it has shape {shape}, the plan has {spec.blocks} groups in dimension 1",
-                    where=spec.parameter,
-                )
-        FusePlan(self.folds).apply_to(model)
+            _check_weight(spec, parameters)
+        folding.apply_to(replace_layers(model, plain))
         return QuantizedModel(model, self)
 
     def folded(self, model: nn.Module) -> nn.Module:
@@ -207,4 +199,33 @@ class QuantPlan(Plan):
                 for d in self.decisions
             ),
             warnings=(*self.warnings, *(f"{d.address} {reason}: left in float" for d in left)),
+        )
+
+
+def _check_weight(spec: QuantizerSpec, parameters: Mapping[str, Tensor]) -> None:
+    """The weight that a quantizer rounds is there, and its scales fit.
+
+    Raises:
+        PlanError: they do not.
+    """
+    if spec.parameter is None:
+        return
+    if spec.parameter not in parameters:
+        raise PlanError(
+            "the quantized weight does not exist",
+            where=spec.parameter,
+            hint=nearest(spec.parameter, parameters),
+        )
+    shape = tuple(parameters[spec.parameter].shape)
+    if not 0 <= spec.axis < max(1, len(shape)):
+        raise PlanError(f"it has shape {shape}, no dimension {spec.axis}", where=spec.parameter)
+    if spec.channels is not None and shape[spec.axis] != spec.channels:
+        raise PlanError(
+            f"it has shape {shape}, the plan has {spec.channels} channels in dimension {spec.axis}",
+            where=spec.parameter,
+        )
+    if spec.blocks is not None and (len(shape) < 2 or shape[1] % spec.blocks):
+        raise PlanError(
+            f"it has shape {shape}, the plan has {spec.blocks} groups in dimension 1",
+            where=spec.parameter,
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from slimkit.errors import PlanError, nearest
 from slimkit.quantize.targets import NumberFormat
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["CallRule", "Decision", "QuantizerSpec", "named_weights"]
+__all__ = ["CallRule", "Decision", "QuantizerSpec", "check_names", "named_weights"]
 
 
 @dataclass(frozen=True)
@@ -130,3 +131,41 @@ class Decision:
     reads: tuple[str, ...] = ()
     weight: str | None = None
     writes: str | None = None
+
+
+def check_names(
+    quantizers: Iterable[QuantizerSpec],
+    calls: Mapping[str, CallRule],
+    decisions: Iterable[Decision],
+) -> None:
+    """Every quantizer is used by a call, and whatever is used is a quantizer.
+
+    Raises:
+        PlanError: a name is missing, there twice, or there for nothing; a call rounds nothing.
+    """
+    names = [spec.name for spec in quantizers]
+    known = set(names)
+    if len(known) < len(names):
+        raise PlanError(
+            "two quantizers have this name",
+            where=next(name for name in names if names.count(name) > 1),
+        )
+    used: set[str] = set()
+    for address, rule in calls.items():
+        found = set(rule.names())
+        if not found:
+            raise PlanError("nothing is rounded at this call", where=address)
+        _check_known(found, known, address)
+        used |= found
+    if known - used:
+        raise PlanError("no call uses this quantizer", where=min(known - used))
+    for decision in decisions:  # what it writes may never have got a scale, and is left in float
+        read = {*decision.reads, *([] if decision.weight is None else [decision.weight])}
+        _check_known(read, known, decision.address)
+
+
+def _check_known(found: Set[str], known: Set[str], address: str) -> None:
+    missing = found - known
+    if missing:
+        name = min(missing)
+        raise PlanError(f"there is no quantizer {name!r}", where=address, hint=nearest(name, known))
