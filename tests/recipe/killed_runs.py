@@ -11,7 +11,8 @@ child per attempt, so that an attempt costs little. A point is ``KIND:STAGE[:NUM
 
 The libraries keep threads of their own, which a fork does not copy: now and then a child is aborted
 inside one of them before it comes to its point (SIGABRT, at another place each time). Such an
-attempt is made again, twice at most, and counted: a run of ours that aborts does so every time.
+attempt is made again in a process of its own (``killed_runs.py JOB.json POINT``), which forks
+nothing, and counted: a run of ours that aborts does so there too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -106,15 +108,24 @@ class Killer:
             die()
 
 
-def attempt(job: Mapping[str, Any], out: Path, cache: Path, point: str | None) -> int:
-    """Run in a child; → the signal that ended it, 0 if it ran to the end."""
+def run(job: Mapping[str, Any], point: str) -> None:
+    """Run the recipe in this process and be killed at the point; an empty one is never reached."""
+    folder = Path(job["folder"])
+    run_recipe(
+        parse_recipe(job["recipe"]),
+        folder / "killed",
+        cache=folder / "killed-cache",
+        progress=False,
+        listener=Killer(point) if point else lambda event: None,
+    )
+
+
+def forked(job: Mapping[str, Any], point: str) -> int:
+    """Run in a forked child; → the signal that ended it, 0 if it ran to the end."""
     child = os.fork()
     if child == 0:
         try:
-            listener = Killer(point) if point is not None else lambda event: None
-            run_recipe(
-                parse_recipe(job["recipe"]), out, cache=cache, progress=False, listener=listener
-            )
+            run(job, point)
         except BaseException:
             traceback.print_exc()
             os._exit(3)
@@ -125,26 +136,35 @@ def attempt(job: Mapping[str, Any], out: Path, cache: Path, point: str | None) -
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-def main(job: Mapping[str, Any]) -> None:
-    torch.set_num_threads(1)
+def started(job_file: str, point: str) -> int:
+    """Run in a process of its own; → as `forked`."""
+    status = subprocess.run([sys.executable, __file__, job_file, point], check=False).returncode
+    if status > 0:
+        sys.exit(3)
+    return -status
+
+
+def main(job_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
     tqdm.monitor_interval = 0  # no thread of tqdm's
     for name in PRELOADED:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as warm:
         slimkit.export(torch.nn.Linear(2, 2), f"{warm}/warm.onnx", torch.zeros(1, 2))
-    folder = Path(job["folder"])
     ends: dict[str, int] = {}
     again = 0
-    for point in [*job["points"], None]:
-        for _ in range(3):
-            signal_ = attempt(job, folder / "killed", folder / "killed-cache", point)
-            if signal_ != signal.SIGABRT:
-                break
+    for point in [*job["points"], ""]:
+        end = forked(job, point)
+        if end == signal.SIGABRT:
             again += 1
-        ends[point or "last"] = signal_
-    ends["again"] = again
-    sys.stdout.write(json.dumps(ends) + "\n")
+            end = started(job_file, point)
+        ends[point or "last"] = end
+    sys.stdout.write(json.dumps({**ends, "again": again}) + "\n")
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    torch.set_num_threads(1)
+    if len(sys.argv) > 2:
+        run(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2])
+    else:
+        main(sys.argv[1])
