@@ -1,0 +1,1 @@
+"""Fuzzing from outside: damaged files, bad arguments and odd recipes, each from a seed."""
