@@ -30,7 +30,7 @@ _VERBS = {
     "profile": "slimkit.measure.profiling",
     "save": "slimkit.plan",
 }
-_ROOMS = ("distill", "errors", "prune", "quantize", "reparam", "search", "train")
+_ROOMS = ("distill", "errors", "prune", "quantize", "reparam", "search", "sparsify", "train")
 
 __all__ = [
     "Inputs",
@@ -50,6 +50,7 @@ __all__ = [
     "reparam",
     "save",
     "search",
+    "sparsify",
     "train",
 ]
 
@@ -73,7 +74,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from slimkit import distill, errors, prune, quantize, reparam, search, train
+    from slimkit import distill, errors, prune, quantize, reparam, search, sparsify, train
     from slimkit.errors import SlimkitError
     from slimkit.inputs import Inputs
     from slimkit.measure.latency import benchmark

@@ -514,3 +514,4 @@ def _stays_inside(name: str) -> bool:
 PLAN_KINDS.register_lazy("prune", "slimkit.prune.edits:PrunePlan")
 PLAN_KINDS.register_lazy("quantize", "slimkit.quantize.scheme:QuantPlan")
 PLAN_KINDS.register_lazy("fuse", "slimkit.graph.folding:FusePlan")
+PLAN_KINDS.register_lazy("mask", "slimkit.sparsify.masks:MaskPlan")
