@@ -97,7 +97,7 @@ def test_a_resumed_pruner_is_the_undisturbed_one() -> None:
     batches = list(data())
     for step in range(40):
         if step == 17:
-            state = {key: value for key, value in pruner.state_dict().items()}
+            state = pruner.state_dict()
             pruner = sk.sparsify.GradualPruner(model, 0.75, steps=40)
             pruner.load_state_dict(state)
         x, y = batches[step % len(batches)]

@@ -65,7 +65,8 @@ def test_global_sparsity_takes_more_from_layers_of_small_weights() -> None:
         model[0].weight.mul_(0.2)
     plan = sk.sparsify.plan(model, sparsity=0.6, scope="global")
     shares = {name: 1 - mask.float().mean().item() for name, mask in plan.masks.items()}
-    assert shares["0.weight"] > 0.9 > 0.3 > shares["1.weight"]
+    assert shares["0.weight"] > 0.9
+    assert shares["1.weight"] < 0.3
     assert plan.sparsity == pytest.approx(0.6, abs=0.02)
 
 
