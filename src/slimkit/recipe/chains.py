@@ -88,7 +88,8 @@ def teacher_chain(recipe: Recipe, teacher: str, chain: Chain, place: str = "teac
     Args:
         recipe: of both.
         teacher: name of a stage (or STAGE.PART), which runs on the recipe's model when no variant
-            has it; or ``unpruned`` for what the first pruning stage of ``chain`` began with.
+            has it; or ``unpruned`` for what the first stage of ``chain`` began with that prunes
+            or makes sparse.
         chain: of the student.
         place: where in the stage the teacher is named, for the error.
 
@@ -98,11 +99,11 @@ def teacher_chain(recipe: Recipe, teacher: str, chain: Chain, place: str = "teac
     """
     where = f"stages.{stage_of(chain[-1])}.{place}"
     if teacher == UNPRUNED and teacher not in recipe.stages:
-        for position, stage in enumerate(chain[:-1]):
-            if recipe.stages[stage_of(stage)].type == "prune":
+        for position, stage in enumerate(chain):
+            if recipe.stages[stage_of(stage)].type in {"prune", "sparsify"}:
                 return chain[:position]
         raise RecipeError(
-            f"no stage of {' → '.join(chain)} prunes before {chain[-1]}",
+            f"no stage of {' → '.join(chain)} prunes before {chain[-1]}, or makes sparse",
             where=where,
             hint="name a teacher, or a stage",
         )

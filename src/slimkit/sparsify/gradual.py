@@ -40,7 +40,7 @@ class GradualPruner(Callback):
         model: trained in place.
         sparsity: fraction of zeros at the end, above 0 and below 1.
         steps: optimizer steps of the whole training; half of them prune, half of them tune.
-        schedule: in place of ``steps``.
+        schedule: in place of ``steps``. :func:`slimkit.train.fit` stretches it to its own length.
         scope: ``"layer"``: each layer has this sparsity; ``"global"``: all of them together.
         pattern: ``Block(2, 1)`` for blocks, ``NofM(2, 4)`` (then with the sparsity that follows
             from it, at the end of the pruning phase), None for single weights.
@@ -99,12 +99,7 @@ class GradualPruner(Callback):
 
     def step(self) -> None:
         """Renew the masks if the schedule says so, and set the weights to zero."""
-        target = self.schedule.sparsity(self._steps, self.sparsity)
-        self._steps += 1
-        if target > self._now:
-            self._renew(target)
-        if self._now:
-            self._multiplier.apply()
+        self._advance(self._steps)
 
     def plan(self) -> MaskPlan:
         """The masks of now as a plan."""
@@ -118,8 +113,9 @@ class GradualPruner(Callback):
         return mask_plan(self._found, self._multiplier.masks, settings)
 
     def on_update(self, context: StepContext) -> None:
-        """See the base class."""
-        self.step()
+        """See the base class. The schedule is stretched to the length of the training."""
+        done = context.progress * (context.step + 1) / context.step if context.step else 0.0
+        self._advance(min(int(done * self.schedule.steps), self.schedule.steps - 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Steps so far, and the masks, one bit a weight."""
@@ -142,6 +138,14 @@ class GradualPruner(Callback):
             masks[name] = unpack_bits(packed, weight.shape).to(weight.device)
         self._steps, self._now = int(state["steps"]), float(state["sparsity"])
         self._multiplier.replace(masks)
+
+    def _advance(self, step: int) -> None:
+        target = self.schedule.sparsity(step, self.sparsity)
+        self._steps = step + 1
+        if target > self._now:
+            self._renew(target)
+        if self._now:
+            self._multiplier.apply()
 
     def _renew(self, target: float) -> None:
         # N:M comes last: until then single weights fall, as many as the schedule says

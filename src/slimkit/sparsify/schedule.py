@@ -93,6 +93,8 @@ class GradualSchedule:
     def sparsity(self, step: int, target: float) -> float:
         """Fraction of zeros after optimizer step number ``step`` (from 0); 0 in the stable phase.
 
+        With the last step it is the target, also where there is no phase of tuning.
+
         Raises:
             InputError: the target is not above ``initial``.
         """
@@ -102,6 +104,8 @@ class GradualSchedule:
                 where="schedule.initial",
                 hint="0",
             )
+        if step >= self.steps - 1:
+            return target
         if step < self.stable:
             return 0.0
         update = (step - self.stable) // (self.pruning // self.updates)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["SELF", "STAGES", "UNPRUNED", "Stage", "StageContext", "StageResult", "ignore_event"]
 
 UNPRUNED = "unpruned"
-"""The teacher that a chain has by itself: what its first ``prune`` stage begins with."""
+"""The teacher that a chain has by itself: what its first ``prune`` or ``sparsify`` begins with."""
 
 SELF = "self"
 """The student as its own teacher: its deeper layers teach the others."""
@@ -179,5 +179,6 @@ STAGES: Registry[type[Stage]] = Registry("stage type")
 
 STAGES.register_lazy("train", "slimkit.recipe.stages.training:TrainStage")
 STAGES.register_lazy("prune", "slimkit.recipe.stages.pruning:PruneStage")
+STAGES.register_lazy("sparsify", "slimkit.recipe.stages.sparsification:SparsifyStage")
 STAGES.register_lazy("ptq", "slimkit.recipe.stages.quantization:PtqStage")
 STAGES.register_lazy("qat", "slimkit.recipe.stages.quantization:QatStage")

@@ -152,6 +152,7 @@ def train_model(
     *,
     student: nn.Module | None = None,
     terms: Sequence[Term] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> History:
     """Train ``model`` in place on the training split, with the stage's teacher if it has one.
 
@@ -164,6 +165,7 @@ def train_model(
         context: of the stage.
         student: the part of ``model`` whose layers the losses name; by default all of it.
         terms: of the loss, beside the task's and the distiller's.
+        callbacks: of the stage. Zeros that an earlier stage made stay zero without one.
     """
     from slimkit.train import fit
 
@@ -171,10 +173,10 @@ def train_model(
     task, splits = context.task.tuned(plain), context.splits
     validation = splits.validation
     loader: Any = splits.train
-    callbacks: list[Callback] = [_Reporter(context)]
+    taking_part: list[Callback] = [*callbacks, *_held_zeros(model), _Reporter(context)]
     if options.data_free is not None:
         loader = generated_batches(student or model, options.data_free, context)
-        callbacks.append(loader)
+        taking_part.append(loader)
 
     def evaluate(candidate: nn.Module) -> dict[str, float]:
         return task.evaluate(candidate, validation) if validation is not None else {}
@@ -191,7 +193,7 @@ def train_model(
             settings=plain,
             evaluate=evaluate if validation is not None else None,
             losses=losses,
-            callbacks=callbacks,
+            callbacks=taking_part,
             checkpoint=context.work / "training.safetensors" if context.work else None,
             seed=context.seed,
             max_steps=context.max_steps,
@@ -209,6 +211,15 @@ def training_facts(history: History) -> dict[str, Any]:
         "precision": history.precision,
         "steps": history.steps,
     }
+
+
+def _held_zeros(model: nn.Module) -> list[Callback]:
+    """What keeps the zeros of a network that was made sparse before; nothing for others."""
+    from slimkit.plan import applied_plans
+    from slimkit.sparsify import HoldZeros, MaskPlan
+
+    sparse = any(isinstance(plan, MaskPlan) for plan in applied_plans(model))
+    return [HoldZeros(model)] if sparse else []
 
 
 class _Reporter(Callback):
