@@ -1,6 +1,7 @@
 # make demo    set up and run the main job           make test    set up and run all tests
 # make setup   everything for development            make lint    ruff, mypy, import contracts
 # make format  let ruff mend what it can             make bench   measure again what docs/benchmarks shows
+# make smoke   every shipped recipe on made-up data, some minutes
 # make clean   remove what was built and cached here
 
 PYTHON ?= python3
@@ -14,10 +15,10 @@ DEMO   := runs/quickstart
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test smoke lint format bench clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -43,6 +44,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(CORES) $(ARGS)
+
+smoke: $(VENV)/.installed
+	@for recipe in $$(find recipes -name '*.yaml'); do echo "$$recipe --smoke"; \
+	  $(BIN)/slimkit run $$recipe --smoke --quiet --out runs/smoke || exit 1; done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

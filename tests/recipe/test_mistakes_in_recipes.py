@@ -15,7 +15,7 @@ MISTAKES = [
     ("stages.prune.criterion=l3", "stages.prune.criterion: unknown criterion 'l3'", "'l1'"),
     ("stages.prune.allocation=unifrom", "stages.prune.allocation: unknown", "'uniform'"),
     ("stages.prune.ratio=1.2", "stages.prune.ratio: expected less than 1, got 1.2", ""),
-    ("stages.prune.macs=0.5", "stages.prune: expected exactly one of ratio, macs, params and", ""),
+    ("stages.prune.ratio=null", "stages.prune: expected exactly one of ratio, macs, params", ""),
     ("stages.prune.allocation=[a]", "stages.prune.allocation: expected the name of a", "uniform"),
     ("stages.prune.allocation={type: sensitivty}", "allocation.type: unknown", "'sensitivity'"),
     (

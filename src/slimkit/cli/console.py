@@ -14,7 +14,7 @@ from rich.text import Text
 from slimkit.errors import SlimkitError
 from slimkit.terminal import visible
 
-__all__ = ["errors", "exit_code_of", "output"]
+__all__ = ["errors", "exit_code_of", "note", "output"]
 
 
 class SafeConsole(Console):
@@ -31,6 +31,12 @@ class SafeConsole(Console):
 
 output = SafeConsole(highlight=False, soft_wrap=True)
 errors = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Say something that is no error and no result."""
+    errors.print(Text(message, style="yellow"))
+
 
 INTERRUPTED = 130
 BAD_INPUT = 2

@@ -31,11 +31,11 @@ def run_command(
 
     What is in the cache is not run again, and an interrupted run continues where it was.
     """
-    from slimkit.cli.console import errors, output
+    from slimkit.cli.console import errors, note, output
     from slimkit.cli.narration import Narrator, data_line
     from slimkit.recipe import load_recipe, preview_run, run_recipe
 
-    loaded = load_recipe(recipe, set_ or ())
+    loaded = load_recipe(recipe, set_ or (), tell=note)
     folder = out if out is not None else Path("runs") / loaded.name
     if dry_run:
         preview = preview_run(loaded, smoke=smoke)

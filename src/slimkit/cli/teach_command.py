@@ -159,8 +159,9 @@ def _teacher(
     devices: list[str] | None,
     options: dict[str, Any],
 ) -> NetworkTeacher:
+    from slimkit.cli.console import note
     from slimkit.recipe import load_recipe
     from slimkit.recipe.stages.knowledge import recipe_teacher
 
     chosen = {"keys": keys or ["logits"], "devices": devices or ["cpu"], **options}
-    return recipe_teacher(load_recipe(recipe, overrides or ()), name, **chosen)
+    return recipe_teacher(load_recipe(recipe, overrides or (), tell=note), name, **chosen)

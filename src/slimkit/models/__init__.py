@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from slimkit.models.building import MODELS, build_model, list_models
-from slimkit.models.checkpoints import load_checkpoint
+from slimkit.models.checkpoints import find_checkpoint, load_checkpoint
 from slimkit.models.examples import example_input
 
-__all__ = ["MODELS", "build_model", "example_input", "list_models", "load_checkpoint"]
+__all__ = [
+    "MODELS",
+    "build_model",
+    "example_input",
+    "find_checkpoint",
+    "list_models",
+    "load_checkpoint",
+]

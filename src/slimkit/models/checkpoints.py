@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from slimkit.artifact import PathLike, read_tensors
-from slimkit.errors import CheckpointError, nearest
+from slimkit.errors import ArtifactError, CheckpointError, nearest
 from slimkit.plan import load_weights
 
-__all__ = ["load_checkpoint"]
+__all__ = ["find_checkpoint", "load_checkpoint"]
 
 
 @runtime_checkable
@@ -19,12 +20,32 @@ class _Adapting(Protocol):
     def adapted_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
 
+def find_checkpoint(path: PathLike) -> Path:
+    """Where a checkpoint lies: ``path`` itself, or ``path`` under ``$SLIMKIT_CHECKPOINTS``.
+
+    Raises:
+        ArtifactError: it is in neither place.
+    """
+    given = Path(path).expanduser()
+    root = os.environ.get("SLIMKIT_CHECKPOINTS")
+    places = [given]
+    if root and not given.is_absolute():
+        places.append(Path(root).expanduser() / given)
+    for place in places:
+        if place.exists():
+            return place
+    looked = f", nor {places[1]}" if len(places) > 1 else ""
+    hint = "put it there, or set SLIMKIT_CHECKPOINTS to the folder that holds your checkpoints"
+    raise ArtifactError(f"there is no such file{looked}", where=str(path), hint=hint)
+
+
 def load_checkpoint(model: nn.Module, path: PathLike) -> nn.Module:
     """Load a safetensors state dict into ``model`` in place; every name and shape must fit.
 
     Args:
         model: the network to fill.
-        path: a ``.safetensors`` file with the keys of ``model.state_dict()``. Keys that all
+        path: a ``.safetensors`` file with the keys of ``model.state_dict()``; one that is not
+            here is looked for under ``$SLIMKIT_CHECKPOINTS``. Keys that all
             start with ``module.`` (saved from DataParallel or DDP) are accepted. A model with a
             method ``adapted_checkpoint(tensors)`` may put its own weights in place of some: a
             detector those of its classes, where the file has another number of them.
@@ -45,7 +66,7 @@ def load_checkpoint(model: nn.Module, path: PathLike) -> nn.Module:
             hint="convert once: safetensors.torch.save_file(torch.load(PATH, weights_only=True), "
             f"'{source.stem}.safetensors')",
         )
-    tensors = read_tensors(source)
+    tensors = read_tensors(find_checkpoint(source))
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     if isinstance(model, _Adapting):

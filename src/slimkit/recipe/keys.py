@@ -18,7 +18,7 @@ from typing import Any
 
 from slimkit.artifact import content_hash
 from slimkit.errors import ArtifactError
-from slimkit.models import MODELS
+from slimkit.models import MODELS, find_checkpoint
 from slimkit.recipe.chains import Chain, ChainStep, of_stage
 from slimkit.recipe.effective import Effective, essence
 from slimkit.recipe.schema.links import part_of, stage_of
@@ -113,9 +113,9 @@ class Keys:
         )
 
     def _checkpoint(self, path: str | None) -> str | None:
-        if self.smoke and path is not None and not Path(path).is_file():
-            return None  # a smoke run needs no files
-        return file_hash(path)
+        if self.smoke or path is None:
+            return None  # a smoke run reads no checkpoint
+        return file_hash(str(find_checkpoint(path)))
 
     def chain(self, chain: Chain) -> str:
         """The key of the network that comes out of ``chain``."""

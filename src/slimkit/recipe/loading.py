@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,32 @@ from pydantic import ValidationError
 import slimkit
 from slimkit.artifact import PathLike
 from slimkit.errors import RecipeError, nearest
+from slimkit.recipe.overriding import override
 from slimkit.recipe.schema.explaining import explain_problems
 from slimkit.recipe.schema.recipe import Recipe
 from slimkit.recipe.yaml_text import MOST_BYTES, MOST_LEVELS, parse_yaml
 
 __all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
 
-_OPEN = {"stages", "teachers", "variants", "model.args"}  # mappings whose keys the user chooses
+
+def _untold(message: str) -> None:
+    """For callers whom nothing need be told."""
 
 
-def load_recipe(path: PathLike, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: PathLike, overrides: Sequence[str] = (), *, tell: Callable[[str], None] = _untold
+) -> Recipe:
     """Read a recipe file.
+
+    A checkpoint is looked for beside the recipe first, then (when it is read) in the current
+    folder and under ``$SLIMKIT_CHECKPOINTS``.
 
     Args:
         path: a YAML file, or the name of a recipe that comes with Slimkit (``quickstart``).
-        overrides: ``"stages.prune.macs=0.5"`` …, as given to ``--set``; values are YAML.
+        overrides: ``"stages.prune.macs=0.5"`` …, as given to ``--set``; values are YAML. One of
+            several settings that exclude each other, such as the targets of pruning, takes the
+            place of the one that the file has.
+        tell: is told what an override replaced beside its own setting.
 
     Raises:
         RecipeError: not readable, not YAML, or not a valid recipe; all mistakes in one message.
@@ -46,7 +56,20 @@ def load_recipe(path: PathLike, overrides: Sequence[str] = ()) -> Recipe:
     if len(content) > MOST_BYTES:
         raise RecipeError(f"it has more than {MOST_BYTES} bytes", where=str(source))
     data = parse_yaml(text, where=str(source))
-    return parse_recipe(data, overrides)
+    return _beside(parse_recipe(data, overrides, tell=tell), source.parent)
+
+
+def _beside(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the paths of checkpoints that lie beside its file."""
+
+    def found(settings: Any) -> Any:
+        name = settings.checkpoint
+        if name is None or Path(name).is_absolute() or not (folder / name).is_file():
+            return settings
+        return settings.model_copy(update={"checkpoint": str(folder / name)})
+
+    teachers = {name: found(teacher) for name, teacher in recipe.teachers.items()}
+    return recipe.model_copy(update={"model": found(recipe.model), "teachers": teachers})
 
 
 def find_recipe(path: PathLike) -> Path:
@@ -72,12 +95,15 @@ def find_recipe(path: PathLike) -> Path:
     )
 
 
-def parse_recipe(data: object, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(
+    data: object, overrides: Sequence[str] = (), *, tell: Callable[[str], None] = _untold
+) -> Recipe:
     """Check a recipe that is given as plain values.
 
     Args:
         data: what the YAML says: mappings, lists, strings, numbers.
         overrides: as in :func:`load_recipe`.
+        tell: likewise.
 
     Raises:
         RecipeError: all mistakes, one a line, each with its path and the nearest valid choice.
@@ -88,8 +114,7 @@ def parse_recipe(data: object, overrides: Sequence[str] = ()) -> Recipe:
             hint="start with name:, data:, model:, stages: and variants:",
         )
     values = _plain(data)
-    for override in overrides:
-        _override(values, override)
+    override(values, overrides, tell)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -114,56 +139,3 @@ def _plain(value: Any, level: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, level + 1) for item in value]
     return value
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Set one ``path=value`` in ``values``."""
-    path, equals, text = override.partition("=")
-    keys = [key for key in re.split(r"[.\[\]]+", path.strip()) if key]
-    if len(keys) > MOST_LEVELS:
-        raise RecipeError(f"a path has at most {MOST_LEVELS} keys, not {len(keys)}", where="--set")
-    if not equals or not keys:
-        raise RecipeError(
-            f"expected path=value, got {override!r}",
-            where="--set",
-            hint="for example stages.prune.macs=0.5",
-        )
-    value = parse_yaml(text, where=f"--set {path}")
-    target: Any = values
-    for depth, key in enumerate(keys[:-1]):
-        target = _child(target, key, ".".join(keys[:depth]), path, last=False)
-    _child(target, keys[-1], ".".join(keys[:-1]), path, last=True, value=value)
-
-
-def _child(target: Any, key: str, parent: str, path: str, *, last: bool, value: Any = None) -> Any:
-    """The value at ``key`` of ``target``; with ``last`` it is replaced by ``value``."""
-    if isinstance(target, list):
-        if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(target):
-            raise RecipeError(
-                f"{parent} has entries 0 to {len(target) - 1}, there is no {key!r}",
-                where=f"--set {path}",
-            )
-        if last:
-            target[int(key)] = value
-        return target[int(key)]
-    if not isinstance(target, dict):
-        raise RecipeError(f"{parent} is {target!r}, it has no keys", where=f"--set {path}")
-    if last:
-        target[key] = value
-        return value
-    if target.get(key) is None:
-        if parent in _OPEN:
-            raise RecipeError(
-                f"{parent} has no {key!r}", where=f"--set {path}", hint=nearest(key, target)
-            )
-        _check_top(key, parent, path)
-        target[key] = {}
-    return target[key]
-
-
-def _check_top(key: str, parent: str, path: str) -> None:
-    known: Iterable[str] = Recipe.model_fields
-    if not parent and key not in known:
-        raise RecipeError(
-            f"there is no key {key!r}", where=f"--set {path}", hint=nearest(key, known)
-        )

@@ -19,6 +19,7 @@ from slimkit.plan import load
 from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import Chain, ChainStep, of_stage, resolve_steps
 from slimkit.recipe.keys import Keys
+from slimkit.recipe.needs import check_needs
 from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.places import at
 from slimkit.recipe.schema.recipe import ModelSettings, Recipe
@@ -91,6 +92,8 @@ class Workbench:
         self.steps = resolve_steps(recipe)
         self._records: dict[Chain, StageRecord] = {}
         self._arguments: Mapping[str, Any] = {}
+        if not smoke:
+            check_needs(recipe)
         started = time.perf_counter()
         self.splits = self._load_data()
         self._arguments = self.task.model_arguments(self.splits)

@@ -14,7 +14,7 @@ from slimkit.errors import InputError, ModelError
 from slimkit.inputs import Batch, Inputs
 from slimkit.tasks.data.loading import ImageSplits, load_data, synthetic_data
 from slimkit.tasks.data.settings import DataSettings
-from slimkit.tasks.data.sources import SOURCES
+from slimkit.tasks.data.sources import SOURCES, find_folder
 from slimkit.tasks.interface import Answer, Metric, SettingsClass, Task
 from slimkit.tasks.splits import Splits
 from slimkit.train.settings import TrainSettings
@@ -68,6 +68,10 @@ class ClassificationTask(Task):
         if not isinstance(outputs, Tensor) or outputs.dim() != 2:
             raise ModelError("its output is not one row of logits per image", where="model")
         return synthetic_data(small, outputs.shape[1], batches=batches)
+
+    def locate(self, settings: DataSettings) -> None:
+        """See the base class."""
+        find_folder(settings.source, ("parquet", "imagefolder"))
 
     def takes_source(self, source: str) -> bool:
         """See the base class."""

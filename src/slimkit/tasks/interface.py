@@ -144,6 +144,16 @@ class Task(BaseModel):
             batches: of training.
         """
 
+    def locate(self, settings: Any) -> None:
+        """Look whether the data are there, in no time, before anything is read.
+
+        Args:
+            settings: as in :meth:`load`, which finds whatever is not found here.
+
+        Raises:
+            DataError: a folder that they name is missing.
+        """
+
     def takes_source(self, source: str) -> bool:
         """Whether ``--data SOURCE`` on the command line is of this task."""
         return False

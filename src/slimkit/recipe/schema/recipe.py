@@ -54,7 +54,8 @@ class ModelSettings(Settings):
     Attributes:
         name: ``slimkit:resnet20``, ``torchvision:…``, ``timm:…`` or ``package.module:factory``.
         args: keyword arguments of the factory.
-        checkpoint: a safetensors file; None starts from what the factory returns.
+        checkpoint: a safetensors file beside the recipe, in the current folder or under
+            ``$SLIMKIT_CHECKPOINTS``; None starts from what the factory returns.
     """
 
     name: str
@@ -147,6 +148,9 @@ class Recipe(Settings):
             once. An empty chain is the model as it is.
         measure: what is measured.
         require: gates.
+        needs: what must be there before it can run (a data set, a checkpoint) → where that comes
+            from; told when something is missing.
+        takes: how long it takes, and on what; told with it.
     """
 
     name: Name
@@ -159,6 +163,8 @@ class Recipe(Settings):
     variants: Annotated[dict[Name, tuple[StageLink, ...]], Field(min_length=1)]
     measure: MeasureSettings = MeasureSettings()
     require: RequireSettings = RequireSettings()
+    needs: dict[str, str] = {}
+    takes: str | None = None
 
     @field_validator("variants")
     @classmethod

@@ -124,6 +124,8 @@ class Stage(BaseModel):
     version: ClassVar[int] = 1
     sees_eval_batches: ClassVar[bool] = True
     """Whether the result may depend on ``data.eval_batch_size``, as calibration does."""
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Groups of settings of which a stage has one: setting one by ``--set`` replaces another."""
 
     type: str
 

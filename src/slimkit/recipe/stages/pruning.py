@@ -89,6 +89,7 @@ class PruneStage(Stage):
     """
 
     version: ClassVar[int] = 2
+    exclusive: ClassVar = (REMOVALS,)
     type: Literal["prune"] = "prune"
     ratio: Fraction | None = None
     macs: Fraction | None = None

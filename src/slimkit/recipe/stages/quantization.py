@@ -12,7 +12,7 @@ from slimkit.limits import KINDS, Limit
 from slimkit.recipe.schema.fields import OneOf, wrong
 from slimkit.recipe.schema.methods import MethodField, build_method
 from slimkit.recipe.stages.interface import Stage, StageContext, StageResult
-from slimkit.recipe.stages.teachers import DistillOptions, check_distillation
+from slimkit.recipe.stages.teachers import TEACHING, DistillOptions, check_distillation
 from slimkit.recipe.stages.training import train_model, training_facts
 from slimkit.tasks.running import device_of
 from slimkit.tasks.splits import first_batches, some_examples
@@ -161,6 +161,7 @@ class PtqStage(QuantizeOptions, Stage):
     """
 
     version: ClassVar[int] = 5
+    exclusive: ClassVar = (KINDS,)
     type: Literal["ptq"] = "ptq"
     methods: tuple[Annotated[Any, METHOD], ...] | None = None
     max_drop: float | None = Field(default=None, ge=0, allow_inf_nan=False)
@@ -222,6 +223,7 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     """
 
     version: ClassVar[int] = 2
+    exclusive: ClassVar = TEACHING
     type: Literal["qat"] = "qat"
     epochs: Annotated[float, Field(gt=0, le=MOST_EPOCHS)] = 2
     lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 5e-4

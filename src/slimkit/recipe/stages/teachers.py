@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from slimkit.inputs import Inputs
     from slimkit.tasks.interface import Task
 
-__all__ = ["DistillOptions", "check_distillation", "distilling", "generated_batches"]
+__all__ = ["TEACHING", "DistillOptions", "check_distillation", "distilling", "generated_batches"]
 
 MergeOption = (
     Literal["mean", "sum", "confidence"]
@@ -45,6 +45,10 @@ def _deliveries(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     return [{"function": entry} if isinstance(entry, str) else entry for entry in value]
+
+
+TEACHING = (("teacher", "knowledge"),)
+"""Who teaches is here or elsewhere."""
 
 
 class DistillOptions(BaseModel):

@@ -14,6 +14,7 @@ from slimkit.recipe.schema.fields import TypedBy
 from slimkit.recipe.schema.places import at
 from slimkit.recipe.stages.interface import Stage, StageContext, StageResult
 from slimkit.recipe.stages.teachers import (
+    TEACHING,
     DistillOptions,
     check_distillation,
     distilling,
@@ -115,6 +116,7 @@ class TrainStage(DistillOptions, TrainSettings, Stage):
 
     version: ClassVar[int] = 1
     sees_eval_batches: ClassVar[bool] = False
+    exclusive: ClassVar = TEACHING
     type: Literal["train"] = "train"
     sparsity: Annotated[
         SparsityTerm | None, TypedBy("slimkit.recipe.stages.training:SPARSITY", optional=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ __all__ = [
     "checked_labels",
     "data_folder",
     "files_digest",
+    "find_folder",
     "read_source",
 ]
 
@@ -105,6 +106,17 @@ def data_folder(argument: str, source: str) -> Path:
         where="data.source",
         hint=f"{near} {hint}" if near.startswith("did") else hint,
     )
+
+
+def find_folder(source: str, kinds: Collection[str]) -> None:
+    """Look whether the folder of a source is there, if the source is one of these kinds.
+
+    Raises:
+        DataError: it is not.
+    """
+    kind, _, argument = source.partition(":")
+    if kind in kinds:
+        data_folder(argument, kind)
 
 
 def files_digest(files: list[Path], *, limit: int = 2**30) -> str:

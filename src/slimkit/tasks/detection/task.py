@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimkit.errors import ModelError
 from slimkit.inputs import Batch, Inputs
+from slimkit.tasks.data.sources import find_folder
 from slimkit.tasks.detection.detectors import (
     Suppression,
     classes_of,
@@ -107,6 +108,10 @@ class DetectionTask(Task):
         )
         names = [str(label) for label in range(classes)]
         return splits_of(SceneSet(splits, names, found.digest), small)
+
+    def locate(self, settings: DetectionDataSettings) -> None:
+        """See the base class."""
+        find_folder(settings.source, ("coco", "voc", "yolo"))
 
     def takes_source(self, source: str) -> bool:
         """See the base class."""
