@@ -436,7 +436,7 @@ def save(model: nn.Module, directory: PathLike) -> Path:
     return Path(directory)
 
 
-def load(directory: PathLike, *, model: nn.Module) -> nn.Module:
+def load(directory: PathLike, model: nn.Module) -> nn.Module:
     """Replay the plans in ``directory`` on a fresh ``model`` and load the weights.
 
     Args:

@@ -58,10 +58,28 @@ def test_comparison_names_what_was_set_and_what_came_of_it(
     assert ("final", "accuracy, %", "98.89", "98.39", "−0.50") in found.rows
     assert ("final", "onnxruntime, 1 thread") in [row[:2] for row in found.rows]
     assert found.settings == (("stages.prune.macs", "0.6", "0.7"),)
-    assert (found.only_a, found.only_b) == (("pruned",), ("slimmer",))
+    assert (found.only_a, found.only_b) == ((), ())  # they are at the same place
+    assert "pruned / slimmer" in {row[0] for row in found.rows}
+    other["variants"].append({**other["variants"][1], "name": "smallest"})
+    write_json(tmp_path / "report.json", other)
+    longer = compare(report, tmp_path)
+    assert (longer.only_a, longer.only_b) == ((), ("smallest",))
+    for text in (longer.markdown(), _printed(longer)):
+        assert "only in B: smallest" in text
     for text in (found.markdown(), _printed(found)):
         assert "stages.prune.macs" in text
-        assert "only in A: pruned" in text
+
+
+def test_any_number_of_reports_stand_side_by_side(report: dict[str, Any]) -> None:
+    second, third = copy.deepcopy(report), copy.deepcopy(report)
+    third["variants"][-1]["metrics"]["accuracy"] = 97.89
+    del second["variants"][-1]["latency"]
+    found = compare(report, second, third)
+    assert found.names == ("A", "B", "C")
+    assert ("final", "accuracy, %", "98.89", "98.89", "97.89", "−1.00") in found.rows
+    times = [row for row in found.rows if row[:2] == ("final", "onnxruntime, 1 thread")]
+    assert [row[3] for row in times] == ["–"]
+    assert "A → C" in found.markdown()
 
 
 def test_comparing_with_a_missing_file_names_it(report: dict[str, Any], tmp_path: Path) -> None:

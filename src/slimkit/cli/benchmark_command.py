@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from slimkit.cli.options import Checkpoint, InputShape, ModelArguments
 
 __all__ = ["benchmark_command"]
 
 
 def benchmark_command(
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL.onnx…", help="ONNX files.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="MODEL|FILE…",
+            help="ONNX files, or models such as torchvision:resnet18, which are exported first.",
+            show_default=False,
+        ),
     ],
     backend: Annotated[str, typer.Option(help="See: slimkit list backends.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads within an operator.")] = 1,
@@ -22,9 +30,15 @@ def benchmark_command(
         typer.Option(metavar="NAME=N", help="Size of another open dimension: height=320."),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time per model.")] = 2.0,
+    input_shape: InputShape = None,
+    arg: ModelArguments = None,
+    checkpoint: Checkpoint = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure latency; several files are measured in turns, so that their ratios hold."""
+    """Measure latency; several files are measured in turns, so that their ratios hold.
+
+    Example: slimkit benchmark model.onnx torchvision:resnet18 --threads 1
+    """
     import json
 
     from rich import box
@@ -32,16 +46,18 @@ def benchmark_command(
     from rich.table import Table
 
     from slimkit.cli.console import errors, output
+    from slimkit.cli.models import parse_sizes
     from slimkit.measure.latency import benchmark_interleaved
 
-    timings = benchmark_interleaved(
-        {str(path): path for path in models},
-        backend=backend,
-        threads=threads,
-        batch=batch,
-        sizes=_sizes(size or []),
-        seconds=seconds,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        timings = benchmark_interleaved(
+            {name: _file(name, Path(folder), input_shape, arg, checkpoint) for name in models},
+            backend=backend,
+            threads=threads,
+            batch=batch,
+            sizes=parse_sizes(size),
+            seconds=seconds,
+        )
     if as_json:
         typer.echo(json.dumps({name: t.to_json() for name, t in timings.items()}, indent=1))
         return
@@ -65,13 +81,16 @@ def benchmark_command(
         errors.print(f"warning: {warning}", style="yellow", markup=False)
 
 
-def _sizes(given: list[str]) -> dict[str, int]:
-    from slimkit.errors import InputError
+def _file(
+    name: str, folder: Path, shape: str | None, arg: list[str] | None, checkpoint: str | None
+) -> Path:
+    """An ONNX file: what is named, or a model exported into ``folder``."""
+    from slimkit.cli.models import model_and_input
+    from slimkit.runtime import export
 
-    sizes = {}
-    for entry in given:
-        name, equals, number = entry.partition("=")
-        if not equals or not number.isdecimal():
-            raise InputError(f"expected NAME=N, got {entry!r}", where="--size")
-        sizes[name] = int(number)
-    return sizes
+    if ":" not in name or name.endswith(".onnx") or Path(name).exists():
+        return Path(name)
+    network, example = model_and_input(name, shape, arg, checkpoint)
+    target = folder / f"{len(list(folder.iterdir()))}.onnx"
+    export(network, target, example)
+    return target

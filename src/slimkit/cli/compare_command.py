@@ -11,15 +11,22 @@ __all__ = ["compare_command"]
 
 
 def compare_command(
-    a: Annotated[Path, typer.Argument(help="Output folder or report.json.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN RUN…", help="Output folders or report.json files.", show_default=False
+        ),
+    ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Show two reports side by side: what was set differently, and what came of it."""
+    """Show reports side by side: what was set differently, and what came of it.
+
+    Example: slimkit compare runs/first runs/second runs/third
+    """
     from slimkit.cli.console import output
     from slimkit.report import compare
 
-    comparison = compare(a, b)
+    comparison = compare(*runs)
     if markdown:
         typer.echo(comparison.markdown(), nl=False)
     else:

@@ -44,7 +44,11 @@ def evaluate_command(
     ] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads within an operator.")] = 1,
 ) -> None:
-    """Measure how good a model or a file is, a line per metric."""
+    """Measure how good a model or a file is, a line per metric.
+
+    Example: slimkit evaluate slimkit:resnet56 --checkpoint resnet56.safetensors --data
+    parquet:cifar10 --split test
+    """
     from slimkit.cli.models import load_task
 
     kind, splits = load_task(task, data, image_size=image_size, eval_batch_size=batch_size)
@@ -88,16 +92,17 @@ def _file(task: Task, path: Path, backend: str, threads: int) -> Any:
 def _network(
     task: Task, splits: Splits, name: str, arg: list[str] | None, checkpoint: str | None
 ) -> Any:
-    from slimkit.cli.models import parse_arguments
-    from slimkit.models import build_model, load_checkpoint
+    from slimkit.cli.console import note
+    from slimkit.cli.models import parse_arguments, with_weights
+    from slimkit.models import build_model
     from slimkit.models.building import takes_argument
 
     arguments = parse_arguments(arg)
     for argument, value in task.model_arguments(splits).items():
         if not arguments.get("weights") and takes_argument(name, argument):
             arguments.setdefault(argument, value)
-    network = build_model(name, **arguments).eval()
-    if checkpoint is not None:
-        load_checkpoint(network, checkpoint)
+    network = with_weights(build_model(name, **arguments).eval(), checkpoint)
+    if checkpoint is None and not arg:
+        note("its weights are random: no --checkpoint was given")
     task.check_head(network, splits)
     return network

@@ -20,13 +20,17 @@ def list_command(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="models, stages, criteria, allocations, losses, connectors, data_free, observers, "
-            "methods, targets, tasks, data, backends; or torchvision, timm for all of theirs.",
+            help="models, stages, criteria, allocations, sparsity, samplers, losses, connectors, "
+            "data_free, observers, methods, targets, tasks, metrics, data, backends; or "
+            "torchvision, timm for all of theirs.",
             show_default="everything",
         ),
     ] = None,
 ) -> None:
-    """List what a recipe may name."""
+    """List what a recipe may name.
+
+    Example: slimkit list criteria
+    """
     from rich.markup import escape
 
     from slimkit.cli.console import output
@@ -94,11 +98,31 @@ def _backends() -> Rows:
     ]
 
 
+def _metrics() -> Rows:
+    from slimkit.tasks import TASKS
+
+    tasks = [TASKS.get(name) for name in TASKS.names()]
+    return [
+        (metric.name, f"{metric.label}, of {task.model_fields['type'].default}")
+        for task in tasks
+        for metric in task.metrics
+    ]
+
+
+def _data() -> Rows:
+    images = _registered("slimkit.tasks.data:SOURCES")()
+    scenes = _registered("slimkit.tasks.detection.loading:SCENE_SOURCES")()
+    own = ("package.module:function", "a function of your own that returns its splits")
+    return [*images, *scenes, own]
+
+
 _KINDS: dict[str, Callable[[], Rows]] = {
     "models": _models,
     "stages": _registered("slimkit.recipe.stages.interface:STAGES"),
     "criteria": _registered("slimkit.prune.criteria.scores:CRITERIA"),
     "allocations": _registered("slimkit.prune.allocation.ranking:ALLOCATIONS"),
+    "sparsity": _registered("slimkit.recipe.stages.training:SPARSITY"),
+    "samplers": _registered("slimkit.search.samplers:SAMPLERS"),
     "losses": _registered("slimkit.distill:DISTILL_LOSSES"),
     "connectors": _registered("slimkit.distill:CONNECTORS"),
     "data_free": _registered("slimkit.distill:GENERATION"),
@@ -106,7 +130,8 @@ _KINDS: dict[str, Callable[[], Rows]] = {
     "methods": _registered("slimkit.quantize:METHODS"),
     "targets": _registered("slimkit.quantize.targets:TARGETS"),
     "tasks": _registered("slimkit.tasks:TASKS"),
-    "data": _registered("slimkit.tasks.data:SOURCES"),
+    "metrics": _metrics,
+    "data": _data,
     "backends": _backends,
 }
 _LIBRARIES: dict[str, Callable[[], Rows]] = {

@@ -11,7 +11,16 @@ if TYPE_CHECKING:
 
     from slimkit.tasks import Splits, Task
 
-__all__ = ["load_task", "model_and_input", "parse_arguments", "parse_shape", "parse_weight_bits"]
+__all__ = [
+    "load_task",
+    "model_and_input",
+    "parse_arguments",
+    "parse_shape",
+    "parse_sizes",
+    "parse_weight_bits",
+    "sized",
+    "with_weights",
+]
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -31,6 +40,23 @@ def parse_shape(text: str) -> tuple[int, ...]:
             hint="for example 1,3,224,224",
         )
     return shape
+
+
+def parse_sizes(given: list[str] | None) -> dict[str, int]:
+    """``["height=320"]`` → sizes of open dimensions by name.
+
+    Raises:
+        InputError: an entry is not ``NAME=N``.
+    """
+    sizes = {}
+    for entry in given or ():
+        name, equals, number = entry.partition("=")
+        if not equals or not number.isdecimal() or not int(number):
+            raise InputError(
+                f"expected NAME=N, got {entry!r}", where="--size", hint="--size height=320"
+            )
+        sizes[name] = int(number)
+    return sizes
 
 
 def parse_arguments(given: list[str] | None) -> dict[str, Any]:
@@ -130,18 +156,53 @@ def model_and_input(
         name: such as ``torchvision:resnet18``.
         input_shape: ``N,C,H,W``; by default what a model of that name takes.
         arguments: of the factory.
-        checkpoint: a safetensors file with its weights.
+        checkpoint: a file with its weights, or a folder that ``sk.save`` wrote.
     """
     import torch
 
-    from slimkit.models import build_model, example_input, load_checkpoint
+    from slimkit.models import build_model, example_input
 
     keywords = parse_arguments(arguments)
     shape = parse_shape(input_shape) if input_shape else None
     model = build_model(name, **keywords).eval()
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
+    model = with_weights(model, checkpoint)
     if shape is not None:
         return model, torch.zeros(shape)
     channels = keywords.get("in_channels", keywords.get("in_chans", 3))
     return model, example_input(name, model, in_channels=channels)
+
+
+def with_weights(model: nn.Module, checkpoint: str | None) -> nn.Module:
+    """The model with weights from a file, or from a folder that ``sk.save`` wrote.
+
+    A folder's plans are applied first, so that what comes back may be smaller, or quantized.
+
+    Raises:
+        CheckpointError, ArtifactError, PlanError: it does not fit, or cannot be read.
+    """
+    from slimkit.models import find_checkpoint, load_checkpoint
+    from slimkit.plan import load
+
+    if checkpoint is None:
+        return model
+    found = find_checkpoint(checkpoint)
+    if found.is_dir():
+        return load(found, model=model).eval()
+    return load_checkpoint(model, checkpoint)
+
+
+def sized(
+    input_shape: str | None, image_size: int | None, arguments: list[str] | None
+) -> str | None:
+    """``--input``, or what ``--image-size`` says in its place.
+
+    Raises:
+        InputError: both are given.
+    """
+    if image_size is None:
+        return input_shape
+    if input_shape is not None:
+        raise InputError("--input says it already", where="--image-size", hint="leave one out")
+    keywords = parse_arguments(arguments)
+    channels = keywords.get("in_channels", keywords.get("in_chans", 3))
+    return f"1,{channels},{image_size},{image_size}"

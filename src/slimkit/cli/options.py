@@ -27,7 +27,10 @@ ModelArguments = Annotated[
     typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the factory; may be repeated."),
 ]
 Checkpoint = Annotated[
-    str | None, typer.Option("--checkpoint", metavar="FILE", help="Weights, as safetensors.")
+    str | None,
+    typer.Option(
+        "--checkpoint", metavar="FILE", help="Weights: .safetensors, .pt, or a saved folder."
+    ),
 ]
 TaskName = Annotated[
     str | None,

@@ -67,16 +67,14 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
 ) -> None:
     """Turn a trained network into an ONNX file of integers, without training (PTQ)."""
     from slimkit.cli.console import output
-    from slimkit.cli.models import load_task, parse_arguments, parse_weight_bits
-    from slimkit.models import build_model, load_checkpoint
+    from slimkit.cli.models import load_task, parse_arguments, parse_weight_bits, with_weights
+    from slimkit.models import build_model
     from slimkit.quantize import ptq
     from slimkit.quantize.planning.requests import granularity_of
     from slimkit.runtime import export, fusion_report, parity
     from slimkit.tasks.splits import first_batches
 
-    network = build_model(model, **parse_arguments(arg)).eval()
-    if checkpoint is not None:
-        load_checkpoint(network, checkpoint)
+    network = with_weights(build_model(model, **parse_arguments(arg)).eval(), checkpoint)
     kind, splits = load_task(task, data, image_size=image_size, eval_batch_size=32)
     kind.check_head(network, splits)
     example = kind.example_inputs(splits)

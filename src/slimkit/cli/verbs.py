@@ -13,6 +13,7 @@ VERBS = (
     "profile",
     "explain",
     "benchmark",
+    "export",
     "evaluate",
     "predict",
     "quantize",
@@ -20,6 +21,7 @@ VERBS = (
     "compare",
     "report",
     "list",
+    "cache",
     "schema",
     "doctor",
 )

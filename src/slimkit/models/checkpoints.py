@@ -1,4 +1,4 @@
-"""State dicts on disk: safetensors only, so that loading never runs code."""
+"""State dicts on disk, read so that loading never runs code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from slimkit.errors import ArtifactError, CheckpointError, nearest
 from slimkit.plan import load_weights
 
 __all__ = ["find_checkpoint", "load_checkpoint"]
+
+
+_PICKLED = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
+"""Keys under which training scripts keep the state dict of the network."""
 
 
 @runtime_checkable
@@ -44,9 +49,10 @@ def load_checkpoint(model: nn.Module, path: PathLike) -> nn.Module:
 
     Args:
         model: the network to fill.
-        path: a ``.safetensors`` file with the keys of ``model.state_dict()``; one that is not
-            here is looked for under ``$SLIMKIT_CHECKPOINTS``. Keys that all
-            start with ``module.`` (saved from DataParallel or DDP) are accepted. A model with a
+        path: a ``.safetensors`` file with the keys of ``model.state_dict()``, or a ``.pt`` or
+            ``.pth`` file that holds them, alone or under ``state_dict``, ``model`` and the like;
+            one that is not here is looked for under ``$SLIMKIT_CHECKPOINTS``. Keys that all start
+            with ``module.`` (saved from DataParallel or DDP) are accepted. A model with a
             method ``adapted_checkpoint(tensors)`` may put its own weights in place of some: a
             detector those of its classes, where the file has another number of them.
 
@@ -54,19 +60,12 @@ def load_checkpoint(model: nn.Module, path: PathLike) -> nn.Module:
         ``model``.
 
     Raises:
-        CheckpointError: a pickled file, or names or shapes that do not fit; the model is
-            then unchanged.
+        CheckpointError: names or shapes that do not fit, or a file that holds more than tensors;
+            the model is then unchanged.
         ArtifactError: the file is missing or cut off.
     """
-    source = Path(path)
-    if source.suffix in {".pt", ".pth", ".bin", ".ckpt", ".pkl"}:
-        raise CheckpointError(
-            "pickled checkpoints can run code when they are loaded and are not read",
-            where=str(source),
-            hint="convert once: safetensors.torch.save_file(torch.load(PATH, weights_only=True), "
-            f"'{source.stem}.safetensors')",
-        )
-    tensors = read_tensors(find_checkpoint(source))
+    source = find_checkpoint(path)
+    tensors = _read_pickled(source) if source.suffix in _PICKLED else read_tensors(source)
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     if isinstance(model, _Adapting):
@@ -74,6 +73,50 @@ def load_checkpoint(model: nn.Module, path: PathLike) -> nn.Module:
     _check_fits(model.state_dict(), tensors, where=str(source))
     load_weights(model, tensors, where=str(source))
     return model
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that ``torch.save`` wrote; nothing in it is run.
+
+    Raises:
+        CheckpointError: it holds objects that only running code could make, or no tensors.
+        ArtifactError: it is cut off, or no such file.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            "it holds more than tensors: objects that only running code could make",
+            where=str(path),
+            hint="save model.state_dict() alone, as safetensors or by torch.save",
+        ) from error
+    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, … of damaged files
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ArtifactError(
+            f"not a complete file of torch.save: {reason}", where=str(path)
+        ) from error
+    for _ in range(2):  # {"epoch": 3, "state_dict": {"model": {…}}}
+        inner = [held[key] for key in _WRAPPERS if isinstance(held, dict) and key in held]
+        if not inner or not isinstance(inner[0], dict):
+            break
+        held = inner[0]
+    others = [k for k, v in held.items() if not isinstance(v, Tensor)] if _is_state(held) else None
+    if others is None or others:
+        where_from = f"; it has {', '.join(map(str, others[:3]))}" if others else ""
+        raise CheckpointError(
+            f"it holds no state dict of tensors{where_from}",
+            where=str(path),
+            hint=f"a state dict alone, or under one of {', '.join(_WRAPPERS)}",
+        )
+    return {name: value.detach().clone() for name, value in held.items()}
+
+
+def _is_state(held: object) -> bool:
+    return isinstance(held, dict) and bool(held) and all(isinstance(name, str) for name in held)
 
 
 def _check_fits(own: dict[str, Tensor], loaded: dict[str, Tensor], *, where: str) -> None:

@@ -21,7 +21,9 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,7 @@ from slimkit.runtime.onnx_files import copy_model
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Cache", "default_cache"]
+__all__ = ["Cache", "CacheEntry", "default_cache"]
 
 Damaged = Callable[[str], None]
 """Is told what is wrong with an entry that was found and cannot be used."""
@@ -52,6 +54,27 @@ def default_cache() -> Path:
 
 def _unheard(problem: str) -> None:
     """A listener that does not listen."""
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One thing in the cache.
+
+    Attributes:
+        kind: ``stages``, ``work``, ``exports`` …: the folder that it is in.
+        key: of the stage or file.
+        name: of the recipe's stage, where it is known.
+        path: a folder, or a file.
+        bytes: that it takes on the disk.
+        seconds: since it was written.
+    """
+
+    kind: str
+    key: str
+    name: str
+    path: Path
+    bytes: int
+    seconds: float
 
 
 class Cache:
@@ -213,6 +236,47 @@ class Cache:
         with atomic_directory(final.parent) as temporary:
             copy_model(source, temporary / final.name)
             _write_sealed(temporary / _FILES, _checksums(temporary))
+
+    def entries(self) -> list[CacheEntry]:
+        """Everything that is kept, the oldest first."""
+        found = []
+        for kind in sorted(self.root.iterdir()) if self.root.is_dir() else []:
+            if kind.name == "locks" or not kind.is_dir():
+                continue
+            pattern = "??/*" if kind.name == "stages" else "*"
+            found += [self._described(kind.name, path) for path in kind.glob(pattern)]
+        return sorted(found, key=lambda entry: -entry.seconds)
+
+    def remove(self, entry: CacheEntry) -> bool:
+        """Remove an entry; False if a running stage holds it, or it cannot be removed."""
+        lock = self.root / "locks" / f"{entry.key}.lock"
+        try:
+            with file_lock(lock, patience=0):
+                if entry.path.is_dir() and not entry.path.is_symlink():
+                    shutil.rmtree(entry.path)
+                else:
+                    entry.path.unlink(missing_ok=True)
+        except (ArtifactError, OSError):
+            return False
+        with contextlib.suppress(OSError):
+            lock.unlink(missing_ok=True)
+        return True
+
+    def _described(self, kind: str, path: Path) -> CacheEntry:
+        files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+        sizes, times = [], [0.0]
+        for file in files:
+            with contextlib.suppress(OSError):  # a run may finish or remove it meanwhile
+                status = file.stat()
+                sizes.append(status.st_size)
+                times.append(status.st_mtime)
+        name = ""
+        if kind == "stages":
+            sealed = _read_sealed(path / "stage.json", _unheard)
+            record = sealed.get("record") if isinstance(sealed, dict) else None
+            name = str(record.get("name", "")) if isinstance(record, dict) else "damaged"
+        age = max(0.0, time.time() - max(times)) if max(times) else 0.0
+        return CacheEntry(kind, path.name.removesuffix(".json"), name, path, sum(sizes), age)
 
     def _entry(self, key: str) -> Path:
         return self.root / "stages" / key[:2] / key

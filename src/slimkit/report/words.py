@@ -128,6 +128,15 @@ def link(path: str) -> str:
     return quote(path)
 
 
+def age(seconds: float) -> str:
+    """``"3 days"``, ``"5 hours"``, ``"12 min"``: how long ago something was."""
+    for length, unit in ((86_400, "day"), (3_600, "hour")):
+        if seconds >= length:
+            number = int(seconds // length)
+            return f"{number} {unit}{'s'[: number > 1]}"
+    return f"{int(seconds // 60)} min"
+
+
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as ``{"distill.0.weight": 1.0}``, in the recipe's own path syntax."""
     result: dict[str, Any] = {}

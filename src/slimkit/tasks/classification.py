@@ -10,11 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimkit.errors import InputError, ModelError
+from slimkit.errors import DataError, InputError, ModelError
 from slimkit.inputs import Batch, Inputs
 from slimkit.tasks.data.loading import ImageSplits, load_data, synthetic_data
 from slimkit.tasks.data.settings import DataSettings
-from slimkit.tasks.data.sources import SOURCES, find_folder
+from slimkit.tasks.data.sources import SOURCES, find_folder, takes_own
+from slimkit.tasks.data.unlabelled import NO_LABEL
 from slimkit.tasks.interface import Answer, Metric, SettingsClass, Task
 from slimkit.tasks.splits import Splits
 from slimkit.train.settings import TrainSettings
@@ -71,11 +72,11 @@ class ClassificationTask(Task):
 
     def locate(self, settings: DataSettings) -> None:
         """See the base class."""
-        find_folder(settings.source, ("parquet", "imagefolder"))
+        find_folder(settings.source, ("parquet", "imagefolder", "images"))
 
     def takes_source(self, source: str) -> bool:
         """See the base class."""
-        return source.partition(":")[0] in SOURCES
+        return source.partition(":")[0] in SOURCES or takes_own(source)
 
     def example_inputs(self, splits: Splits, count: int = 1) -> Inputs:
         """Images of zeros (count, C, H, W): shapes matter here, values do not."""
@@ -91,6 +92,8 @@ class ClassificationTask(Task):
         """
         outputs = logits(self.probed(model, splits))
         expected = len(splits.classes)
+        if not expected:  # images without labels
+            return
         if outputs.dim() != 2 or outputs.shape[1] != expected:
             raise ModelError(
                 f"the model's output is {tuple(outputs.shape)} for 2 images, "
@@ -108,6 +111,7 @@ class ClassificationTask(Task):
         """The same of outputs and labels."""
 
         def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+            _check_labelled(targets)
             return F.cross_entropy(
                 logits(outputs).float(), targets, label_smoothing=self.label_smoothing
             )
@@ -131,10 +135,12 @@ class ClassificationTask(Task):
 
     def predictions(self, outputs: Any, splits: Splits) -> list[Any]:
         """The three likeliest classes of each image: ``[{"class": name, "score": 0 … 1}, …]``."""
-        best = logits(outputs).float().softmax(1).topk(min(3, len(splits.classes)), dim=1)
+        rows = logits(outputs).float().softmax(1)
+        names = splits.classes or [str(label) for label in range(rows.shape[1])]
+        best = rows.topk(min(3, len(names)), dim=1)
         return [
             [
-                {"class": splits.classes[label], "score": score}
+                {"class": names[label], "score": score}
                 for score, label in zip(scores, labels, strict=True)
             ]
             for scores, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True)
@@ -163,9 +169,20 @@ def logits(outputs: Any) -> Tensor:
         ) from error
 
 
+def _check_labelled(labels: Tensor) -> None:
+    """Refuse images without labels; on another device the loss itself says so."""
+    if labels.device.type == "cpu" and labels.numel() and int(labels.min()) == NO_LABEL:
+        raise DataError(
+            "these images have no labels to learn from or to judge by",
+            where="data.source",
+            hint="images: is for calibration; imagefolder:DIR has a folder per class",
+        )
+
+
 def _scores(batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
     count, right, among_five, loss, classes = 0, 0.0, 0.0, 0.0, 0
     for outputs, labels in batches:
+        _check_labelled(labels)
         count += len(labels)
         classes = outputs.shape[1]
         loss += float(F.cross_entropy(outputs, labels, reduction="sum"))

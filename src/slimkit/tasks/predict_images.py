@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None, model: Path | None = None) -> N
         scores = np.exp(logits - logits.max())
         scores /= scores.sum()
         best = np.argsort(-scores)[:3]
-        told = "  ".join(f"{classes[index]} {100 * scores[index]:.1f} %" for index in best)
+        names = {index: classes[index] if classes else f"class {index}" for index in best}
+        told = "  ".join(f"{names[index]} {100 * scores[index]:.1f} %" for index in best)
         print(f"{path}: {told}")
 
 

@@ -11,7 +11,7 @@ from slimkit.tasks.data.settings import DataSettings
 from slimkit.tasks.data.sources import RawData, RawSplit, data_folder, files_digest
 from slimkit.tasks.data.stores import Decoder, FileStore, decode_all, free_memory
 
-__all__ = ["read_imagefolder"]
+__all__ = ["image_files", "read_imagefolder"]
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _FOLDERS = {
@@ -60,6 +60,17 @@ def read_imagefolder(argument: str, settings: DataSettings) -> RawData:
         validation=splits["validation"] if validation is not None else None,
         classes=classes,
         digest=files_digest([file for files, _ in listings.values() for file in files]),
+    )
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image below a folder, in a fixed order; hidden files and folders are left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 

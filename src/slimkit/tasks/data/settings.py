@@ -34,8 +34,10 @@ class DataSettings(BaseModel):
     """Where images come from and how batches are made of them.
 
     Attributes:
-        source: ``"digits"``, ``"parquet:DIR"``, ``"imagefolder:DIR"`` or ``"torchvision:NAME"``.
-            A relative folder is looked for here, then under ``$SLIMKIT_DATA``.
+        source: ``"digits"``, ``"parquet:DIR"``, ``"imagefolder:DIR"``, ``"torchvision:NAME"``,
+            ``"images:DIR"`` (without labels, for calibration), or ``"package.module:function"``
+            that returns data sets of one's own. A relative folder is looked for here, then under
+            ``$SLIMKIT_DATA``.
         image_size: height and width in pixels; the short side is resized to it and the centre
             cut out. ``None`` keeps the size of the images, which must then all be equal.
         channels: 1 (grey) or 3 (RGB); ``None`` takes what the source has.

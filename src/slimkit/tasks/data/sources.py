@@ -7,16 +7,18 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from slimkit.errors import DataError, nearest
-from slimkit.registry import Registry
+from slimkit.registry import Registry, import_object
 from slimkit.tasks.data.settings import DataSettings
 from slimkit.tasks.data.stores import ImageStore
 
@@ -29,6 +31,7 @@ __all__ = [
     "files_digest",
     "find_folder",
     "read_source",
+    "takes_own",
 ]
 
 
@@ -69,18 +72,34 @@ SOURCES: Registry[Callable[[str, DataSettings], RawData]] = Registry("data sourc
 SOURCES.register_lazy("digits", "slimkit.tasks.data.digits:read_digits")
 SOURCES.register_lazy("parquet", "slimkit.tasks.data.parquet:read_parquet")
 SOURCES.register_lazy("imagefolder", "slimkit.tasks.data.imagefolder:read_imagefolder")
+SOURCES.register_lazy("images", "slimkit.tasks.data.unlabelled:read_images")
 SOURCES.register_lazy("torchvision", "slimkit.tasks.data.torchvision_data:read_torchvision")
 
 
 def read_source(settings: DataSettings) -> RawData:
-    """Read ``settings.source``.
+    """Read ``settings.source``, a registered kind or a function of one's own.
 
     Raises:
         UnknownNameError: unknown kind of source, with the nearest.
         DataError: missing, empty or damaged data.
     """
     kind, _, argument = settings.source.partition(":")
+    if kind not in SOURCES and takes_own(settings.source):
+        own: Any = import_object("slimkit.tasks.data.own_data:read_own")
+        return cast("RawData", own(settings.source, settings))
     return SOURCES.get(kind, where="data.source")(argument, settings)
+
+
+def takes_own(source: str) -> bool:
+    """Whether a source is ``package.module:function``, and there is such a module."""
+    module, colon, function = source.partition(":")
+    parts = [*module.split("."), *function.split(".")]
+    if not colon or not all(part.isidentifier() for part in parts):
+        return False
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def data_folder(argument: str, source: str) -> Path:

@@ -29,6 +29,7 @@ def stratified(labels: Tensor, held_out: int, *, seed: int) -> tuple[Tensor, Ten
     if not 0 <= held_out < max(1, count):
         raise DataError(f"cannot hold out {held_out} of {count} images", where="data.validation")
     generator = torch.Generator().manual_seed(seed)
+    labels = labels - min(0, int(labels.min())) if count else labels  # images without labels: -1
     sizes = torch.bincount(labels)
     exact = sizes.double() * held_out / max(1, count)
     quota = exact.floor().long()
