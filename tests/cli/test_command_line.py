@@ -23,7 +23,7 @@ RECIPE = {
     "model": {"name": "cli_network:build"},
     "stages": {"train": {"type": "train", "epochs": 1, "lr": 0.05, "precision": "fp32"}},
     "variants": {"baseline": [], "trained": ["train"]},
-    "measure": {"seconds": 0.02, "parity_batches": 1},
+    "measure": {"seconds": 0.02, "parity_batches": 1, "memory": False},
 }
 Cli = Callable[..., tuple[int, str, str]]
 

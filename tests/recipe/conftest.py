@@ -66,7 +66,7 @@ VALUES: dict[str, Any] = {
         },
     },
     "variants": {"baseline": ["train"], "final": ["train", "prune", "recover", "int8"]},
-    "measure": {"seconds": 0.02, "parity_batches": 1},
+    "measure": {"seconds": 0.02, "parity_batches": 1, "memory": False},
 }
 
 

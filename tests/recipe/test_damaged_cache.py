@@ -141,10 +141,10 @@ def test_a_run_names_damage_once_and_makes_it_again(values: dict[str, Any], tmp_
     exported = (tmp_path / "out" / "variants" / "final" / "model.onnx").read_bytes()
     flip(found("exports/*/model.onnx"))
     empty(found("proofs/*.json"))
-    (drawing,) = (tmp_path / "cache" / "drawings").glob("*.json")
-    drawing.write_text("{}")
+    (evidence,) = (tmp_path / "cache" / "evidence").glob("*.json")
+    evidence.write_text("{}")
     again, damaged = run()
-    assert damaged == ["exports", "proofs", "drawings"]
+    assert damaged == ["exports", "proofs", "evidence"]
     assert metrics(again) == metrics(first)
     flip(found("stages/*/*/model/weights.safetensors"))
     shutil.rmtree(found("exports/*"))

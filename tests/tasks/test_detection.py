@@ -40,7 +40,7 @@ VALUES: dict[str, Any] = {
         "int8": {"type": "ptq", "batches": 1},
     },
     "variants": {"baseline": ["train"], "small": ["train", "prune", "int8"]},
-    "measure": {"seconds": 0.02, "parity_batches": 1},
+    "measure": {"seconds": 0.02, "parity_batches": 1, "memory": False},
 }
 
 
@@ -72,6 +72,10 @@ def test_a_recipe_ends_in_average_precision_boxes_and_a_file(
     row = report["drawings"][0]["rows"][0]
     assert len(row) == 3
     assert {box["label"] for box in row[0]["boxes"]} <= set("0123456789")
+    for variant in (baseline, small):
+        interval = variant["evidence"]["metrics"]["map"]
+        assert interval["low"] <= variant["metrics"]["map"] <= interval["high"]
+    assert set(small["evidence"]["change"]) == {"map"}
     assert "mAP" in (folder / "report.html").read_text(encoding="utf-8")
 
 

@@ -34,7 +34,7 @@ def recipe(task: str, model: str, **changes: Any) -> dict[str, Any]:
         "model": {"name": f"toy_tasks:{model}"},
         "stages": {name: dict(stage) for name, stage in STAGES.items()},
         "variants": VARIANTS,
-        "measure": {"seconds": 0.02, "parity_batches": 1},
+        "measure": {"seconds": 0.02, "parity_batches": 1, "memory": False},
         **changes,
     }
 

@@ -31,14 +31,28 @@ if TYPE_CHECKING:
     from slimkit.inputs import Inputs
     from slimkit.recipe.workbench import Workbench
 
-__all__ = ["Proof", "drawings", "measure_latency", "prove", "speed_warnings"]
+__all__ = [
+    "PROOF_VERSION",
+    "Proof",
+    "file_run",
+    "input_arrays",
+    "measure_latency",
+    "plain",
+    "prove",
+    "speed_warnings",
+    "timed_inputs",
+]
 
-PROOF_VERSION = 1
+PROOF_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A variant's exported file and everything that was found out about it but its latency."""
+    """A variant's exported file and everything that was found out about it but its latency.
+
+    Attributes:
+        record: what the task kept of the answers to single samples, for a report.
+    """
 
     path: Path
     metrics: dict[str, float]
@@ -46,6 +60,7 @@ class Proof:
     cost: dict[str, int]
     parity: dict[str, Any]
     fusion: dict[str, Any]
+    record: Any
     cached: bool
     key: str
 
@@ -105,7 +120,7 @@ def measure_latency(bench: Workbench, paths: dict[str, Path]) -> dict[str, list[
             backend=backend.name,
             threads=backend.threads,
             batch=backend.batch,
-            inputs=_timed_inputs(bench, next(iter(paths.values())), backend.batch),
+            inputs=timed_inputs(bench, next(iter(paths.values())), backend.batch),
             seconds=seconds,
         )
         for name, timing in timings.items():
@@ -113,7 +128,7 @@ def measure_latency(bench: Workbench, paths: dict[str, Path]) -> dict[str, list[
     return found
 
 
-def _timed_inputs(bench: Workbench, path: Path, batch: int) -> Inputs | None:
+def timed_inputs(bench: Workbench, path: Path, batch: int) -> Inputs | None:
     """Samples to time a file on; None where random numbers of its shapes are as good."""
     inputs = open_session(path).inputs
     floats = all(spec.dtype.startswith("float") for spec in inputs)
@@ -122,22 +137,7 @@ def _timed_inputs(bench: Workbench, path: Path, batch: int) -> Inputs | None:
     return bench.task.prepare(bench.task.example_inputs(bench.splits, batch))
 
 
-def drawings(bench: Workbench, proofs: Mapping[str, Proof]) -> list[dict[str, Any]]:
-    """What the task draws of the first and the last variant; from the cache if it is there."""
-    names = list(dict.fromkeys([next(iter(proofs)), list(proofs)[-1]]))
-    key = content_hash({"version": PROOF_VERSION, **{name: proofs[name].key for name in names}})
-    known = bench.note("drawings", key)
-    if known is None:
-        answers = {  # computed while the task reads them
-            name: answers_to(_file_run(bench, proofs[name].path), bench.splits.test)
-            for name in names
-        }
-        known = [_plain(dict(drawing)) for drawing in bench.task.drawings(answers, bench.splits)]
-        bench.cache.keep("drawings", key, known)
-    return list(known)
-
-
-def _file_run(bench: Workbench, path: Path) -> Run:
+def file_run(bench: Workbench, path: Path) -> Run:
     """A variant's file as a function from the model's inputs to the model's outputs."""
     backend = bench.recipe.measure.backends[0].name
     session = session_run(open_session(path, backend=backend, threads=_threads()))
@@ -170,7 +170,7 @@ def speed_warnings(
     first, *others = proofs
     for name in [] if bench.smoke else others:
         for before, after in zip(latency[first], latency[name], strict=True):
-            example = _timed_inputs(bench, proofs[name].path, after["batch"])
+            example = timed_inputs(bench, proofs[name].path, after["batch"])
             text = unrewarded(
                 (proofs[first].path, proofs[name].path),
                 macs=(proofs[first].cost["macs"], proofs[name].cost["macs"]),
@@ -178,7 +178,7 @@ def speed_warnings(
                 backend=after["backend"],
                 threads=after["threads"],
                 batch=after["batch"],
-                inputs=None if example is None else _arrays(example, proofs[name].path),
+                inputs=None if example is None else input_arrays(example, proofs[name].path),
             )
             if text is not None:
                 found[name].append(text)
@@ -246,17 +246,17 @@ def _test(bench: Workbench, model: nn.Module, path: Path) -> dict[str, Any]:
                 "within_one": layers.within_one,
                 "exact": layers.exact,
             }
+    examined = task.examine(answers_to(file_run(bench, path), test), bench.splits)
     return {
-        "metrics": _rounded(
-            task.evaluate(_file_run(bench, path), test), f"of the file on {backend}"
-        ),
+        "metrics": _rounded(examined.scores, f"of the file on {backend}"),
         "torch_metrics": _rounded(task.evaluate(model, test), "by torch"),
-        "parity": _plain(facts),
-        "fusion": _plain(fusion_report(path).to_json()),
+        "parity": plain(facts),
+        "fusion": plain(fusion_report(path).to_json()),
+        "record": plain(examined.record),
     }
 
 
-def _arrays(inputs: Inputs, path: Path) -> list[Any]:
+def input_arrays(inputs: Inputs, path: Path) -> list[Any]:
     """In the order of the file's inputs."""
     names = open_session(path).input_names
     feeds = named_feeds(inputs, names)
@@ -274,12 +274,12 @@ def _rounded(scores: Mapping[str, float], how: str) -> dict[str, float]:
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no infinity: null stands for it."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -15,9 +15,11 @@ from slimkit.artifact import PathLike, write_json, write_text
 from slimkit.errors import ArtifactError, GateError
 from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import Chain
+from slimkit.recipe.deploy_choice import choose_variant
+from slimkit.recipe.evidence import gather_evidence, with_running_figures
 from slimkit.recipe.loading import dump_recipe
 from slimkit.recipe.preview import Preview, preview_recipe
-from slimkit.recipe.proving import Proof, drawings, measure_latency, prove, speed_warnings
+from slimkit.recipe.proving import Proof, measure_latency, prove, speed_warnings
 from slimkit.recipe.schema.gates import check_gates, missed_text
 from slimkit.recipe.schema.links import part_of, stage_of
 from slimkit.recipe.schema.recipe import Recipe
@@ -128,6 +130,8 @@ def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
     started = time.perf_counter()
     latency = measure_latency(bench, {name: proof.path for name, proof in proofs.items()})
     log({"event": "latency", "seconds": time.perf_counter() - started})
+    latency = with_running_figures(bench, proofs, latency)
+    evidence = gather_evidence(bench, proofs)
     warnings = speed_warnings(bench, proofs, latency)
     for name, texts in warnings.items():
         for text in texts:
@@ -139,6 +143,7 @@ def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
             "torch_metrics": proof.torch_metrics,
             "cost": proof.cost,
             "latency": latency[name],
+            "evidence": evidence.variants.get(name, {}),
             "warnings": warnings[name],
             "parity": proof.parity,
             "fusion": proof.fusion,
@@ -164,8 +169,13 @@ def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
         "data": bench.data_facts(),
         "recipe": recipe.model_dump(mode="json"),
         "variants": variants,
-        "drawings": drawings(bench, proofs),
+        "drawings": list(evidence.drawings),
         "gates": check_gates(recipe.require, variants[0], variants[-1], bench.task.metric),
+        "deploy": {}
+        if bench.smoke
+        else choose_variant(variants, recipe.require, bench.task.metric),
+        "again": "slimkit run recipe.yaml --out again" + (" --smoke" if bench.smoke else ""),
+        "files": {"recipe": "recipe.yaml", "numbers": "report.json", "log": "log.jsonl"},
     }
 
 

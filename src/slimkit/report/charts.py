@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["ChartPoint", "curves", "histograms", "scatter", "training_curves"]
 
 INK, MUTED, RULE, ACCENT, PAPER = "#101112", "#707172", "#d0d1d2", "#3061c2", "#fefdfc"
-VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", PAPER: "paper"}
+BAD = "#b33620"
+VARIABLES = {
+    INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", PAPER: "paper", BAD: "bad"
+}  # fmt: skip
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -62,11 +65,13 @@ class ChartPoint:
         label: written beside the point.
         cost: its place on the horizontal axis.
         score: its place on the vertical axis.
+        interval: of the score, drawn as a thin line; None where it is not known.
     """
 
     label: str
     cost: float
     score: float
+    interval: tuple[float, float] | None = None
 
 
 def _figure(name: str, width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -163,6 +168,8 @@ def scatter(
 ) -> str:
     """Score against cost: the baseline hollow, every point labelled where it is.
 
+    What costs more than the baseline has the colour of worse.
+
     Args:
         points: the first one is the baseline.
         name: unique among the pictures of a page; the SVG's internal names derive from it.
@@ -178,9 +185,14 @@ def scatter(
     costs = [point.cost / scale for point in points]
     scores = [point.score for point in points]
     axes.set_xlim(0, 1.08 * max(costs))
-    axes.set_ylim(*_score_limits(scores, interval))
+    shown = [end for point in points for end in point.interval or ()]
+    axes.set_ylim(*_score_limits([*scores, *shown], interval))
     axes.axhline(scores[0], color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
-    axes.scatter(costs[1:], scores[1:], s=46, color=ACCENT, zorder=3)
+    for cost, point in zip(costs, points, strict=True):
+        if point.interval is not None:
+            axes.vlines(cost, *point.interval, color=MUTED, linewidth=1.0, zorder=2)
+    colours = [BAD if cost > costs[0] else ACCENT for cost in costs[1:]]
+    axes.scatter(costs[1:], scores[1:], s=46, color=colours, zorder=3)
     axes.scatter(costs[:1], scores[:1], s=46, facecolor=PAPER, edgecolor=INK, lw=1.5, zorder=3)
     low, high = axes.get_ylim()
     places = _spread(scores, 0.075 * (high - low))
@@ -200,7 +212,11 @@ def scatter(
         )
     axes.set_xlabel(_literal(horizontal))
     axes.set_ylabel(_literal(vertical))
-    return _svg(figure, name, f"{vertical} against {horizontal}")
+    told = "; ".join(
+        f"{point.label} {point.score:.4g} at {cost:.3g}"
+        for point, cost in zip(points, costs, strict=True)
+    )
+    return _svg(figure, name, f"{vertical} against {horizontal}: {told}")
 
 
 def training_curves(
@@ -244,7 +260,10 @@ def training_curves(
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.yaxis.set_major_locator(MaxNLocator(4))
         panel.set_xlabel("epoch")
-    return _svg(figure, name, f"training of {name}")
+    told = "; ".join(
+        f"{title} from {rows[0][1]:.3g} to {rows[-1][1]:.3g}" for title, rows in panels
+    )
+    return _svg(figure, name, f"over {len(epochs)} epochs: {told}")
 
 
 def curves(
@@ -272,7 +291,7 @@ def curves(
         axes.legend(frameon=False, labelcolor=INK)
     axes.set_xlabel(_literal(x))
     axes.set_ylabel(_literal(y))
-    return _svg(figure, name, f"{y} over {x}")
+    return _svg(figure, name, f"{y} over {x}: {', '.join(series)}")
 
 
 def histograms(row: Mapping[str, Any], *, name: str) -> str:

@@ -7,13 +7,14 @@ variant only); what is missing is ``None`` or empty here and left out of the pic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from slimkit.artifact import PathLike, read_json
 from slimkit.errors import ArtifactError
 from slimkit.report import words
+from slimkit.report.intervals import Interval, read_intervals
 from slimkit.terminal import visible_json
 
 __all__ = ["Latency", "Report", "Score", "StageRun", "Variant", "load_report", "parse_report"]
@@ -81,6 +82,8 @@ class Latency:
     median_ms: float
     p90_ms: float | None
     busy: str | None
+    images_per_second: float | None = None
+    memory_bytes: float | None = None
 
     @property
     def setting(self) -> tuple[str, int, int]:
@@ -125,10 +128,24 @@ class Variant:
     files: tuple[tuple[str, str], ...]
     stages: tuple[StageRun, ...]
     warnings: tuple[str, ...]
+    samples: int | None = None
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    changes: Mapping[str, Interval] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float | None:
+        """What its stages took, whenever they were run; None where it is not known."""
+        known = [stage.seconds for stage in self.stages]
+        return sum(s for s in known if s is not None) if known and None not in known else None
+
+    def timed(self, setting: tuple[str, int, int] | None) -> Latency | None:
+        """What was measured under ``setting``, if anything was."""
+        return next((item for item in self.latency if item.setting == setting), None)
 
     def median_ms(self, setting: tuple[str, int, int] | None) -> float | None:
         """The median latency under ``setting``, if it was measured."""
-        return next((item.median_ms for item in self.latency if item.setting == setting), None)
+        found = self.timed(setting)
+        return None if found is None else found.median_ms
 
 
 @dataclass(frozen=True)
@@ -146,6 +163,9 @@ class Report:
     head: Score
     scores: Mapping[str, Score]
     drawings: tuple[Mapping[str, Any], ...] = ()
+    deploy: Mapping[str, Any] = field(default_factory=dict)
+    again: str = ""
+    files: tuple[tuple[str, str], ...] = ()
 
     @property
     def baseline(self) -> Variant:
@@ -191,6 +211,12 @@ class Report:
         return next((item.setting for item in self.latencies), None)
 
     @property
+    def unreliable(self) -> str | None:
+        """Why the times that the verdict refers to are not to be trusted, or None."""
+        timed = (variant.timed(self.setting) for variant in (self.final, self.baseline))
+        return next((item.busy for item in timed if item is not None and item.busy), None)
+
+    @property
     def passed(self) -> bool | None:
         """Whether all gates hold; ``None`` when the recipe has none."""
         return all(bool(gate.get("passed")) for gate in self.gates) if self.gates else None
@@ -207,9 +233,10 @@ class Report:
             return ", ".join(piece for piece in pieces if piece) or "one variant"
         setting = self.setting
         difference = self.score_change(final)
+        speed = words.factor(final.median_ms(setting), base.median_ms(setting), "faster", "slower")
         pieces = [
             words.factor(final.cost.get("bytes"), base.cost.get("bytes"), "smaller", "larger"),
-            words.factor(final.median_ms(setting), base.median_ms(setting), "faster", "slower"),
+            f"{speed} (times unreliable)" if speed and self.unreliable else speed,
             self.head.told(difference),
         ]
         return ", ".join(piece for piece in pieces if piece) or "nothing was measured"
@@ -250,6 +277,8 @@ def _latency(entry: Mapping[str, Any]) -> Latency:
         median_ms=float(entry["median_ms"]),
         p90_ms=entry.get("p90_ms"),
         busy=str(busy) if isinstance(busy, str) else ("the CPU was busy" if busy else None),
+        images_per_second=entry.get("images_per_second"),
+        memory_bytes=entry.get("memory_bytes"),
     )
 
 
@@ -269,6 +298,8 @@ def _stage(entry: Mapping[str, Any]) -> StageRun:
 
 
 def _variant(entry: Mapping[str, Any]) -> Variant:
+    evidence = entry.get("evidence") or {}
+    samples = evidence.get("samples")
     return Variant(
         name=str(entry["name"]),
         metrics=_numbers(entry.get("metrics")),
@@ -280,6 +311,9 @@ def _variant(entry: Mapping[str, Any]) -> Variant:
         files=_files(entry.get("files")),
         stages=tuple(_stage(item) for item in entry.get("stages") or ()),
         warnings=_texts(entry.get("warnings")),
+        samples=None if samples is None else int(samples),
+        intervals=read_intervals(evidence.get("metrics")),
+        changes=read_intervals(evidence.get("change")),
     )
 
 
@@ -322,13 +356,16 @@ def parse_report(data: Any, *, where: str = "report.json") -> Report:
         head=_head(scores, variants),
         scores=scores,
         drawings=_rows(data.get("drawings")),
+        deploy=data["deploy"] if isinstance(data.get("deploy"), Mapping) else {},
+        again=str(data.get("again") or ""),
+        files=_files(data.get("files")),
     )
 
 
 def _scores(task: Any) -> dict[str, Score]:
     """The metrics of the task, as the report says."""
     rows = _rows(task.get("metrics")) if isinstance(task, Mapping) else ()
-    known = [field.name for field in fields(Score)]
+    known = [each.name for each in fields(Score)]
     return {
         str(row["name"]): Score(**{key: row[key] for key in known if key in row})
         for row in rows

@@ -10,8 +10,12 @@ from urllib.parse import quote
 __all__ = [
     "change",
     "count",
+    "decibels",
+    "duration",
     "factor",
     "flat",
+    "heading",
+    "limits",
     "link",
     "milliseconds",
     "plain",
@@ -58,6 +62,36 @@ def size(value: float | None) -> str:
 def milliseconds(value: float | None) -> str:
     """A latency in ms: ``0.412 ms``."""
     return "–" if value is None else f"{_significant(value)}{NARROW}ms"
+
+
+def decibels(value: float | None, *, exact: bool) -> str:
+    """A ratio of signal to noise: ``38 dB``; ``exact`` where there is no noise."""
+    if exact:
+        return "exact"
+    return "–" if value is None else f"{value:.0f}{NARROW}dB"
+
+
+def duration(seconds: float | None) -> str:
+    """How long something took: ``0.4 s``, ``52 s``, ``12 min``, ``3.1 h``."""
+    if seconds is None:
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.1f}{NARROW}s" if seconds < 10 else f"{seconds:.0f}{NARROW}s"
+    minutes = seconds / 60
+    return f"{minutes:.0f}{NARROW}min" if minutes < 100 else f"{minutes / 60:.1f}{NARROW}h"
+
+
+def limits(low: float, high: float, digits: int = 2, *, signed: bool = False) -> str:
+    """An interval: ``97.60 … 99.49``; of a difference with signs: ``−1.07 … +0.67``."""
+    if not signed:
+        return f"{low:.{digits}f} … {high:.{digits}f}"
+    return " … ".join(points(end, digits).replace("±0", "0") for end in (low, high))
+
+
+def heading(text: str) -> str:
+    """``text`` with a capital in front; ``mAP`` and ``mIoU`` stay what they are."""
+    first = text.split(" ", 1)[0]
+    return text if first != first.lower() else text[:1].upper() + text[1:]
 
 
 def score(value: float | None, digits: int = 2) -> str:

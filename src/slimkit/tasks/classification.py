@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from slimkit.errors import DataError, InputError, ModelError
 from slimkit.inputs import Batch, Inputs
+from slimkit.tasks.class_evidence import AnswerRecord, class_evidence
 from slimkit.tasks.data.loading import ImageSplits, load_data, synthetic_data
 from slimkit.tasks.data.settings import DataSettings
 from slimkit.tasks.data.sources import SOURCES, find_folder, takes_own
 from slimkit.tasks.data.unlabelled import NO_LABEL
+from slimkit.tasks.evidence import Evidence, Examination
 from slimkit.tasks.interface import Answer, Metric, SettingsClass, Task
 from slimkit.tasks.splits import Splits
 from slimkit.train.settings import TrainSettings
@@ -132,6 +134,22 @@ class ClassificationTask(Task):
             the mean cross-entropy without label smoothing.
         """
         return _scores((logits(outputs).float(), batch.targets) for outputs, batch in answers)
+
+    def examine(self, answers: Iterable[Answer], splits: Splits) -> Examination:
+        """See the base class: label and answer of each image are kept."""
+        record = AnswerRecord()
+
+        def watched() -> Iterator[Answer]:
+            for outputs, batch in answers:
+                record.add(logits(outputs).float(), batch.targets)
+                yield outputs, batch
+
+        scores = self.scores(watched())
+        return Examination(scores, record.to_json())
+
+    def evidence(self, records: Mapping[str, Any], splits: Splits) -> Evidence:
+        """See the base class: intervals, classes, confusions, images whose answer changed."""
+        return class_evidence(records, splits)
 
     def predictions(self, outputs: Any, splits: Splits) -> list[Any]:
         """The three likeliest classes of each image: ``[{"class": name, "score": 0 … 1}, …]``."""

@@ -259,6 +259,21 @@ def _check_deployment(
         dict(task.export_options(splits))
 
 
+def _check_evidence(task: Task, splits: Splits, asked: list[Answer]) -> None:
+    """What is kept of single answers: beside the same scores, and of a form for a report."""
+    with _answering("examine", "scores and keeps"):
+        examined = task.examine(iter(asked), splits)
+        scores = dict(task.scores(iter(asked)))
+    if dict(examined.scores) != scores:
+        raise _fail("examine", f"its scores are {examined.scores}, those of scores() {scores}")
+    _check_json(examined.record, "examine", "the record")
+    record = json.loads(json.dumps(examined.record))
+    with _answering("evidence", "tells what the records say"):
+        evidence = task.evidence({"first": record, "last": record}, splits)
+    _check_json(dict(evidence.variants), "evidence", "it")
+    _check_json([dict(drawing) for drawing in evidence.drawings], "evidence", "its drawings")
+
+
 def _check_texts(task: Task, splits: Splits, network: nn.Module) -> None:
     """Predictions, drawings, metadata and the script."""
     with task.running(network) as run:
@@ -272,6 +287,7 @@ def _check_texts(task: Task, splits: Splits, network: nn.Module) -> None:
     with _answering("drawings", "draws"):
         drawings = task.drawings({"first": iter(asked), "last": iter(asked)}, splits)
         _check_json([dict(drawing) for drawing in drawings], "drawings", "they")
+    _check_evidence(task, splits, asked)
     with _answering("metadata", "describes the file"):
         metadata = task.metadata(splits)
     if not all(isinstance(x, str) for x in (*metadata, *metadata.values())):

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from slimkit.errors import InputError, ModelError
 from slimkit.inputs import Batch, Inputs
 from slimkit.registry import Registry
+from slimkit.tasks.evidence import Evidence, Examination
 from slimkit.tasks.prediction import model_metadata, script_of
 from slimkit.tasks.running import Run, device_of, module_run, only_output
 from slimkit.tasks.splits import Splits, first_batches, some_examples
@@ -255,6 +256,25 @@ class Task(BaseModel):
             with self.running(model) as run:
                 return dict(self.scores(answers_to(run, loader, device_of(model))))
         return dict(self.scores(answers_to(model, loader)))
+
+    def examine(self, answers: Iterable[Answer], splits: Splits) -> Examination:
+        """:meth:`scores` of a test split, and what a report needs of the single answers.
+
+        Args:
+            answers: as for :meth:`scores`; read them once.
+            splits: the data.
+        """
+        return Examination(self.scores(answers))
+
+    def evidence(self, records: Mapping[str, Any], splits: Splits) -> Evidence:
+        """How sure the scores are and what changed; see :mod:`slimkit.tasks.evidence`.
+
+        Args:
+            records: name of a variant → what :meth:`examine` kept of it, after JSON; all
+                variants on the same samples in the same order.
+            splits: the data.
+        """
+        return Evidence()
 
     def predictions(self, outputs: Any, splits: Splits) -> list[Any]:
         """Post-processing: what the outputs mean, one JSON-able value per sample."""

@@ -89,11 +89,13 @@ class MeasureSettings(Settings):
             the one that ``latency_ratio`` compares.
         seconds: time per variant and backend.
         parity_batches: test batches that torch and runtime are compared on.
+        memory: measure what each file takes while it runs; a few seconds, once per file.
     """
 
     backends: Annotated[tuple[BackendSettings, ...], Field(min_length=1)] = (BackendSettings(),)
     seconds: float = Field(default=2.0, gt=0, le=3_600)
     parity_batches: int = Field(default=4, ge=1, le=1_000_000)
+    memory: bool = True
 
 
 class RequireSettings(Settings):

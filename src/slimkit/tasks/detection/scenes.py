@@ -74,10 +74,10 @@ class Problems:
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.first.setdefault(kind, where)
 
-    def facts(self) -> dict[str, str]:
-        """For the report: kind → ``"12, the first in FILE"``."""
+    def facts(self) -> dict[str, dict[str, int | str]]:
+        """For the report: kind → ``{"count": how often, "first": where}``."""
         return {
-            kind: f"{count}, the first in {self.first[kind]}" for kind, count in self.counts.items()
+            kind: {"count": count, "first": self.first[kind]} for kind, count in self.counts.items()
         }
 
 

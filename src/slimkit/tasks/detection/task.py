@@ -26,16 +26,12 @@ from slimkit.tasks.detection.detectors import (
     suppressed,
 )
 from slimkit.tasks.detection.digit_scenes import read_digit_scenes
+from slimkit.tasks.detection.evidence import detection_evidence, detection_record, objects_of
 from slimkit.tasks.detection.loading import SCENE_SOURCES, load_scenes, splits_of
 from slimkit.tasks.detection.scenes import Problems, Scene, SceneSet
-from slimkit.tasks.detection.scoring import (
-    AveragePrecision,
-    Detections,
-    average_precision,
-    require_evaluator,
-)
+from slimkit.tasks.detection.scoring import Detections, average_precision, require_evaluator
 from slimkit.tasks.detection.settings import DetectionDataSettings
-from slimkit.tasks.drawing import Drawing, lines, picture, samples, table
+from slimkit.tasks.evidence import Evidence, Examination
 from slimkit.tasks.interface import Answer, Metric, SettingsClass, Task
 from slimkit.tasks.prediction import model_metadata
 from slimkit.tasks.running import Run, device_of, in_training, module_run
@@ -44,11 +40,6 @@ from slimkit.tasks.splits import Splits
 __all__ = ["DetectionTask"]
 
 _SMOKE_BATCH = 2
-_SHOWN_IMAGES = 6
-"""Images in the report: enough for an impression, few enough for the page's size."""
-
-_SHOWN_SCORE = 0.4
-"""Boxes below it are not drawn: they are there for the curve, not for people."""
 
 
 class DetectionTask(Task):
@@ -158,62 +149,25 @@ class DetectionTask(Task):
 
     def scores(self, answers: Iterable[Answer]) -> Mapping[str, float]:
         """COCO's average precision, in percent: mean over IoU 0.50 … 0.95, at 0.50, at 0.75."""
-        return self._precision(answers, None).metrics
-
-    def _precision(
-        self, answers: Iterable[Answer], classes: Sequence[str] | None
-    ) -> AveragePrecision:
         pairs = list(_by_scene(answers))
-        if classes is None:
-            labels = [int(s.labels.max()) for s, _ in pairs if len(s.labels)]
-            labels += [int(d.labels.max()) for _, d in pairs if len(d.labels)]
-            classes = [str(label) for label in range(max(labels, default=0) + 1)]
-        return average_precision(pairs, classes)
+        labels = [int(s.labels.max()) for s, _ in pairs if len(s.labels)]
+        labels += [int(d.labels.max()) for _, d in pairs if len(d.labels)]
+        classes = [str(label) for label in range(max(labels, default=0) + 1)]
+        return average_precision(pairs, classes).metrics
 
     def predictions(self, outputs: list[Detections], splits: Splits) -> list[Any]:
         """Objects of each image: ``[{"class", "score", "box": [x1, y1, x2, y2]}, …]``."""
-        return [_objects(found, splits.classes, 0.0) for found in outputs]
+        return [objects_of(found, splits.classes) for found in outputs]
 
-    def drawings(
-        self, answers: Mapping[str, Iterable[Answer]], splits: Splits
-    ) -> Sequence[Drawing]:
-        """Some images with the boxes of both variants, AP of each class, precision over recall."""
-        held = {name: list(_by_scene(own)) for name, own in answers.items()}
-        scored = {name: average_precision(pairs, splits.classes) for name, pairs in held.items()}
-        first = next(iter(held.values()), [])
-        rows = []
-        for position, (scene, _) in enumerate(first[:_SHOWN_IMAGES]):
-            shown = picture(_pixels(scene))
-            truth = [
-                {"box": box, "label": splits.classes[label]}
-                for box, label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True)
-            ]
-            cells = [{"image": shown, "boxes": truth}]
-            for pairs in held.values():
-                objects = _objects(pairs[position][1], splits.classes, _SHOWN_SCORE)
-                boxes = [
-                    {"box": o["box"], "label": f"{o['class']} {100 * o['score']:.0f}"}
-                    for o in objects
-                ]
-                cells.append({"image": shown, "boxes": boxes})
-            rows.append(cells)
-        names = list(held)
-        per_class: list[list[str | float]] = [
-            [label, *(scored[name].per_class[label] for name in names)]
-            for label in splits.classes
-            if all(label in scored[name].per_class for name in names)
-        ]
-        title = f"Objects found with a score of at least {_SHOWN_SCORE}"
-        return [
-            samples(title, ["annotated", *names], rows),
-            table("mAP of each class, %", ["class", *names], per_class),
-            lines(
-                "Precision over recall at IoU 0.5, mean over the classes",
-                "recall",
-                "precision",
-                {name: scored[name].curve for name in names},
-            ),
-        ]
+    def examine(self, answers: Iterable[Answer], splits: Splits) -> Examination:
+        """See the base class: which detections are right is kept, and boxes of the first images."""
+        pairs = list(_by_scene(answers))
+        scored = average_precision(pairs, splits.classes)
+        return Examination(scored.metrics, detection_record(pairs, scored, splits.classes))
+
+    def evidence(self, records: Mapping[str, Any], splits: Splits) -> Evidence:
+        """See the base class: intervals, boxes side by side, AP of each class, defects."""
+        return detection_evidence(records, splits)
 
     # ---- deployment
 
@@ -265,19 +219,3 @@ def _by_scene(answers: Iterable[Answer]) -> Iterable[tuple[Scene, Detections]]:
         for found, target in zip(outputs, batch.targets, strict=True):
             boxes = target["placement"].to_image(found.boxes).cpu()
             yield target["scene"], Detections(boxes, found.scores.cpu(), found.labels.cpu())
-
-
-def _objects(found: Detections, classes: Sequence[str], least: float) -> list[dict[str, Any]]:
-    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
-    return [
-        {"class": classes[label], "score": score, "box": [round(side, 2) for side in box]}
-        for label, score, box in rows
-        if score >= least
-    ]
-
-
-def _pixels(scene: Scene) -> Tensor:
-    """A scene's image for the report, uint8 (3, H, W)."""
-    from slimkit.tasks.detection.samples import SceneSamples
-
-    return SceneSamples([scene], None)[0].pixels
