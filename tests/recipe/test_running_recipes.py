@@ -38,6 +38,9 @@ def test_a_run_leaves_what_the_contract_says(finished: Any) -> None:
         assert variant["parity"]["top1_agreement"] >= 0.99
         for path in variant["files"].values():
             assert (finished.out / path).exists()
+    for path in report["files"].values():
+        assert (finished.out / path).exists()
+    assert report["deploy"]["variant"] in {None, "baseline", "final"}
     resolved = parse_recipe(yaml.safe_load((finished.out / "recipe.yaml").read_text()))
     assert resolved.model_dump(mode="json") == report["recipe"]
     events = [json.loads(line) for line in (finished.out / "log.jsonl").read_text().splitlines()]
@@ -48,6 +51,26 @@ def test_a_run_leaves_what_the_contract_says(finished: Any) -> None:
         "int8",
     ]
     assert sum(e["event"] == "epoch" for e in events) == 7
+
+
+def test_a_run_records_what_stands_behind_its_figures(finished: Any) -> None:
+    report = finished.report
+    first, last = report["variants"]
+    for variant in (first, last):
+        interval = variant["evidence"]["metrics"]["accuracy"]
+        assert interval["of"] == report["data"]["test"] == variant["evidence"]["samples"]
+        assert variant["metrics"]["accuracy"] == pytest.approx(
+            100 * interval["right"] / interval["of"], abs=1e-3
+        )
+        timing = variant["latency"][0]
+        assert timing["images_per_second"] == pytest.approx(1000 / timing["median_ms"], rel=0.01)
+    change = last["evidence"]["change"]["accuracy"]
+    right = [variant["evidence"]["metrics"]["accuracy"]["right"] for variant in (first, last)]
+    assert change["won"] - change["lost"] == right[1] - right[0]
+    kinds = [drawing["kind"] for drawing in report["drawings"]]
+    assert kinds == ["table", "matrix", "gallery"]
+    confusions = report["drawings"][1]["counts"]
+    assert sum(row[n] for n, row in enumerate(confusions)) == right[1]
 
 
 def test_the_pruned_and_quantized_variant_is_smaller_in_every_figure(finished: Any) -> None:

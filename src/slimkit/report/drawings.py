@@ -102,7 +102,7 @@ def _sample(cell: Mapping[str, Any]) -> dict[str, Any]:
         return shown
     width, height = float(image["width"]), float(image["height"])
     shown |= {"data": data, "width": width, "height": height}
-    shown["line"], shown["letters"] = max(width, height) / 160, max(width, height) / 14
+    shown["line"], shown["letters"] = max(width, height) / 180, max(width, height) / 20
     for box in cell.get("boxes", ()):
         left, top, right, bottom = (float(edge) for edge in box["box"])
         place = {"x": left, "y": top, "width": right - left, "height": bottom - top}

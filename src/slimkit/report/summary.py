@@ -1,12 +1,13 @@
-"""The table that ``slimkit run`` ends with."""
+"""The table that ``slimkit run`` ends with: the page's figures, in the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from slimkit.report import words
-from slimkit.report.reading import load_report
+from slimkit.report import figures
+from slimkit.report.gains import lost_effort
+from slimkit.report.reading import Report, load_report
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["summary_table"]
 
-
-def _with(text: str, change: str) -> str:
-    return f"{text}\n[dim]{change}[/dim]" if change else text
+_STYLES = {"better": "green", "worse": "red"}
 
 
 def summary_table(report: Mapping[str, Any] | PathLike) -> Table:
@@ -27,7 +26,8 @@ def summary_table(report: Mapping[str, Any] | PathLike) -> Table:
         report: the contents of a ``report.json``, its path, or the folder of a run.
 
     Returns:
-        A table to print with rich; its caption is the verdict.
+        A table to print with rich; below it the verdict, how sure the score is, what to deploy,
+        and what is to be doubted.
 
     Raises:
         ArtifactError: it is no report.
@@ -37,27 +37,36 @@ def summary_table(report: Mapping[str, Any] | PathLike) -> Table:
     from rich.table import Table
 
     read = load_report(report)
-    base = read.baseline
-    table = Table(box=box.SIMPLE_HEAD, caption=escape(read.verdict()), caption_justify="left")
+    caption = "\n".join(escape(line) for line in _lines(read))
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("variant")
-    scored = read.score(base) is not None
-    titles = [read.head.title] if scored else []
-    titles += ["params", "MACs", "file", *(item.label for item in read.latencies)]
+    titles = [title for title in figures.columns(read) if title != "made in"]
     for title in titles:
-        table.add_column(escape(title), justify="right")
+        short = title.removesuffix(", median").replace("parameters", "params")
+        table.add_column(escape(short), justify="right")
     for variant in read.variants:
-        first = variant is base
-        cells = []
-        if scored:
-            change = "" if first else read.head.change(read.score_change(variant))
-            cells.append(_with(read.head.plain(read.score(variant)), change))
-        for key, write in (("params", words.count), ("macs", words.count), ("bytes", words.size)):
-            now, before = variant.cost.get(key), base.cost.get(key)
-            cells.append(_with(write(now), "" if first else words.change(now, before)))
-        for example in read.latencies:
-            now = variant.median_ms(example.setting)
-            before = base.median_ms(example.setting)
-            change = "" if first else words.change(now, before)
-            cells.append(_with(words.milliseconds(now), change))
-        table.add_row(escape(variant.name), *cells)
+        cells = figures.row(read, variant)["cells"][: len(titles)]
+        table.add_row(escape(variant.name), *(_cell(cell) for cell in cells))
     return table
+
+
+def _cell(cell: Mapping[str, str]) -> str:
+    from rich.markup import escape
+
+    if not cell["change"]:
+        return escape(cell["text"])
+    style = _STYLES.get(cell["kind"], "dim")
+    return f"{escape(cell['text'])}\n[{style}]{escape(cell['change'])}[/{style}]"
+
+
+def _lines(report: Report) -> list[str]:
+    """What is said below the table."""
+    lines = [report.verdict()]
+    lines += [f"{report.metric_label}: {text}" for text in figures.sure(report, report.final)]
+    chosen = figures.deployment(report)
+    if chosen:
+        lines.append(f"deploy {chosen['name'] or 'nothing yet'}: {chosen['why']}")
+    lines += lost_effort(report)
+    if report.unreliable:
+        lines.append(f"* {report.unreliable}")
+    return lines
