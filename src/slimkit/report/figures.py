@@ -73,7 +73,7 @@ def headline(report: Report) -> list[dict[str, Any]]:
         kind = _judged(fast.median_ms, slow)
         now, before = words.milliseconds(fast.median_ms), words.milliseconds(slow)
         add("latency, median", now, before, change, kind, p90)
-        figures[-1]["doubt"] = report.unreliable or ""
+        figures[-1]["doubt"] = (report.unreliable or "").removesuffix(": times are unreliable")
     return figures
 
 
