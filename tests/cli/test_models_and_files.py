@@ -271,7 +271,7 @@ def test_the_cache_is_listed_and_cleared(
         "model": {"name": "own_things:build"},
         "stages": {"train": {"type": "train", "epochs": 1, "lr": 0.05, "precision": "fp32"}},
         "variants": {"trained": ["train"]},
-        "measure": {"seconds": 0.02, "parity_batches": 1},
+        "measure": {"seconds": 0.02, "parity_batches": 1, "memory": False},
     }
     (here / "small.yaml").write_text(yaml.safe_dump(recipe))
     cache = here / "cache"
