@@ -131,7 +131,9 @@ def test_a_smoke_run_cannot_be_taken_for_a_result(quick: dict[str, Any], html: s
     assert "its figures mean nothing" in build_html({**quick, "smoke": True})
 
 
-def test_a_disturbed_measurement_is_said_in_the_headline_and_once_below(quick: dict[str, Any]) -> None:
+def test_a_disturbed_measurement_is_said_in_the_headline_and_once_below(
+    quick: dict[str, Any],
+) -> None:
     for variant in quick["variants"]:
         for entry in variant["latency"]:
             entry["busy"] = "the CPU was busy"

@@ -189,7 +189,7 @@ def _metrics(report: Report) -> dict[str, Any]:
     if len(names) < 2:
         return {"columns": [], "rows": []}
     shown = [report.scores[name] for name in names]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for variant in report.variants:
         cells = [
             figures.metric_cell(score, variant, report.baseline if rows else None)
@@ -217,7 +217,7 @@ def _estimates(report: Report) -> list[dict[str, Any]]:
                 else (variant.cost.get("bytes"), base.cost.get("bytes"))
             )
             bars.append((f"{measured}, measured", now, before, True))
-            shown = [
+            shown: list[dict[str, Any]] = [
                 {"label": label, "percent": round(100 * value / against, 1), "measured": proof}
                 for label, value, against, proof in bars
                 if value is not None and against
