@@ -113,8 +113,11 @@ class ProgressDisplay:
         return spent >= _SOONEST and spent + self._remaining() > self._patience
 
     def _left(self) -> str:
+        return self._time_left() if self._patience else ""
+
+    def _time_left(self) -> str:
         seconds = self._remaining()
-        if not self._patience or self._done >= self.total:
+        if self._done >= self.total:
             return ""
         left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
         return f", about {left} left"

@@ -107,7 +107,7 @@ def values() -> dict[str, Any]:
 def comparable() -> Callable[[Any], Any]:
     """A report without what may differ between equal runs: times, cached flags, latency."""
     times = {"seconds", "images_per_second", "cached", "latency", "environment", "precision_ms"}
-    times.add("warnings")  # of measured times
+    times |= {"warnings", "cpu_share"}  # of measured times
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):

@@ -66,12 +66,20 @@ def _proof(event: Mapping[str, Any]) -> str:
     return f"proof    {event['variant']}: {event['score']}, {size:,.1f} kB"
 
 
+def _left(event: Mapping[str, Any]) -> str:
+    seconds, stages = event["seconds"], event["stages"]
+    about = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    several = "1 stage" if stages == 1 else f"{stages} stages"
+    return f"about {about} for {several}, by the speed so far; then the report"
+
+
 _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "data": data_line,
     "variant": lambda event: f"variant  {event['variant']}: {_chain(event)}",
     "cached": lambda event: f"cached   {_chain(event)}",
     "start": lambda event: f"stage    {_chain(event)}",
     "end": lambda event: f"done     {event['stage']} in {event['seconds']:.1f} s",
+    "left": lambda event: f"left     {_left(event)}",
     "waiting": lambda event: f"waiting  another run is working on {event['stage']}",
     "restart": lambda event: f"restart  {event['stage']}: its checkpoint was of another version",
     "damaged": lambda event: f"damaged  {_damaged(event)} in the cache; made again",

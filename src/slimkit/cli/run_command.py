@@ -25,6 +25,9 @@ def run_command(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Two steps per stage on synthetic data.")
     ] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Of PyTorch, in place of the recipe's.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")] = False,
 ) -> None:
     """Run a recipe: train, compress, export, measure, report.
@@ -35,7 +38,8 @@ def run_command(
     from slimkit.cli.narration import Narrator, data_line
     from slimkit.recipe import load_recipe, preview_run, run_recipe
 
-    loaded = load_recipe(recipe, set_ or (), tell=note)
+    edits = [*(set_ or ()), *([f"threads={threads}"] if threads is not None else [])]
+    loaded = load_recipe(recipe, edits, tell=note)
     folder = out if out is not None else Path("runs") / loaded.name
     if dry_run:
         preview = preview_run(loaded, smoke=smoke)

@@ -33,6 +33,8 @@ _WITHOUT_EFFECT: dict[str, type[BaseModel]] = {
     "device": TrainSettings,
 }
 """Fields that no result depends on → of which class. The key of a teacher stands for its name."""
+_LATER: dict[str, type[BaseModel]] = {"minutes": TrainSettings}
+"""Fields that came later: not there as long as they are None, so that keys stay what they were."""
 _reference = re.compile(REFERENCE)
 
 
@@ -117,7 +119,8 @@ class Effective:
         kept = {
             name: self.field(value, name)
             for name in type(value).model_fields
-            if name not in _WITHOUT_EFFECT or not isinstance(value, _WITHOUT_EFFECT[name])
+            if not isinstance(value, _WITHOUT_EFFECT.get(name, ()))
+            and not (isinstance(value, _LATER.get(name, ())) and getattr(value, name) is None)
         }
         return {**kept, **self._mapping(value.model_extra or {})}
 

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-__all__ = ["Preview", "PreviewRow", "preview_recipe"]
+__all__ = ["Preview", "PreviewRow", "preview_recipe", "time_left"]
 
 _TIMED_STEPS = 2
 _TIMED_BATCH = 16
+_WITHOUT_TRAINING = 5.0
+"""Seconds of a stage that does not train."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,54 @@ def _estimate(
         return float(earlier)
     epochs = step.settings.training_epochs()
     if not epochs:
-        return 5.0 if step.settings.type in {"prune", "ptq"} else None
+        return _WITHOUT_TRAINING if step.settings.type in {"prune", "ptq"} else None
     samples = epochs * bench.splits.train.samples
     per_sample = clock().training(model)
     for network in bench.preview_teachers(step).values():
         per_sample += clock().inference(network)
     factor = 2.0 if step.settings.type == "qat" else 1.0  # simulated rounding costs as much again
-    return samples * per_sample * factor
+    seconds = samples * per_sample * factor
+    minutes = getattr(step.settings, "minutes", None)
+    return min(seconds, 60 * minutes) if minutes else seconds
+
+
+def time_left(bench: Workbench) -> tuple[int, float | None]:
+    """Stages that have not run, and the seconds they take by the speed of those that have.
+
+    As long as they took in an earlier run; else multiply-accumulates of all forward and backward
+    passes over the rate of the training stages of this run. None: nothing was trained so far.
+    """
+    spent = work = 0.0
+    open_steps: dict[Chain, float | None] = {}
+    for chain in bench.recipe.variants.values():
+        for end in range(1, len(chain) + 1):
+            step = bench.steps[chain[:end]]
+            ran = bench.ran(chain[:end])
+            if ran is None:
+                open_steps[of_stage(chain[:end])] = _work(bench, step)
+            elif not ran.cached and (done := _work(bench, step)):
+                spent, work = spent + ran.seconds, work + done
+    if not work:
+        return len(open_steps), None
+    seconds = 0.0
+    for known, amount in open_steps.items():
+        earlier = bench.note("timings", bench.keys.work(bench.steps[known]))
+        estimate = amount * spent / work if amount else _WITHOUT_TRAINING
+        minutes = getattr(bench.steps[known].settings, "minutes", None)
+        estimate = min(estimate, 60 * minutes) if minutes else estimate
+        seconds += float(earlier) if isinstance(earlier, int | float) else estimate
+    return len(open_steps), seconds
+
+
+def _work(bench: Workbench, step: ChainStep) -> float:
+    """Multiply-accumulates of a stage's training; backward costs twice a forward."""
+    samples = step.settings.training_epochs() * bench.splits.train.samples
+    if not samples:
+        return 0.0
+    macs = 3 * profile(bench.preview(step.parent), bench.example_inputs).macs
+    for teacher in bench.preview_teachers(step).values():
+        macs += profile(teacher, bench.example_inputs).macs
+    return samples * macs * (2.0 if step.settings.type == "qat" else 1.0)
 
 
 class _StepClock:

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from slimkit.artifact import PathLike, write_json, write_text
 from slimkit.errors import ArtifactError, GateError
 from slimkit.recipe.cache import Cache
@@ -18,7 +20,7 @@ from slimkit.recipe.chains import Chain
 from slimkit.recipe.deploy_choice import choose_variant
 from slimkit.recipe.evidence import gather_evidence, with_running_figures
 from slimkit.recipe.loading import dump_recipe
-from slimkit.recipe.preview import Preview, preview_recipe
+from slimkit.recipe.preview import Preview, preview_recipe, time_left
 from slimkit.recipe.proving import Proof, measure_latency, prove, speed_warnings
 from slimkit.recipe.schema.gates import check_gates, missed_text
 from slimkit.recipe.schema.links import part_of, stage_of
@@ -28,6 +30,9 @@ from slimkit.recipe.workbench import Workbench
 from slimkit.report.reading import SCHEMA_VERSION
 
 __all__ = ["preview_run", "run_recipe"]
+
+LONG_STAGE = 60.0
+"""Seconds, from which on somebody who waits wants to know how long the others take."""
 
 Listener = Callable[[Mapping[str, Any]], None]
 
@@ -64,7 +69,7 @@ def run_recipe(
     """
     folder = Path(out) if out is not None else Path("runs") / recipe.name
     store = Cache(folder / "cache" if smoke else cache)
-    with _Log(folder / "log.jsonl", listener) as log:
+    with _Log(folder / "log.jsonl", listener) as log, _threads(recipe.threads):
         log({"event": "run", "recipe": recipe.name, "seed": recipe.seed, "smoke": smoke})
         bench = Workbench(
             recipe,
@@ -92,9 +97,23 @@ def run_recipe(
 
 def preview_run(recipe: Recipe, *, smoke: bool = False, cache: PathLike | None = None) -> Preview:
     """What :func:`run_recipe` would do: sizes, what is cached, and how long the rest takes."""
-    bench = Workbench(recipe, Cache(cache), smoke=smoke)
-    bench.check_models()
-    return preview_recipe(bench)
+    with _threads(recipe.threads):
+        bench = Workbench(recipe, Cache(cache), smoke=smoke)
+        bench.check_models()
+        return preview_recipe(bench)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """PyTorch with so many threads inside of an operator, and afterwards as it was."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
 
 
 def _check_early(bench: Workbench) -> None:
@@ -121,7 +140,12 @@ def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
     stages: dict[str, list[dict[str, Any]]] = {}
     for name, chain in recipe.variants.items():
         log({"event": "variant", "variant": name, "chain": list(chain)})
-        stages[name] = [_stage(bench, chain[: end + 1]) for end in range(len(chain))]
+        stages[name] = []
+        for end in range(len(chain)):
+            known = bench.ran(chain[: end + 1])
+            stages[name].append(_stage(bench, chain[: end + 1]))
+            if known is None:
+                _tell_time_left(bench, chain[: end + 1], log)
     for name, chain in recipe.variants.items():
         proofs[name] = prove(bench, chain, folder / "variants" / name)
         told = {**proofs[name].metrics, **proofs[name].cost}
@@ -177,6 +201,16 @@ def _report(bench: Workbench, folder: Path, log: Listener) -> dict[str, Any]:
         "again": "slimkit run recipe.yaml --out again" + (" --smoke" if bench.smoke else ""),
         "files": {"recipe": "recipe.yaml", "numbers": "report.json", "log": "log.jsonl"},
     }
+
+
+def _tell_time_left(bench: Workbench, chain: Chain, log: Listener) -> None:
+    """After a stage that took long: what is left, by the speed so far."""
+    record = bench.record(chain)
+    if record.cached or record.seconds < LONG_STAGE:
+        return
+    count, seconds = time_left(bench)
+    if count and seconds is not None:
+        log({"event": "left", "stages": count, "seconds": seconds})
 
 
 def _stage(bench: Workbench, chain: Chain) -> dict[str, Any]:

@@ -184,6 +184,10 @@ class Workbench:
             self._records[known] = self._look_up(chain) or self._run(self.steps[chain])
         return self._records[known]
 
+    def ran(self, chain: Chain) -> StageRecord | None:
+        """The record of the last stage of ``chain``, if it is known by now."""
+        return self._records.get(of_stage(chain))
+
     def is_cached(self, chain: Chain) -> bool:
         """Whether the last stage of ``chain`` would be taken from the cache."""
         return self.cache.find(self.keys.stage(chain)) is not None

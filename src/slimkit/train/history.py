@@ -19,13 +19,16 @@ class History:
     Attributes:
         epochs: per epoch ``epoch``, ``loss`` (mean over its steps), ``lr`` (of the last step),
             ``seconds``, ``images_per_second`` and ``metrics`` (what ``evaluate`` returned);
-            ``scalars``, means over the steps, where a step of one's own logs any.
+            ``scalars``, means over the steps, where a step of one's own logs any; on a CPU
+            ``cpu_share``, the part of the time that the training had its processor.
         final: metrics of the weights that the run ended with (averaged, batch norm measured
             anew), or nothing without ``evaluate``.
         precision: what was trained in.
         precision_ms: milliseconds per step of each precision, when it was chosen by timing.
         steps: optimizer steps.
         seconds: of all epochs and their evaluations.
+        budget: with ``minutes`` in the settings: ``minutes``, ``epochs`` that fitted into them,
+            and ``of``, the epochs that the settings would have had.
     """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
@@ -34,6 +37,7 @@ class History:
     precision_ms: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
+    budget: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary of all attributes."""
@@ -44,6 +48,7 @@ class History:
             "precision_ms": self.precision_ms,
             "steps": self.steps,
             "seconds": self.seconds,
+            "budget": self.budget,
         }
 
 

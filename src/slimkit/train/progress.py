@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,21 +15,50 @@ if TYPE_CHECKING:
 __all__ = ["Scalars", "TrainingDisplay"]
 
 
+LINE_SECONDS = 30.0
+"""Between two lines within an epoch where there is no bar: often enough to see that it lives."""
+
+
 class TrainingDisplay(ProgressDisplay):
-    """Progress of a training: the bar moves by steps, results come by epochs."""
+    """Progress of a training: the bar moves by steps, results come by epochs.
+
+    Where there is no bar, an epoch that takes long has lines of its own.
+    """
 
     def __init__(self, total: int, done: int, *, label: str, enabled: bool) -> None:
         fields = ("loss", "metric", "speed")
         super().__init__(total, done, label=label, enabled=enabled, fields=fields)
 
+    def due(self) -> bool:
+        """Whether it is time for a line within the epoch."""
+        waited = time.monotonic() - self._last
+        return self._console is not None and self._bar is None and waited >= LINE_SECONDS
+
     def batch(self, done: int, loss: float, images_per_second: float) -> None:
         """A step was taken."""
+        self._done = done
         speed = f"{images_per_second:,.0f} img/s"
         self.update(done, loss=f"loss {loss:.3f}", speed=speed)
+        if self.due():
+            self._last = time.monotonic()
+            self.line(f"step {done}/{self.total} loss {loss:.3f} {speed}{self._time_left()}")
+
+    def fitted(self, total: int) -> None:
+        """The run turns out to have so many steps."""
+        self.total = total
+        self.update(total=total)
+
+    def warn(self, text: str) -> None:
+        """Say what is not as it should be, whether there is a bar or not."""
+        if self._console is not None:
+            self._console.print(
+                f"{self.label} warning: {text}", style="yellow", highlight=False, markup=False
+            )
 
     def epoch(self, record: Mapping[str, Any], epochs: float) -> None:
         """Show the result of an epoch."""
         metrics = " ".join(f"{name} {value:.2f}" for name, value in record["metrics"].items())
+        self._last = time.monotonic()
         self.update(metric=metrics)
         self.line(
             f"epoch {record['epoch'] + 1}/{epochs:g} loss {record['loss']:.4f} "

@@ -20,6 +20,7 @@ from slimkit.errors import DataError
 from slimkit.inputs import Batch
 from slimkit.runtime.surroundings import multiplies_bf16
 from slimkit.train.batch_norm import frozen_batch_norm, reestimate_batch_norm
+from slimkit.train.budget import Budget, ProcessorShare
 from slimkit.train.callbacks import Callback, EpochContext
 from slimkit.train.checkpointing import RunState, check_state, restore, save_run
 from slimkit.train.devices import Device
@@ -46,6 +47,7 @@ class _Sums:
     images: int = 0
     rate: float = 0.0
     scalars: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    share: ProcessorShare = field(default_factory=ProcessorShare)
 
     def add(self, loss: Tensor, images: int, scalars: Mapping[str, Tensor]) -> None:
         self.loss += loss
@@ -87,6 +89,7 @@ class TrainingRun:
         self.total = max(1, round(settings.epochs * self.steps_per_epoch))
         if max_steps is not None:
             self.total = min(self.total, max_steps)
+        self.budget = Budget(settings.minutes, self.steps_per_epoch, self.total)
         forward = device.place(model, in_parts=objective.step is not None)
         self.extra = _parameters_of(objective.terms, device.device)
         self.optimizer = build_optimizer(model, settings, self.extra)
@@ -109,6 +112,7 @@ class TrainingRun:
                 self.step = state.header.pop("step")
                 self.history = History(**state.header)
                 self.tools.bf16 = self.history.precision == "bf16"
+                self._fit_budget()
                 return
         precision = self.settings.precision
         if precision == "auto":
@@ -155,9 +159,12 @@ class TrainingRun:
         }
         if sums.scalars:
             record["scalars"] = sums.means()
+        if sums.share.known:
+            record["cpu_share"] = round(sums.share.value, 3)
         self.history.epochs.append(record)
         self.history.steps = self.step
         self.history.seconds += time.perf_counter() - start
+        self._fit_budget(show)
         scalars.add({f"metrics/{name}": value for name, value in metrics.items()}, self.step)
         for callback in self.callbacks:
             callback.on_epoch_end(
@@ -166,6 +173,27 @@ class TrainingRun:
         show.epoch(record, self.total / self.steps_per_epoch)
         if self.checkpoint is not None and self.device.is_main:
             save_run(self.checkpoint, self._state({"step": self.step, **self.history.to_json()}))
+
+    def _fit_budget(self, show: TrainingDisplay | None = None) -> None:
+        """Lay the run out over the epochs that fit into its minutes, by those that were trained."""
+        if not self.budget.seconds:
+            return
+        history = self.history
+        self._lay_out(
+            self.budget.after_epochs(len(history.epochs), history.seconds, self.total), show
+        )
+        epochs = self.total / self.steps_per_epoch
+        history.budget = {
+            "minutes": self.budget.seconds / 60,
+            "epochs": round(epochs, 3),
+            "of": round(self.budget.most / self.steps_per_epoch, 3),
+        }
+
+    def _lay_out(self, total: int, show: TrainingDisplay | None) -> None:
+        if total != self.total:
+            self.total = max(total, self.step)
+            if show is not None:
+                show.fitted(self.total)
 
     def _metrics(self, epoch: int, evaluate: EvaluateMetrics | None) -> dict[str, float]:
         """Of the averaged weights, if it is the time for it."""
@@ -182,7 +210,7 @@ class TrainingRun:
         settings, cpu = self.settings, self.device.device.type == "cpu"
         steps = min(self.steps_per_epoch, self.total - self.step)
         sums = _Sums(torch.zeros((), device=self.device.device))
-        batches = self._prepared()
+        batches = self._prepared() if not cpu else sums.share.without_waiting(self._prepared())
         start = time.perf_counter()
         for index in range(steps):
             logged = index % settings.log_every == 0 or index == steps - 1
@@ -194,12 +222,19 @@ class TrainingRun:
                 break  # the loader is shorter than it said
             loss, values = self.tools.results()
             sums.add(loss, images, values)
-            if logged:
-                speed = sums.images / (time.perf_counter() - start - self._trial_seconds)
+            spent = time.perf_counter() - start - self._trial_seconds
+            if not self.history.epochs and self.budget.may_judge(spent, sums.steps):
+                self._lay_out(self.budget.after_steps(sums.steps, spent), show)
+            if cpu and sums.share.slow():
+                show.warn(sums.share.warning())
+            if logged or show.due():
+                speed = sums.images / max(spent, 1e-9)
                 show.batch(self.step, float(loss), speed)
                 named = {f"train/{name}": float(value) for name, value in values.items()}
                 named |= {"train/loss": float(loss), "train/lr": sums.rate}
                 scalars.add(named, self.step)
+            if self.step >= self.total:
+                break  # the minutes are over
         return sums
 
     def _step(self, batches: Iterable[Batch], count: int, epoch: int, looks: bool) -> int | None:
@@ -282,7 +317,8 @@ class TrainingRun:
         return self.history
 
     def _state(self, header: dict[str, Any]) -> RunState:
-        settings = self.settings.model_dump(mode="json", exclude={"log_every", "device"})
+        without = {"log_every", "device"} | ({"minutes"} if not self.settings.minutes else set())
+        settings = self.settings.model_dump(mode="json", exclude=without)
         objective = self.objective
         shapes = {
             name: list(value.shape) if isinstance(value, Tensor) else None
@@ -291,7 +327,7 @@ class TrainingRun:
         identity = {
             **settings,
             "seed": self.seed,
-            "steps": self.total,
+            "steps": self.budget.most,
             "steps_per_epoch": self.steps_per_epoch,
             "model": content_hash(shapes),
             "losses": len(objective.terms),

@@ -10,6 +10,8 @@ __all__ = ["MOST_EPOCHS", "MOST_RATE", "TrainSettings"]
 
 MOST_EPOCHS = 100_000
 """More is a slip of the pen: the longest published schedules have some thousand epochs."""
+MOST_MINUTES = 525_600
+"""A year."""
 MOST_RATE = 1_000.0
 """Of a learning rate or a weight decay, likewise."""
 
@@ -20,6 +22,9 @@ class TrainSettings(BaseModel):
     Attributes:
         epochs: passes over the training data, at most 100,000; a fraction ends within the last
             one.
+        minutes: budget of the training with its evaluations: as many whole epochs, up to
+            ``epochs``, as fit into it here, and the schedule is laid out over these. What comes
+            out depends on the speed of the machine; the history says how many epochs it were.
         lr: highest learning rate.
         optimizer: ``"sgd"`` (with ``momentum``, ``nesterov``) or ``"adamw"``.
         weight_decay: L2 penalty (sgd) or decoupled decay (adamw).
@@ -54,6 +59,7 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: Annotated[float, Field(gt=0, le=MOST_EPOCHS)] = 10
+    minutes: Annotated[float, Field(gt=0, le=MOST_MINUTES)] | None = None
     lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 0.1
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

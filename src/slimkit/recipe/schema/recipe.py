@@ -150,6 +150,8 @@ class Recipe(Settings):
             once. An empty chain is the model as it is.
         measure: what is measured.
         require: gates.
+        threads: of PyTorch, for all that is trained and evaluated with it; None leaves them as they
+            are. What comes out does not depend on it, but for rounding.
         needs: what must be there before it can run (a data set, a checkpoint) → where that comes
             from; told when something is missing.
         takes: how long it takes, and on what; told with it.
@@ -165,6 +167,7 @@ class Recipe(Settings):
     variants: Annotated[dict[Name, tuple[StageLink, ...]], Field(min_length=1)]
     measure: MeasureSettings = MeasureSettings()
     require: RequireSettings = RequireSettings()
+    threads: int | None = Field(default=None, ge=1, le=MOST_THREADS)
     needs: dict[str, str] = {}
     takes: str | None = None
 

@@ -207,12 +207,13 @@ def train_model(
 
 def training_facts(history: History) -> dict[str, Any]:
     """What the report says about a training."""
-    return {
+    facts: dict[str, Any] = {
         "history": history.epochs,
         "final": history.final,
         "precision": history.precision,
         "steps": history.steps,
     }
+    return {**facts, "budget": history.budget} if history.budget else facts
 
 
 def _held_zeros(model: nn.Module) -> list[Callback]:
