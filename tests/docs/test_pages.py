@@ -28,6 +28,8 @@ PAGES = [
     "README.md",
     "docs/training.md",
     "docs/detection.md",
+    "docs/segmentation.md",
+    "docs/sparsity.md",
     "docs/pruning.md",
     "docs/quantization.md",
     "docs/export.md",

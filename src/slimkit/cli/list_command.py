@@ -112,8 +112,9 @@ def _metrics() -> Rows:
 def _data() -> Rows:
     images = _registered("slimkit.tasks.data:SOURCES")()
     scenes = _registered("slimkit.tasks.detection.loading:SCENE_SOURCES")()
+    masks = _registered("slimkit.tasks.segmentation.loading:MASK_SOURCES")()
     own = ("package.module:function", "a function of your own that returns its splits")
-    return [*images, *scenes, own]
+    return [*images, *scenes, *masks, own]
 
 
 _KINDS: dict[str, Callable[[], Rows]] = {

@@ -356,3 +356,4 @@ TASKS: Registry[type[Task]] = Registry("task")
 
 TASKS.register_lazy("classification", "slimkit.tasks.classification:ClassificationTask")
 TASKS.register_lazy("detection", "slimkit.tasks.detection.task:DetectionTask")
+TASKS.register_lazy("segmentation", "slimkit.tasks.segmentation.task:SegmentationTask")
