@@ -32,7 +32,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
         int | None,
         typer.Option(min=4, max=4096, help="Height and width.", show_default="of the images"),
     ] = None,
-    batches: Annotated[int, typer.Option(min=1, help="Calibration batches of 32 images.")] = 16,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of 32 images, at most.")] = 16,
     mode: Annotated[str, typer.Option(help="static, dynamic or weights.")] = "static",
     granularity: Annotated[str, typer.Option(help="channel, tensor or group.")] = "channel",
     group_size: Annotated[
@@ -77,6 +77,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     network = with_weights(build_model(model, **parse_arguments(arg)).eval(), checkpoint)
     kind, splits = load_task(task, data, image_size=image_size, eval_batch_size=32)
     kind.check_head(network, splits)
+    batches = min(batches, len(splits.calibration))  # a small folder has fewer
     example = kind.example_inputs(splits)
     quantized = ptq(
         network,
