@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from slimkit.errors import InputError
+from slimkit.outside import run_forward
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,9 +82,27 @@ class Inputs:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        given: tuple[object, object] = self.args, self.kwargs
+        if not isinstance(given[0], tuple) or not isinstance(given[1], Mapping):
+            kinds = " and ".join(type(value).__name__ for value in given)
+            raise InputError(
+                f"expected a tuple of arguments and a mapping of keywords, got {kinds}",
+                where="Inputs",
+                hint="Inputs((x,)) for one argument",
+            )
+
     def call(self, model: nn.Module) -> Any:
-        """``model(*args, **kwargs)``."""
+        """``model(*args, **kwargs)``, whatever it raises."""
         return model(*self.args, **self.kwargs)
+
+    def run(self, model: nn.Module) -> Any:
+        """``model(*args, **kwargs)`` of a network of the user's.
+
+        Raises:
+            CaptureError: the forward raised; names the module that was running.
+        """
+        return run_forward(model, self.args, self.kwargs)
 
     def tensors(self) -> list[Tensor]:
         """All tensors in order of appearance."""
@@ -273,8 +292,11 @@ def as_inputs(example_inputs: ExampleInputs) -> Inputs:
             where="example_inputs",
             hint="a model that takes one list gets a 1-tuple holding the list",
         )
-    if not inputs.tensors():
+    tensors = inputs.tensors()
+    if not tensors:
         raise InputError("there is no tensor in them", where="example_inputs")
+    for tensor in tensors:
+        _check_usable(tensor, "example_inputs")
     return inputs
 
 
@@ -297,10 +319,12 @@ def as_batch(item: Any, example: Inputs | None = None, *, where: str = "loader")
         where: what an error names.
 
     Raises:
-        InputError: it is none of these.
+        InputError: it is none of these, or holds a tensor that is nested or without values.
     """
     if isinstance(item, Batch):
         return item
+    for tensor in tensors_of(item):
+        _check_usable(tensor, where)
     if isinstance(item, (Inputs, Tensor)):
         return Batch(_as_call(item))
     if isinstance(item, Mapping):
@@ -325,6 +349,26 @@ def as_batch(item: Any, example: Inputs | None = None, *, where: str = "loader")
         f"ids), got {_described(item)}",
         where=where,
     )
+
+
+def _check_usable(tensor: Tensor, where: str) -> None:
+    """Refuse a tensor that has no shape, or no values.
+
+    Raises:
+        InputError: it is nested, or on the device ``meta``.
+    """
+    if tensor.is_nested:
+        raise InputError(
+            "a nested tensor has no shape",
+            where=where,
+            hint="pad it: torch.nested.to_padded_tensor",
+        )
+    if tensor.is_meta:
+        raise InputError(
+            "a tensor on the device 'meta' holds no values",
+            where=where,
+            hint="torch.randn of its shape",
+        )
 
 
 _UNCOUNTED = -1

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.errors import InputError, nearest
 
 __all__ = ["KINDS", "MOST_DB", "Fewest", "Limit"]
@@ -26,6 +27,7 @@ KINDS = ("max_drop", "min_sqnr", "max_float")
 """Fields of which exactly one is given."""
 
 
+@door
 @dataclass(frozen=True)
 class Limit:
     """What :func:`~slimkit.quantize.ptq` leaves in float, as a limit of the loss or as a budget.

@@ -26,7 +26,16 @@ from slimkit.artifact import (
     write_json,
     write_tensors,
 )
-from slimkit.errors import ArtifactError, CheckpointError, InputError, PlanError, nearest
+from slimkit.doors import door, structure_door
+from slimkit.errors import (
+    ArtifactError,
+    CheckpointError,
+    InputError,
+    ModelError,
+    PlanError,
+    nearest,
+)
+from slimkit.outside import called
 from slimkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -149,6 +158,7 @@ class Plan(ABC):
         """
         raise PlanError(f"a {self.kind} plan slices no tensors", where=name)
 
+    @door
     def save(self, path: PathLike) -> Path:
         """Write ``path`` (JSON) and, if the plan has tensors, ``path`` with ``.safetensors``."""
         target = Path(path)
@@ -159,6 +169,7 @@ class Plan(ABC):
         return target
 
     @staticmethod
+    @door
     def load(path: PathLike) -> Plan:
         """Read a plan of any kind.
 
@@ -251,8 +262,9 @@ def _counts(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+@structure_door
 def apply(
-    model: nn.Module, plan: Plan, *, optimizer: Any = None, companions: Iterable[Any] = ()
+    model: nn.Module, plan: Plan, *, optimizer: Any = None, companions: Any = ()
 ) -> nn.Module:
     """Apply ``plan`` to ``model`` in place and return the model.
 
@@ -298,10 +310,10 @@ def _follower(
     plan: Plan, model: nn.Module, companion: Any, where: str
 ) -> Callable[[nn.Module], None]:
     """What makes a companion follow a plan, now that it is certain that it can."""
-    own = getattr(companion, "follow", None)
+    own = called(getattr, InputError, where, companion, "follow", None)
     if not callable(own):
         return plan.follow(model, companion, where=where)
-    step = own(plan)
+    step = called(own, PlanError, where, plan)
     if not callable(step):
         raise InputError(
             f"{type(companion).__name__}.follow(plan) returned {type(step).__name__}",
@@ -329,7 +341,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], *, where: str | Non
         CheckpointError: missing or unexpected keys, or other shapes, and nothing was loaded; or
             a module refuses what it gets.
     """
-    own = model.state_dict()
+    own = called(model.state_dict, ModelError, where or "model")
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]
     wrong = [key for key in own if key in state and _shape(own[key]) != _shape(state[key])]
@@ -387,6 +399,13 @@ def _split_state(
 
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     extra = {key: value for key, value in state.items() if key not in tensors}
+    for key, value in tensors.items():
+        if value.layout is not torch.strided or value.is_quantized:
+            raise ArtifactError(
+                f"safetensors cannot hold {key!r}, a {value.layout} tensor of {value.dtype}",
+                where=str(where),
+                hint="make it dense: tensor.to_dense() or tensor.dequantize()",
+            )
     for key, value in extra.items():
         if not _is_json(value):
             raise ArtifactError(
@@ -406,6 +425,7 @@ def _is_json(value: object) -> bool:
         return False
 
 
+@door
 def save(model: nn.Module, directory: PathLike) -> Path:
     """Write weights and plans of ``model`` into ``directory`` (replaced as a whole).
 
@@ -417,7 +437,9 @@ def save(model: nn.Module, directory: PathLike) -> Path:
         ArtifactError: not writable, or a module's extra state is neither a tensor nor JSON; what
             was there before stays.
     """
-    tensors, extra, metadata = _split_state(model.state_dict(), directory)
+    tensors, extra, metadata = _split_state(
+        called(model.state_dict, ModelError, "model"), directory
+    )
     with atomic_directory(directory) as folder:
         write_tensors(folder / _WEIGHTS, tensors)
         names = []
@@ -436,6 +458,7 @@ def save(model: nn.Module, directory: PathLike) -> Path:
     return Path(directory)
 
 
+@door
 def load(directory: PathLike, model: nn.Module) -> nn.Module:
     """Replay the plans in ``directory`` on a fresh ``model`` and load the weights.
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from slimkit.errors import (
     InputError,
@@ -92,6 +92,7 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the entries are, in the singular (``"criterion"``); used in messages.
+        fits: whether an object may be one; asked of those that ``"package.module:name"`` names.
 
     Example:
         >>> CRITERIA: Registry[type] = Registry("criterion")
@@ -101,8 +102,9 @@ class Registry(Generic[T]):
         True
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, fits: Callable[[Any], bool] | None = None) -> None:
         self.kind = kind
+        self._fits = fits
         self._entries: dict[str, T | _Lazy] = {}
         self._mentions: dict[str, tuple[str, str]] = {}
 
@@ -156,7 +158,10 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownNameError: with the nearest registered names.
+            InputError: what is imported is nothing of this kind.
         """
+        if not isinstance(name, str):
+            raise InputError(f"expected text, got {type(name).__name__}", where=where or self.kind)
         entry = self._entries.get(name)
         if isinstance(entry, _Lazy):
             thing = cast("T", import_object(entry.reference))
@@ -165,7 +170,12 @@ class Registry(Generic[T]):
         if entry is not None:
             return entry
         if ":" in name:
-            return cast("T", import_object(name, where=where))
+            found = import_object(name, where=where)
+            if self._fits is not None and not self._fits(found):
+                raise InputError(
+                    f"{name} is a {type(found).__name__} that is no {self.kind}", where=where
+                )
+            return cast("T", found)
         if name in self._mentions:
             reason, hint = self._mentions[name]
             raise UnknownNameError(

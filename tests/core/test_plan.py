@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import slimkit as sk
 from slimkit.artifact import read_json, write_json
-from slimkit.errors import ArtifactError, CheckpointError, PlanError
+from slimkit.errors import ArtifactError, CheckpointError, InputError, PlanError
 from slimkit.plan import PLAN_KINDS, Plan, applied_plans, load_weights
 
 
@@ -69,7 +69,7 @@ def test_a_plan_that_does_not_fit_changes_and_records_nothing() -> None:
         sk.apply(model, KeepRows(9))
     assert applied_plans(model) == []
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(PlanError, match=r"expected a slimkit\.Plan, got str"):
+    with pytest.raises(InputError, match="plan: expected a Plan, got 'half of it'"):
         sk.apply(model, "half of it")  # type: ignore[arg-type]
 
 

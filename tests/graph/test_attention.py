@@ -73,7 +73,9 @@ def test_whether_heads_or_their_channels_leave_can_be_said(
 
 
 def test_a_wrong_part_of_attention_names_the_choices() -> None:
-    with pytest.raises(InputError, match=r"attention: unknown choice 'head'.*heads"):
+    with pytest.raises(
+        InputError, match=r"attention: expected heads or channels, got 'head'.*heads"
+    ):
         sk.prune.plan(Block(Attention(32, 4, "parts")), X, ratio=0.5, attention="head")  # type: ignore[arg-type]
 
 

@@ -160,12 +160,12 @@ def test_dimensions_of_one_name_are_tied(tmp_path: Path) -> None:
     [
         ({"input_id": {1: "sequence"}}, "did you mean 'input_ids'"),
         ({"input_ids": {2: "sequence"}}, "no dimension 2"),
-        ({"input_ids": {1: 7}}, "expected a name"),
-        ({"input_ids": [1]}, "dimension: name"),
+        ({"input_ids": {1: 7}}, r"dynamic_axes\.input_ids\.1: expected text, got 7"),
+        ({"input_ids": [1]}, "from an integer to text"),
         ({"input_ids": {0: "size", 1: "size"}}, "'size' is 2 in input_ids and 6"),
         (["lenght"], "usual names"),
         (["height"], "no input has a height"),
-        ("sequence", "a list of names"),
+        ("sequence", "a list, of text"),
     ],
 )
 def test_wrong_names_are_input_errors(

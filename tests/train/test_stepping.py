@@ -326,8 +326,9 @@ def test_an_exception_of_the_users_leaves_a_model_that_can_be_used(
     given["losses"] = [fails] if where == "term" else []
     path = tmp_path / "run.safetensors"
     settings = PLAIN.model_copy(update={"ema": 0.9, "freeze_batch_norm": True})
-    with pytest.raises(ZeroDivisionError, match="mine"):
+    with pytest.raises(TrainingError, match="it failed with ZeroDivisionError: mine") as caught:
         train(network, data, settings, checkpoint=path, **given)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert not any(module.training for module in network.modules())
     assert all("forward" not in vars(module) for module in network.modules())
     assert not list(tmp_path.iterdir())

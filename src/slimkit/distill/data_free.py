@@ -27,6 +27,7 @@ from slimkit import losses
 from slimkit.distill.losses.projection import seeded
 from slimkit.distill.recording.recorder import Recorder, main_tensor
 from slimkit.distill.recording.records import Record, RecordPath, find_taps
+from slimkit.doors import door
 from slimkit.errors import CheckpointError, InputError, ModelError
 from slimkit.modules import copy_module, evaluation
 from slimkit.registry import Registry
@@ -38,6 +39,7 @@ GENERATION: Registry[type[Generation]] = Registry("data-free method")
 """Name in a recipe → settings class."""
 
 
+@door
 class Generation(BaseModel, ABC):
     """Base of all ways to train a generator against a teacher.
 
@@ -176,6 +178,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
+@door
 class GeneratedBatches(Callback):
     """Batches ``(images, labels)`` that a generator invents; the labels are the teacher's.
 

@@ -26,6 +26,7 @@ from slimkit.distill.weighting import (
     module_name,
     named_teachers,
 )
+from slimkit.doors import door
 from slimkit.errors import CheckpointError, InputError, nearest
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import load_weights
@@ -38,6 +39,7 @@ __all__ = ["Distiller"]
 _PRECISIONS: tuple[str, ...] = get_args(TeacherPrecision)
 
 
+@door
 class Distiller:
     """Distillation losses for any training loop.
 

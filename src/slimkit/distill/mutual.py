@@ -15,6 +15,7 @@ from slimkit.distill.losses.interface import DistillLoss, parse_losses
 from slimkit.distill.recording.recorder import Recorder, main_tensor, probing, run
 from slimkit.distill.recording.records import OUTPUT
 from slimkit.distill.weighting import Teachers, module_name, named_teachers
+from slimkit.doors import door
 from slimkit.errors import InputError
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.plan import load_weights
@@ -28,6 +29,7 @@ STUDENT = ""
 """The name of the student among the networks; peers have names of their own."""
 
 
+@door
 class MutualLearning:
     """Deep mutual learning of Zhang et al. 2018 (arXiv 1706.00384).
 
@@ -157,7 +159,7 @@ class MutualLearning:
         for name, peer in self.peers.items():
             if any(buffer.device != device for buffer in peer.buffers()):
                 peer.to(device)  # the loop moves parameters, not statistics
-            answers[name] = as_inputs(inputs).call(peer.train())
+            answers[name] = as_inputs(inputs).run(peer.train())
             records[name] = self._taken(name)
         with torch.autocast(device.type, enabled=False):
             for name, answer in answers.items():

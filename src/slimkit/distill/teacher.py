@@ -53,7 +53,7 @@ class _Runner:
         device = inputs.tensors()[0].device.type
         autocast = torch.autocast(device, torch.bfloat16, enabled=self.precision == "autocast")
         with torch.no_grad(), autocast:
-            return inputs.call(self.model)
+            return inputs.run(self.model)
 
     def _prepared(self, tensor: Tensor) -> Tensor:
         if self.precision == "bf16" and tensor.is_floating_point():

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from slimkit.doors import door
 from slimkit.errors import CaptureError
 from slimkit.graph.captured import Call, Graph, Op, Ref, TensorInfo, tensors_in
 from slimkit.graph.isolation import (
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 
+@door
 @one_at_a_time()
 @uncollected()
 def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
@@ -97,6 +99,7 @@ class BothModes:
     sight: Mapping[str, Mapping[int, None]]
 
 
+@door
 @one_at_a_time()
 @uncollected()
 def capture_both_modes(model: nn.Module, example_inputs: ExampleInputs) -> BothModes:

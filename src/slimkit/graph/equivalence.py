@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import CaptureError
 from slimkit.graph.capturing import Graph, capture_both_modes, tensors_in
 from slimkit.graph.decisions import Decisions, largest_difference
@@ -70,6 +71,7 @@ class Equivalence:
         return text
 
 
+@door
 def check_equivalence(
     model: nn.Module,
     plan: PruningPlan,
@@ -102,7 +104,7 @@ def check_equivalence(
     with undisturbed(pruned, seed=0), torch.no_grad():
         try:
             with replay:
-                found = list(tensors_in(own_inputs(pruned, inputs).call(pruned)))
+                found = list(tensors_in(own_inputs(pruned, inputs).run(pruned)))
         except Exception as error:
             raise CaptureError(
                 f"the pruned network fails with {type(error).__name__}: {error}",

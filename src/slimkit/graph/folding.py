@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from slimkit.errors import PlanError, nearest
+from slimkit.doors import door, structure_door
+from slimkit.errors import InputError, PlanError, nearest
 from slimkit.graph.capturing import Call, Graph
 from slimkit.modules import copy_module
 from slimkit.plan import Plan
@@ -34,6 +35,7 @@ _LAYER_CALLS = frozenset(
 )
 
 
+@structure_door
 def batch_norm_pairs(model: nn.Module, graph: Graph) -> list[tuple[str, str]]:
     """The (layer, batch norm) module paths that can be folded, in order of execution.
 
@@ -45,8 +47,17 @@ def batch_norm_pairs(model: nn.Module, graph: Graph) -> list[tuple[str, str]]:
     Args:
         model: the captured model.
         graph: what :func:`~slimkit.graph.capturing.capture` returned for it.
+
+    Raises:
+        InputError: the graph is of another model.
     """
     modules = dict(model.named_modules())
+    for call in graph.calls:
+        if call.module not in modules:
+            raise InputError(
+                f"it is of another model: {type(model).__name__} has no module {call.module!r}",
+                where="graph",
+            )
     runs = Counter(c.module for c in graph.calls if c.function in {*_LAYER_CALLS, "batch_norm"})
     pairs = []
     for call in graph.calls:
@@ -112,6 +123,7 @@ def _alone(graph: Graph, layer: Call, norm: Call) -> bool:
     return all(len(graph.call_consumers(parameter)) == 1 for parameter in owned)
 
 
+@door
 @dataclass(frozen=True)
 class FusePlan(Plan):
     """Folds batch norms into the layers in front of them.

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
+from slimkit.doors import structure_door
 from slimkit.graph.capturing import Graph
 from slimkit.graph.channels import AtomArray, ChannelTracker, ParameterDim
 from slimkit.graph.components import Components, components
@@ -22,6 +23,7 @@ from slimkit.graph.tracking import track
 __all__ = ["dependency_groups", "groups_of"]
 
 
+@structure_door
 @uncollected()
 def dependency_groups(
     graph: Graph,

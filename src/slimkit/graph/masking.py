@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slimkit.doors import door
 from slimkit.errors import CaptureError, PlanError, nearest
 from slimkit.graph.capturing import Graph, Op, tensors_in
 from slimkit.graph.channels import ChannelTracker, Dim, rule_name
@@ -47,6 +48,7 @@ class PruningPlan(Protocol):
         """Prune in place."""
 
 
+@door
 def masked_outputs(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -75,7 +77,7 @@ def masked_outputs(
     mode = _MaskMode(tracker, doomed, addresses, decisions or Decisions(graph.table))
     inputs = own_inputs(model, example_inputs)
     with undisturbed(model, seed=0), torch.no_grad(), addresses, mode:
-        result = inputs.call(model)
+        result = inputs.run(model)
     return result, tuple(dict.fromkeys(mode.masked_norms))
 
 

@@ -7,7 +7,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from slimkit.doors import structure_door
 from slimkit.errors import InputError, PatternError, nearest
+from slimkit.outside import iterated
 
 __all__ = ["Pattern", "match_modules"]
 
@@ -15,6 +17,7 @@ Pattern = str | type[nn.Module]
 """A shell pattern on module paths or class names (``"layer4.*"``, ``"Linear"``), or a class."""
 
 
+@structure_door
 def match_modules(
     model: nn.Module, patterns: Pattern | Iterable[Pattern], *, where: str = "patterns"
 ) -> set[str]:
@@ -36,7 +39,7 @@ def match_modules(
     named = dict(model.named_modules(remove_duplicate=False))
     named.pop("", None)
     matched: set[str] = set()
-    for pattern in patterns:
+    for pattern in iterated(patterns, where=where):
         hits = {path for path, module in named.items() if _matches(pattern, path, module, where)}
         if not hits:
             classes = {type(module).__name__ for module in named.values()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from slimkit.doors import structure_door
 from slimkit.graph import rules, rules_join, rules_norm, rules_view  # noqa: F401 - they fill RULES
 from slimkit.graph.branches import deciding_values
 from slimkit.graph.capturing import Graph
@@ -21,6 +22,7 @@ _ROUNDS = 8
 """Other choices that are tried at most; each repeats the pass over the whole graph."""
 
 
+@structure_door
 def track(
     graph: Graph,
     model: nn.Module,

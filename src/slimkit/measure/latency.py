@@ -20,9 +20,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.errors import InputError, nearest
 from slimkit.inputs import Batch, ExampleInputs, Inputs, as_inputs
 from slimkit.modules import evaluation
+from slimkit.outside import first_line
 from slimkit.runtime.sessions import Session, TensorSpec, open_session
 from slimkit.runtime.structure import named_feeds
 
@@ -75,6 +77,7 @@ class Timing:
         return f"{text}; {self.busy}" if self.busy else text
 
 
+@door
 def benchmark(
     model: PathLike | nn.Module,
     *,
@@ -120,6 +123,7 @@ def benchmark(
     return timings["model"]
 
 
+@door
 def benchmark_interleaved(
     models: Mapping[str, PathLike | nn.Module],
     *,
@@ -255,7 +259,7 @@ def _prepare(
             raise InputError("a module is timed on given inputs", where="inputs")
         example = as_inputs(inputs)
         stack.enter_context(_torch_inference(model, threads))
-        return lambda: example.call(model)
+        return lambda: example.run(model)
     if backend == "torch":
         raise InputError(
             f"the backend 'torch' takes a module, got {os.fspath(model)!r}", where="model"
@@ -279,6 +283,7 @@ def _torch_inference(model: nn.Module, threads: int) -> Iterator[None]:
         torch.set_num_threads(earlier)
 
 
+@door
 def random_feeds(
     session: Session, batch: int = 1, sizes: Mapping[str, int] | None = None, *, seed: int = 0
 ) -> list[NDArray[Any]]:
@@ -357,11 +362,24 @@ def _as_feeds(inputs: Any, session: Session) -> Mapping[str, NDArray[Any]] | lis
         inputs = inputs.inputs
     if isinstance(inputs, Mapping):
         if not all(isinstance(value, torch.Tensor) for value in inputs.values()):
-            return {name: np.asarray(value) for name, value in inputs.items()}
+            return {name: _as_array(value) for name, value in inputs.items()}
         inputs = Inputs((), dict(inputs))
+    if isinstance(inputs, (Inputs, torch.Tensor)):
+        inputs = as_inputs(inputs)
     if isinstance(inputs, Inputs):
         return named_feeds(inputs, session.input_names)
-    return [np.asarray(leaf) for leaf in tree_leaves(inputs)]
+    return [_as_array(leaf) for leaf in tree_leaves(inputs)]
+
+
+def _as_array(leaf: Any) -> NDArray[Any]:
+    try:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.detach().cpu().numpy()
+        return np.asarray(leaf)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"expected arrays, got a {type(leaf).__name__}: {first_line(error)}", where="inputs"
+        ) from error
 
 
 class _OtherLoad:

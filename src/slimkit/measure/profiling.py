@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from slimkit.doors import door
 from slimkit.graph.capturing import capture
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.measure.macs import OperatorCost, operator_costs, owner_of
@@ -135,6 +136,7 @@ class Profile:
         )
 
 
+@door
 def profile(
     model: nn.Module, example_inputs: ExampleInputs, *, graph: Graph | None = None
 ) -> Profile:
@@ -201,7 +203,7 @@ class _Row:
 
     def add_parameter(self, tensor: torch.Tensor, bits: tuple[int, int] | None) -> None:
         self.params += tensor.numel()
-        self.nonzero += int(torch.count_nonzero(tensor.detach()))
+        self.nonzero += int(torch.count_nonzero(_dense(tensor)))
         # A quantized layer stores its weight in few bits; its bias stays 32 bits wide.
         quantized = bits is not None and tensor.dim() > 1
         width = bits[0] if bits is not None and quantized else 8 * tensor.dtype.itemsize
@@ -232,6 +234,11 @@ def _bit_widths(model: nn.Module) -> Mapping[str, tuple[int, int]]:
     widths = getattr(model, "bit_widths", None)
     found: Mapping[str, tuple[int, int]] = widths() if callable(widths) else {}
     return found
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

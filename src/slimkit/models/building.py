@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from slimkit.doors import door
 from slimkit.errors import (
     MissingDependencyError,
     ModelError,
@@ -33,6 +34,7 @@ MODELS.register_lazy("picodet_s", "slimkit.models.picodet:picodet_s")
 MODELS.register_lazy("vgg16_bn", "slimkit.models.vgg:vgg16_bn")
 
 
+@door
 def build_model(name: str, **kwargs: Any) -> nn.Module:
     """Build a model by name, with freshly drawn weights unless ``kwargs`` ask for others.
 
@@ -64,6 +66,7 @@ def build_model(name: str, **kwargs: Any) -> nn.Module:
     return model
 
 
+@door
 def list_models(source: str = "slimkit") -> list[str]:
     """Names that :func:`build_model` knows.
 

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from slimkit.artifact import PathLike, read_tensors
+from slimkit.doors import door
 from slimkit.errors import ArtifactError, CheckpointError, nearest
 from slimkit.plan import load_weights
 
@@ -44,6 +45,7 @@ def find_checkpoint(path: PathLike) -> Path:
     raise ArtifactError(f"there is no such file{looked}", where=str(path), hint=hint)
 
 
+@door
 def load_checkpoint(model: nn.Module, path: PathLike) -> nn.Module:
     """Load a safetensors state dict into ``model`` in place; every name and shape must fit.
 

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimkit.doors import structure_door
+from slimkit.errors import InputError
+
 __all__ = ["example_input"]
 
 _VIDEO = {"mvit": 224, "s3d": 224}
 """Start of a torchvision video network's name → pixels, where 112 are too few."""
 
 
+@structure_door
 def example_input(name: str, model: nn.Module, *, in_channels: int = 3) -> Any:
     """Zeros in the shape that a model of this name takes, for one example.
 
@@ -26,6 +30,8 @@ def example_input(name: str, model: nn.Module, *, in_channels: int = 3) -> Any:
         ``(3, 320, 320)``, for optical flow two images, for video networks
         ``(1, 3, 16, H, W)``.
     """
+    if in_channels < 1:
+        raise InputError(f"expected an integer ≥ 1, got {in_channels}", where="in_channels")
     source, _, short = name.partition(":")
     if source == "slimkit":
         small = min(getattr(getattr(model, "stem", None), "stride", (1,))) == 1

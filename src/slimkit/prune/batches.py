@@ -22,6 +22,7 @@ from slimkit.errors import DataError, InputError, SlimkitError
 from slimkit.graph.isolation import training_flags, undisturbed
 from slimkit.inputs import Batch, LossOfBatch, as_batch
 from slimkit.modules import copy_module
+from slimkit.outside import iterated
 
 __all__ = ["Batches", "Loss", "each_batch", "evaluated_copy", "loss_of", "samples_of"]
 
@@ -68,7 +69,7 @@ def each_batch(batches: Batches, model: nn.Module, limit: int | None) -> Iterato
         raise InputError(f"expected batches, got {type(batches).__name__}", where="batches")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
-    for item in itertools.islice(batches, limit):
+    for item in itertools.islice(iterated(batches, where="batches"), limit):
         batch = as_batch(item, where=f"batches[{count}]")
         count += 1
         yield batch.map(lambda tensor: tensor.detach().to(device, copy=True))

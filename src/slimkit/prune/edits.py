@@ -234,7 +234,7 @@ class PrunePlan(Plan):
 def _module(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
-    except AttributeError as error:
+    except (AttributeError, RuntimeError) as error:  # a ScriptModule hands none out
         modules = dict(model.named_modules())
         raise PlanError("no such module", where=path, hint=nearest(path, modules)) from error
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 from slimkit.inputs import Batch, ExampleInputs
 from slimkit.modules import restored_flags
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["one_by_one"]
 
 
+@door
 def one_by_one(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -70,6 +72,10 @@ def one_by_one(
             no batches, or a loss that is not finite.
     """
     target = checked_target(macs=macs, params=params)
+    if optimizer is not None and not hasattr(optimizer, "zero_grad"):
+        raise InputError(
+            f"expected an optimizer, got {type(optimizer).__name__}", where="optimizer"
+        )
     for name, value in (("every", every), ("at_once", at_once)):
         if not is_number(value) or value < 1 or value != int(value):
             raise InputError(f"expected a whole number ≥ 1, got {value!r}", where=name)

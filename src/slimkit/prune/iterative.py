@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from slimkit.errors import InputError, UnknownNameError, nearest
+from slimkit.doors import door
+from slimkit.errors import InputError, TrainingError, UnknownNameError, nearest
 from slimkit.inputs import ExampleInputs
+from slimkit.outside import signalled
 from slimkit.plan import apply
 from slimkit.prune.edits import PrunePlan
 from slimkit.prune.planning import plan, space
@@ -33,6 +35,7 @@ SCHEDULES: Mapping[str, Schedule] = {
 "To prune, or not to prune", eq. 1)."""
 
 
+@door
 def iterate(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -110,7 +113,7 @@ def iterate(
         if found is not None:
             apply(model, found, optimizer=optimizer, companions=companions)
             done.append(found)
-        train(model, step)
+        signalled(train, TrainingError, "train", model, step)
     return done
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import InputError, PlanError, nearest
 from slimkit.graph.capturing import BothModes, Graph, capture_both_modes
 from slimkit.graph.computed_weights import masked_weights
@@ -23,6 +24,7 @@ from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.graph.unseen import Unseen, protected_values, unseen_parts, without_unused
 from slimkit.inputs import ExampleInputs, as_inputs
 from slimkit.modules import Evaluate
+from slimkit.outside import called
 from slimkit.prune.allocation.ranking import ALLOCATIONS, Allocation, GivenRatios
 from slimkit.prune.criteria.scores import CRITERIA, Criterion, prepared, scored
 from slimkit.prune.edits import PrunePlan
@@ -33,6 +35,7 @@ from slimkit.prune.targets import checked_target, is_number
 __all__ = ["plan", "space"]
 
 
+@door
 def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -130,7 +133,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         measuring={"backend": backend, "threads": threads},
         progress=progress,
     )
-    kept = choices.fit(allocate(choices, target), target)
+    kept = choices.fit(called(allocate, InputError, "allocation", choices, target), target)
     if all(kept[group.name] == group.size for group in choices.groups):
         raise PlanError(
             f"{target} removes nothing: every layer is rounded up to a multiple of "
@@ -141,6 +144,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     return choices.plan(kept)
 
 
+@door
 def space(
     model: nn.Module,
     example_inputs: ExampleInputs,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import InputError, PlanError
 from slimkit.graph.capturing import capture_both_modes
 from slimkit.graph.grouping import dependency_groups
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchNormL1", "GroupLasso"]
 
 
+@door
 class GroupLasso:
     """Σ over channels of √n·‖all n weights of the channel in its group‖₂.
 
@@ -91,6 +93,7 @@ class GroupLasso:
         return float((sizes < threshold).float().mean())
 
 
+@door
 class BatchNormL1:
     """Σ|γ| over the batch norms of channels that can go (Liu et al. 2017, "Network Slimming").
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 
 __all__ = ["RemovalTarget", "TargetKind", "checked_target", "is_number"]
@@ -12,6 +13,7 @@ __all__ = ["RemovalTarget", "TargetKind", "checked_target", "is_number"]
 TargetKind = Literal["ratio", "macs", "params", "latency"]
 
 
+@door
 @dataclass(frozen=True)
 class RemovalTarget:
     """How much to remove; a budget, given as the part that goes.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, as_inputs
@@ -20,6 +21,7 @@ from slimkit.quantize.wrapper import QuantizedModel
 __all__ = ["qat"]
 
 
+@door
 def qat(
     model: nn.Module,
     example_inputs: ExampleInputs,

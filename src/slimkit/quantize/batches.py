@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimkit.errors import DataError, InputError
 from slimkit.inputs import Batch, Inputs, as_batch, tensors_of
+from slimkit.outside import iterated
 
 __all__ = ["Batches"]
 
@@ -86,7 +87,7 @@ class Batches:
         return count if self._limit is None else min(self._limit, count or self._limit)
 
     def _raw(self) -> Iterator[Any]:
-        for count, batch in enumerate(self._source, start=1):
+        for count, batch in enumerate(iterated(self._source, where="calibration"), start=1):
             yield batch
             if count == self._limit:
                 return

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.errors import InputError, PlanError
 from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs
@@ -129,6 +130,7 @@ class BitAllocation(Mapping[str, int]):
         return sorted(self.layers, key=lambda row: -row.layer.count(".") if holds else 0)
 
 
+@door
 def mixed_precision(
     model: nn.Module,
     example_inputs: ExampleInputs,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import DataError, InputError, SlimkitError
 from slimkit.graph.capturing import capture
 from slimkit.graph.computed_weights import computed_weights, make_plain
@@ -51,6 +52,7 @@ _LARGEST_ACTIVATION = 20 << 20
 """Bytes: below 32 MiB glibc keeps freed memory; above, every activation waits for fresh pages."""
 
 
+@door
 def ptq(
     model: nn.Module,
     example_inputs: ExampleInputs,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.modules import Evaluate
@@ -30,6 +31,7 @@ from slimkit.quantize.wrapper import QuantizedModel
 __all__ = ["calibrated", "sensitivity"]
 
 
+@door
 def sensitivity(
     model: nn.Module,
     example_inputs: ExampleInputs,

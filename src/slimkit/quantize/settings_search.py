@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from slimkit.artifact import PathLike, content_hash, tensors_hash
+from slimkit.doors import door
 from slimkit.errors import DataError, InputError, nearest
 from slimkit.graph.patterns import Pattern
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
@@ -77,6 +78,7 @@ class SettingsSearch:
         return rendered(table, width=200)
 
 
+@door
 def search_settings(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     model: nn.Module,
     example_inputs: ExampleInputs,

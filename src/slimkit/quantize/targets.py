@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 from slimkit.registry import Registry
 from slimkit.runtime.surroundings import saturates_int8_pairs
@@ -25,6 +26,7 @@ Granularity = Literal["channel", "tensor", "group"]
 """One weight scale per output channel, per tensor, or per group of inputs of a channel."""
 
 
+@door
 @dataclass(frozen=True)
 class NumberFormat:
     """How real numbers are stored as integers.
@@ -68,6 +70,7 @@ def _lookups_and_transposed() -> Mapping[str, int]:
     return {**transposed, "embedding": 0}
 
 
+@door
 @dataclass(frozen=True)
 class Target:
     """What a runtime computes with integers. Functions are named as in call addresses.
@@ -285,6 +288,8 @@ def resolve_target(target: str | Target) -> Target:
         UnknownNameError: with the nearest names.
     """
     found = target if isinstance(target, Target) else TARGETS.get(target, where="target")
+    if not isinstance(found, Target):
+        raise InputError(f"expected a Target, got {type(found).__name__}", where="target")
     if found.sums != "host":
         return found
     return replace(found, sums="int16_pairs" if saturates_int8_pairs() else "int32")

@@ -211,7 +211,7 @@ class _StepClock:
 
         def step() -> None:
             with torch.no_grad():
-                self.task.teacher_inputs(self.batch).call(model)
+                self.task.teacher_inputs(self.batch).run(model)
 
         return self._time(step)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from slimkit.doors import door
 from slimkit.errors import CaptureError, InputError
 from slimkit.graph.capturing import Graph, capture
 from slimkit.graph.folding import FusePlan, batch_norm_pairs
@@ -20,6 +21,7 @@ _IMAGE_SIZES = (32, 64, 224, 28, 299, 256, 384)
 """Pixels of the images that are tried where no example is given; small ones cost the least."""
 
 
+@door
 def fuse(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
     """A copy of ``model`` for inference with its batch norms folded into convolutions.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import slimkit
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.errors import ExportError, InputError
 from slimkit.inputs import ExampleInputs, Inputs, as_inputs
 from slimkit.modules import evaluation, set_evaluation
@@ -74,6 +75,7 @@ class ExportResult:
     files: tuple[Path, ...] = ()
 
 
+@door
 def export(
     model: nn.Module,
     path: PathLike,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.runtime.onnx_files import load_onnx
 from slimkit.runtime.onnx_graph import GraphEditor
 from slimkit.runtime.sessions import open_session
@@ -124,6 +125,7 @@ class Fusion:
         return f"{text}; float: {', '.join(names)}" + (f" and {more} more" if more else "")
 
 
+@door
 def fusion_report(path: PathLike) -> Fusion:
     """Count what ONNX Runtime runs as integers on this CPU.
 

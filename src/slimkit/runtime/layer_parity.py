@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.errors import InputError
+from slimkit.outside import iterated
 from slimkit.runtime.fusion import INTEGER_CONVS, INTEGER_LINEARS, fusion_report
 from slimkit.runtime.onnx_files import load_onnx, write_onnx
 from slimkit.runtime.reference_nodes import evaluate
@@ -102,6 +104,7 @@ class LayersParity:
         )
 
 
+@door
 def parity_per_layer(path: PathLike, batches: Iterable[Any], *, threads: int = 1) -> LayersParity:
     """Compare ONNX Runtime's kernel for every quantized layer with exact arithmetic.
 
@@ -124,7 +127,7 @@ def parity_per_layer(path: PathLike, batches: Iterable[Any], *, threads: int = 1
         probe = _open(_with_outputs(model, needed, groups), Path(folder) / "probe.onnx", threads)
         runs: list[_LayerRun] = []
         seen = False
-        for batch in batches:
+        for batch in iterated(batches, where="batches"):
             inputs = batch_inputs(batch, len(probe.inputs))
             results = probe.run(named_feeds(inputs, probe.input_names))
             values = dict(zip(probe.output_names, results, strict=True))

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.errors import InputError
 from slimkit.inputs import Inputs
 from slimkit.modules import evaluation
+from slimkit.outside import iterated
 from slimkit.runtime.sessions import Session, open_session
 from slimkit.runtime.structure import batch_inputs, in_signature_order, named_outputs
 
@@ -109,6 +111,7 @@ class Parity:
         )
 
 
+@door
 def parity(
     model: nn.Module,
     path: PathLike,
@@ -138,9 +141,9 @@ def parity(
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     with evaluation(model), torch.inference_mode():
-        for batch in batches:
+        for batch in iterated(batches, where="batches"):
             inputs = in_signature_order(model, batch_inputs(batch, len(session.inputs)))
-            named = named_outputs(inputs.to(device).call(model))
+            named = named_outputs(inputs.to(device).run(model))
             expected = [tensor.detach().cpu().numpy() for _, tensor in named]
             for running, want, got in zip(
                 sums, expected, _run(session, inputs, len(expected)), strict=True

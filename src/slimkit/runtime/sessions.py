@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.errors import ArtifactError, BackendError, InputError, MissingDependencyError, nearest
 from slimkit.registry import Registry
 from slimkit.runtime.onnx_files import data_file, load_onnx, model_files
@@ -111,10 +112,13 @@ class Backend:
             return BackendStatus(None, f"not installed: {self.install}")
 
 
-BACKENDS: Registry[Backend] = Registry("backend")
+BACKENDS: Registry[Backend] = Registry(
+    "backend", fits=lambda thing: hasattr(thing, "status") and hasattr(thing, "open")
+)
 """Name → runtime."""
 
 
+@door
 def open_session(
     path: PathLike,
     *,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from slimkit.doors import door
 from slimkit.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ SearchSpace = Mapping[str, Parameter]
 """Name → parameter."""
 
 
+@door
 @dataclass(frozen=True)
 class IntRange:
     """Whole numbers ``low, low + step, …`` up to ``high``, both ends included.
@@ -120,6 +122,7 @@ class IntRange:
         return f"{self.low} … {self.high}" + (f" in steps of {self.step}" if self.step > 1 else "")
 
 
+@door
 @dataclass(frozen=True)
 class FloatRange:
     """Numbers between ``low`` and ``high``, both included.

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 from slimkit.registry import Registry
 from slimkit.search.parameters import Parameters, SearchSpace, Value, random_parameters
@@ -70,6 +71,7 @@ class RandomSampler:
         return random_parameters(space, rng)
 
 
+@door
 @dataclass(frozen=True)
 class TPESampler:
     """Tree-structured Parzen estimator of Optuna (Bergstra et al. 2011, section 4).
@@ -114,6 +116,7 @@ class TPESampler:
             return dict(study.ask(distributions).params)
 
 
+@door
 @dataclass(frozen=True)
 class GeneticSampler:
     """Steady-state genetic algorithm: one member is replaced at a time.
@@ -176,6 +179,7 @@ class GeneticSampler:
         return members[int(drawn.min())].parameters
 
 
+@door
 @dataclass(frozen=True)
 class AnnealingSampler:
     """Simulated annealing as in PaddleSlim's controller.

@@ -18,7 +18,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+from slimkit.doors import door
 from slimkit.errors import InputError, SlimkitError, nearest
+from slimkit.outside import called, iterated
 from slimkit.progress import ProgressDisplay
 from slimkit.search.parameters import (
     Parameters,
@@ -57,6 +59,7 @@ another. Both arguments can be pickled if the evaluation can.
 """
 
 
+@door
 def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     space: SearchSpace,
     evaluate: ObjectiveFunction,
@@ -149,7 +152,7 @@ def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a defaul
         known,
         ask,
         (constraints,) if callable(constraints) else tuple(constraints),
-        key or (lambda parameters: tuple(parameters.values())),
+        _key_of(key),
         first,
         seed,
         retries,
@@ -163,12 +166,30 @@ def search(  # noqa: PLR0913 - the verb: every choice is a keyword with a defaul
         loop.check_failures()
         while len(record.trials) < trials:
             candidates = loop.proposed(batch, trials)
-            outcomes = iter(executor(run, [candidate for candidate, _ in candidates]))
+            asked = [candidate for candidate, _ in candidates]
+            outcomes = iterated(
+                called(executor, InputError, "executor", run, asked), where="executor"
+            )
             for candidate, rejected in candidates:
                 trial = loop.recorded(candidate, rejected, outcomes)
                 show.step(trial.number + 1, loop.news)
                 loop.check_failures()
         return loop.result
+
+
+def _key_of(key: Callable[[Parameters], Hashable] | None) -> Callable[[Parameters], Hashable]:
+    if key is None:
+        return lambda parameters: tuple(parameters.values())
+
+    def checked(parameters: Parameters) -> Hashable:
+        found: object = called(key, InputError, "key", parameters)
+        if not isinstance(found, Hashable):
+            raise InputError(
+                f"expected something that can be hashed, got {type(found).__name__}", where="key"
+            )
+        return found
+
+    return checked
 
 
 @dataclasses.dataclass
@@ -222,6 +243,13 @@ class _Loop:
                 where="executor",
                 result=self.result,
             ) from None
+        if not isinstance(outcome, Outcome):
+            raise InputError(
+                f"expected what the function returned for each candidate, got "
+                f"{type(outcome).__name__}",
+                where="executor",
+                hint="it has the shape of the built-in map",
+            )
         value = self._value(outcome.metrics)
         trial = Trial(
             candidate.number,
@@ -411,4 +439,4 @@ def _plain(identity: Mapping[str, Any]) -> Any:
 def _check_numbers(least: int = 1, **numbers: object) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"expected a whole number ≥ {least}, got {value!r}", where=name)
+            raise InputError(f"expected an integer ≥ {least}, got {value!r}", where=name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import CheckpointError, InputError
 from slimkit.graph.patterns import Pattern
 from slimkit.sparsify.eligible import Skip, eligible_weights
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["GradualPruner"]
 
 
+@door
 class GradualPruner(Callback):
     """Gradual magnitude pruning: ever more of the smallest weights become zero while it trains.
 

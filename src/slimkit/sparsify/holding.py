@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import PlanError
 from slimkit.train.callbacks import Callback
 
@@ -71,6 +72,7 @@ class Multiplier:
                 )
 
 
+@door
 class HoldZeros(Callback):
     """Keeps the zeros of a sparse network while it is trained on: fine-tuning, QAT, distillation.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import InputError, PlanError
 from slimkit.graph.patterns import Pattern, match_modules
 from slimkit.sparsify.eligible import Eligible, Skip, eligible_weights
@@ -18,6 +19,7 @@ from slimkit.sparsify.patterns import NofM, SparsityPattern
 __all__ = ["plan"]
 
 
+@door
 def plan(
     model: nn.Module,
     *,

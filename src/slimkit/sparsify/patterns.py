@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 
 __all__ = ["Block", "NofM", "SparsityPattern"]
 
 
+@door
 @dataclass(frozen=True)
 class NofM:
     """N:M sparsity: at most ``n`` of ``m`` neighbours along the input channels are not zero.
@@ -62,6 +64,7 @@ class NofM:
         return mask.reshape(last.shape).movedim(-1, 1)
 
 
+@door
 @dataclass(frozen=True)
 class Block:
     """Block sparsity: rectangles of ``rows`` outputs × ``columns`` inputs are zero together.

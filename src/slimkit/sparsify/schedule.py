@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 
 __all__ = ["GradualSchedule"]
 
 
+@door
 @dataclass(frozen=True)
 class GradualSchedule:
     """Cubic schedule in three phases, in optimizer steps (Zhu & Gupta 2017, equation 1).

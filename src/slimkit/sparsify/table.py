@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from slimkit.doors import structure_door
+
 __all__ = ["sparsity_table"]
 
 
+@structure_door
 def sparsity_table(model: nn.Module) -> list[dict[str, object]]:
     """Every weight of two or more dimensions with its zeros.
 

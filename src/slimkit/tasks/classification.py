@@ -106,7 +106,7 @@ class ClassificationTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         """Cross-entropy of logits (N, classes) and labels (N,)."""
-        outputs = batch.inputs.call(model)
+        outputs = batch.inputs.run(model)
         return self.loss_fn()(outputs, batch.targets), outputs
 
     def loss_fn(self) -> Callable[[Any, Tensor], Tensor]:

@@ -33,6 +33,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import InputError, ModelError
 from slimkit.inputs import Batch, Inputs
 from slimkit.registry import Registry
@@ -53,6 +54,7 @@ Answer = tuple[Any, Batch]
 """What a model, or a file, says to a batch; both on the same device."""
 
 
+@door
 @dataclass(frozen=True)
 class Metric:
     """A figure that says how good a network is.
@@ -97,6 +99,7 @@ class Metric:
         return {**asdict(self), "digits": self.digits}
 
 
+@door
 class Task(BaseModel):
     """Base of all tasks. ``type`` is a ``Literal`` with a default in every subclass.
 

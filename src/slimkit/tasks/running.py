@@ -45,7 +45,7 @@ def module_run(model: nn.Module) -> Iterator[Run]:
 
     def run(inputs: Inputs) -> Any:
         with torch.no_grad():
-            return inputs.to(device).call(model)
+            return inputs.to(device).run(model)
 
     with evaluation(model):
         yield run

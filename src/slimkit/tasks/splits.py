@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from slimkit.errors import DataError
+from slimkit.doors import door
+from slimkit.errors import DataError, InputError
 from slimkit.inputs import Batch, as_batch
 
 __all__ = ["Loader", "Role", "SampleLoader", "Samples", "Splits", "first_batches", "some_examples"]
@@ -104,6 +105,7 @@ class Samples(Protocol):
     def __getitem__(self, number: int, /) -> Any: ...
 
 
+@door
 class SampleLoader:
     """Batches of any samples: an indexable data set, and a function that collates them.
 
@@ -142,6 +144,11 @@ class SampleLoader:
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
+        if not hasattr(samples, "__len__") or not hasattr(samples, "__getitem__"):
+            raise InputError(
+                f"expected a data set with length and index, got {type(samples).__name__}",
+                where="samples",
+            )
         self.indices = torch.arange(len(samples)) if indices is None else torch.as_tensor(indices)
         if not len(self.indices):
             raise DataError(f"the {role} split is empty", where=role)

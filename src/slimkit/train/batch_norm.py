@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 from slimkit.inputs import as_batch
 from slimkit.modules import evaluation
+from slimkit.outside import iterated
 
 __all__ = ["frozen_batch_norm", "reestimate_batch_norm", "tracking_norms"]
 
@@ -26,6 +28,7 @@ def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
     ]
 
 
+@door
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     """Replace running statistics by the plain mean over ``batches``.
@@ -44,6 +47,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Raises:
         InputError: there are no batches, or something that is none.
+        DataError, CaptureError: ``batches`` or the model's forward raised.
     """
     norms = tracking_norms(model)
     if not norms:
@@ -58,8 +62,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
                 norm.train()
                 norm.reset_running_stats()
                 norm.momentum = None  # torch's spelling of a cumulative average
-            for batch in batches:
-                as_batch(batch, where="batches").inputs.to(device).call(model)
+            for batch in iterated(batches, where="batches"):
+                as_batch(batch, where="batches").inputs.to(device).run(model)
                 count += 1
     finally:
         for norm, momentum, buffers in zip(norms, momenta, before, strict=True):

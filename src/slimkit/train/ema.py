@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimkit.doors import door
 from slimkit.errors import PlanError, nearest
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["WeightAverage"]
 
 
+@door
 class WeightAverage:
     """Exponential moving average (Polyak averaging as in Tarvainen & Valpola 2017, equation 1).
 

@@ -52,16 +52,21 @@ class History:
         }
 
 
-def finite_metrics(metrics: Mapping[str, float], when: str) -> dict[str, float]:
+def finite_metrics(metrics: object, when: str) -> dict[str, float]:
     """The metrics of an evaluation, all of them finite.
 
     Args:
-        metrics: name → value.
+        metrics: name → value, as the user's function returned them.
         when: the evaluation took place, for the error: ``"after epoch 3"``.
 
     Raises:
-        TrainingError: one is NaN or infinite.
+        TrainingError: one is NaN or infinite, or there is no mapping from names to numbers.
     """
+    if not isinstance(metrics, Mapping) or not all(map(_is_number, metrics.values())):
+        raise TrainingError(
+            f"the evaluation {when} gave no mapping from names to numbers: {metrics!r:.100}",
+            where="evaluate",
+        )
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise TrainingError(
@@ -69,3 +74,7 @@ def finite_metrics(metrics: Mapping[str, float], when: str) -> dict[str, float]:
                 hint="a lower lr, warmup_epochs or clip_grad_norm keeps a training from diverging",
             )
     return dict(metrics)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) or (getattr(value, "ndim", None) == 0)

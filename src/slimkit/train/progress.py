@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from slimkit.errors import ArtifactError
 from slimkit.progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -79,7 +80,12 @@ class Scalars:
         if folder is not None:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=step or None)
+            try:
+                self._writer = SummaryWriter(str(folder), purge_step=step or None)
+            except OSError as error:
+                raise ArtifactError(
+                    f"TensorBoard cannot write there: {error.strerror or error}", where=str(folder)
+                ) from error
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Write some scalars."""

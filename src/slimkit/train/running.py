@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.artifact import content_hash
-from slimkit.errors import DataError
+from slimkit.errors import DataError, TrainingError
 from slimkit.inputs import Batch
+from slimkit.outside import called, iterated, signalled
 from slimkit.runtime.surroundings import multiplies_bf16
 from slimkit.train.batch_norm import frozen_batch_norm, reestimate_batch_norm
 from slimkit.train.budget import Budget, ProcessorShare
@@ -167,9 +168,8 @@ class TrainingRun:
         self._fit_budget(show)
         scalars.add({f"metrics/{name}": value for name, value in metrics.items()}, self.step)
         for callback in self.callbacks:
-            callback.on_epoch_end(
-                EpochContext(self.model, self.optimizer, number, self.step, record)
-            )
+            context = EpochContext(self.model, self.optimizer, number, self.step, record)
+            signalled(callback.on_epoch_end, TrainingError, _named(callback), context)
         show.epoch(record, self.total / self.steps_per_epoch)
         if self.checkpoint is not None and self.device.is_main:
             save_run(self.checkpoint, self._state({"step": self.step, **self.history.to_json()}))
@@ -203,7 +203,10 @@ class TrainingRun:
         if evaluate is None or not (last or (epoch + 1) % self.settings.evaluate_every == 0):
             return {}
         with self.average.applied() if self.average else contextlib.nullcontext():
-            return finite_metrics(evaluate(self.model), f"after epoch {epoch + 1}")
+            return finite_metrics(self._evaluated(evaluate), f"after epoch {epoch + 1}")
+
+    def _evaluated(self, evaluate: EvaluateMetrics) -> Any:
+        return called(evaluate, TrainingError, "evaluate", self.model)
 
     def _steps(self, epoch: int, show: TrainingDisplay, scalars: Scalars) -> _Sums:
         """The optimizer steps of an epoch, or what is left of the run."""
@@ -245,7 +248,7 @@ class TrainingRun:
             if images is None:
                 images, context = 0, tools.context(batch)
                 for callback in self.callbacks:
-                    callback.on_step_begin(context)
+                    signalled(callback.on_step_begin, TrainingError, _named(callback), context)
             context = tools.context(batch, tools.take(batch, 1 / count, looks))
             images += (batch.size or 1) * self.device.processes
         if images is None:
@@ -256,9 +259,9 @@ class TrainingRun:
         self.optimizer.step()
         self.step += 1
         for callback in self.callbacks:
-            callback.on_update(context)
+            signalled(callback.on_update, TrainingError, _named(callback), context)
         for callback in self.callbacks:
-            callback.on_step_end(context)
+            signalled(callback.on_step_end, TrainingError, _named(callback), context)
         if self.average is not None:
             self.average.update()
         return images
@@ -294,8 +297,7 @@ class TrainingRun:
         terms = self.objective.terms
         asked = any(hasattr(term, "needs") and term.needs("ids") for term in terms)
         with_ids = getattr(self.loader, "with_ids", None) if asked else None
-        batches: Iterable[Any] = self.loader if with_ids is None else with_ids()
-        return batches
+        return iterated(self.loader if with_ids is None else with_ids(), where="loader")
 
     def finish(self, evaluate: EvaluateMetrics | None) -> History:
         """Average the weights, measure batch norm anew, evaluate what came out."""
@@ -313,7 +315,7 @@ class TrainingRun:
             used = reestimate_batch_norm(self.model, itertools.islice(moved, batches))
             if used and evaluate is not None:
                 when = "after batch norm was measured anew"
-                self.history.final = finite_metrics(evaluate(self.model), when)
+                self.history.final = finite_metrics(self._evaluated(evaluate), when)
         return self.history
 
     def _state(self, header: dict[str, Any]) -> RunState:
@@ -337,6 +339,10 @@ class TrainingRun:
         return RunState(
             self.model, self.optimizer, self.average, extras, self.extra, identity, header
         )
+
+
+def _named(callback: Callback) -> str:
+    return f"callbacks: {type(callback).__name__}"
 
 
 def _parameters_of(losses: Sequence[Term], device: torch.device) -> list[nn.Parameter]:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from slimkit.doors import door
+
 __all__ = ["MOST_EPOCHS", "MOST_RATE", "TrainSettings"]
 
 MOST_EPOCHS = 100_000
@@ -16,6 +18,7 @@ MOST_RATE = 1_000.0
 """Of a learning rate or a weight decay, likewise."""
 
 
+@door
 class TrainSettings(BaseModel):
     """How :func:`slimkit.train.fit` trains.
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from slimkit.errors import InputError, TrainingError
 from slimkit.inputs import Batch, ExampleInputs, as_inputs
+from slimkit.outside import called, signalled
 from slimkit.train.callbacks import StepContext
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class StepTools:
         """Call the model, under autocast; floating-point outputs in float32."""
         call = inputs.inputs if isinstance(inputs, Batch) else as_inputs(inputs)
         with self.autocast():
-            self._outputs = as_float(call.call(self._forward))
+            self._outputs = as_float(call.run(self._forward))
         return self._outputs
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
@@ -142,9 +143,11 @@ class StepTools:
         objective = self._objective
         with self.autocast():
             if objective.batch_loss is None:
-                self._outputs = outputs = as_float(batch.inputs.call(self._forward))
+                self._outputs = outputs = as_float(batch.inputs.run(self._forward))
                 return self._total(outputs, batch), outputs
-            answer: object = objective.batch_loss(self._forward, batch)
+            answer: object = called(
+                objective.batch_loss, TrainingError, "batch_loss", self._forward, batch
+            )
             if not (isinstance(answer, tuple) and len(answer) == 2):
                 raise TrainingError(
                     f"expected (loss, outputs), got {type(answer).__name__}", where="batch_loss"
@@ -219,7 +222,7 @@ class StepTools:
             self.backward(loss)
             self._outputs = None
             return outputs
-        returned = self._objective.step(self, batch)
+        returned = signalled(self._objective.step, TrainingError, "step", self, batch)
         outputs, self._outputs = self._outputs, None
         if self._loss is taken:
             raise TrainingError(
@@ -241,7 +244,7 @@ class StepTools:
         with self._device.autocast(bf16):
             if objective.batch_loss is not None:
                 return objective.batch_loss(self._forward, batch)[0]
-            outputs = as_float(batch.inputs.call(self._forward))
+            outputs = as_float(batch.inputs.run(self._forward))
             parts = [leaf.square().mean() for leaf in tree_leaves(outputs) if _learns(leaf)]
             return torch.stack(parts).sum() if parts else None
 
@@ -256,14 +259,17 @@ class StepTools:
         terms = self._terms(outputs, batch)
         own = None
         if objective.loss_fn is not None and (objective.weight or not terms):
-            own = objective.loss_fn(outputs, batch.targets)
+            own = called(objective.loss_fn, TrainingError, "loss_fn", outputs, batch.targets)
         return self._sum(own, terms)
 
     def _terms(self, outputs: Any, batch: Batch) -> list[Tensor]:
         if not self._objective.terms:
             return []
         context = self.context(batch, outputs)
-        return [term(context) for term in self._objective.terms]
+        return [
+            called(term, TrainingError, f"losses.{number}", context)
+            for number, term in enumerate(self._objective.terms)
+        ]
 
     def _sum(self, own: Tensor | None, terms: list[Tensor]) -> Tensor:
         parts = list(terms)

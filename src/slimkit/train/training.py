@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.errors import DataError, InputError
 from slimkit.train.callbacks import Callback
 from slimkit.train.devices import Device
@@ -29,6 +30,7 @@ from slimkit.train.strided import at_stride_one
 __all__ = ["History", "fit"]
 
 
+@door
 def fit(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     model: nn.Module,
     loader: Any,
@@ -86,8 +88,11 @@ def fit(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
         DataError: the loader belongs to the validation or test split, or yields nothing.
         InputError: the loader is empty, has no length, or yields something that is no batch;
             nothing says what is minimised, or two things do.
-        TrainingError: the loss or a metric is not finite, the loss is no scalar, or nothing
-            requires gradients; the checkpoint of the epoch before is kept.
+        TrainingError: the loss or a metric is not finite, the loss is no scalar, nothing
+            requires gradients, or a function that was given raised; the checkpoint of the epoch
+            before is kept. From ``step`` and callbacks exceptions of classes of your own pass:
+            they are a way to leave.
+        CaptureError: the model's forward raised.
         CheckpointError: the checkpoint is of a run with other settings; a state is to be kept
             in it that is neither tensors nor JSON.
         ArtifactError: the checkpoint cannot be read or written.

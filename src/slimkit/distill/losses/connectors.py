@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from slimkit.distill.losses.projection import Connector, Shape, build_connector, seeded
 from slimkit.distill.recording.records import mistake
+from slimkit.doors import door
 from slimkit.errors import ModelError, SlimkitError, UnknownNameError, nearest
 from slimkit.registry import Registry, import_object
 
@@ -50,6 +51,7 @@ CONNECTORS: Registry[type[ConnectorSettings]] = Registry("connector")
 """Name in a recipe → settings class."""
 
 
+@door
 class ConnectorSettings(BaseModel, ABC):
     """Base of all connectors.
 

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from slimkit.distill.losses.projection import Shape
 from slimkit.distill.losses.schedules import WeightSchedule, WeightScheduleField
 from slimkit.distill.recording.records import Record, RecordPath
+from slimkit.doors import door
 from slimkit.errors import InputError, RecipeError, nearest
 from slimkit.registry import Registry
 
@@ -36,6 +37,7 @@ DISTILL_LOSSES: Registry[type[DistillLoss]] = Registry("distillation loss")
 """Name in a recipe → settings class."""
 
 
+@door
 class DistillLoss(BaseModel, ABC):
     """Base of all distillation losses: what is compared, how, and how much it counts.
 
@@ -178,6 +180,7 @@ def unique_names(losses: Iterable[DistillLoss]) -> list[str]:
     return names
 
 
+@door
 def parse_losses(
     entries: Sequence[Mapping[str, Any] | DistillLoss], *, where: str = "distill"
 ) -> list[DistillLoss]:

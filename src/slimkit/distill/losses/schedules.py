@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from slimkit.distill.recording.records import mistake
+from slimkit.doors import door
 
 __all__ = ["WeightSchedule", "WeightScheduleField"]
 
 
+@door
 class WeightSchedule(BaseModel):
     """A factor of a loss's weight over the run.
 

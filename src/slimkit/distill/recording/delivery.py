@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from slimkit.distill.recording.intercepting import ForwardScope, Handler, Interceptor
 from slimkit.distill.recording.records import mistake
+from slimkit.doors import door
 from slimkit.errors import InputError, ModelError, UnknownNameError
 from slimkit.registry import import_object
 
@@ -26,6 +27,7 @@ __all__ = ["Deliveries", "Delivery", "Side", "parse_deliveries"]
 Side = Literal["student", "teacher"]
 
 
+@door
 class Delivery(BaseModel):
     """One function whose results are replayed, first in, first out.
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import UnknownNameError, nearest
 from slimkit.registry import import_object
 
@@ -44,6 +45,7 @@ def mistake(message: str, hint: str = "", path: str = "") -> PydanticCustomError
     return PydanticCustomError("slimkit", "{message}", context)
 
 
+@door
 class Record(BaseModel):
     """One tensor of one forward, or several when the name is a pattern that matches several.
 
@@ -108,7 +110,9 @@ def _read(value: Any) -> Any:
         return Record.model_validate(value)  # its errors keep their own paths
     if value is None or isinstance(value, str | Record):
         return value
-    raise mistake(f"expected a layer, got {value!r}", "write a path, or {module: PATH}")
+    raise mistake(
+        f"expected a layer, got {type(value).__name__}", "write a path, or {module: PATH}"
+    )
 
 
 RecordPath = Annotated[str | Record, BeforeValidator(_read)]

@@ -7,6 +7,7 @@ grows with it, and the ratios that follow from a loss threshold.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from slimkit.artifact import PathLike, tensors_hash
+from slimkit.doors import door
 from slimkit.errors import InputError, PlanError
 from slimkit.measure.tables import rendered
 from slimkit.search.measured_points import (
@@ -263,6 +265,7 @@ class SensitivityCurves:
         return {} if curve is None else curve.values
 
 
+@door
 def merge_sensitivities(parts: Iterable[PathLike | SensitivityCurves]) -> SensitivityCurves:
     """Join curves that were measured in parts, on one machine or on several.
 
@@ -278,8 +281,12 @@ def merge_sensitivities(parts: Iterable[PathLike | SensitivityCurves]) -> Sensit
     for number, part in enumerate(parts):
         if isinstance(part, SensitivityCurves):
             where, curves = f"parts[{number}]", part
-        else:
+        elif isinstance(part, (str, os.PathLike)):
             where, curves = str(part), SensitivityCurves.load(part)
+        else:
+            raise InputError(
+                f"expected a file or curves, got {type(part).__name__}", where=f"parts[{number}]"
+            )
         merged = curves if merged is None else merged.joined(curves, where=where)
     if merged is None:
         raise InputError("there is nothing to merge", where="parts")

@@ -16,7 +16,9 @@ import numpy as np
 from torch import nn
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.errors import InputError, PlanError
+from slimkit.outside import called
 from slimkit.prune.allocation.curves import SensitivityCurves, by_fraction
 from slimkit.prune.allocation.ranking import ALLOCATIONS, Allocation, uniform
 from slimkit.prune.targets import RemovalTarget
@@ -95,6 +97,7 @@ class EvolutionaryAllocation(ABC):
         ).proposal
 
 
+@door
 @dataclass(frozen=True)
 class Annealing(EvolutionaryAllocation):
     """Simulated annealing, as PaddleSlim's automatic pruner; see :class:`EvolutionaryAllocation`.
@@ -112,6 +115,7 @@ class Annealing(EvolutionaryAllocation):
         return AnnealingSampler(self.temperature, self.decay, width=self.width)
 
 
+@door
 @dataclass(frozen=True)
 class Genetic(EvolutionaryAllocation):
     """A genetic search; see :class:`EvolutionaryAllocation`.
@@ -153,6 +157,7 @@ class Evolution:
     proposal: Proposal
 
 
+@door
 def evolve(
     space: PruneSpace,
     target: RemovalTarget,
@@ -243,7 +248,7 @@ class _Candidates:
 
     def remembered(self, allocate: Allocation) -> dict[str, float]:
         """The ratios of an allocation that meets the target; they stand for its exact counts."""
-        kept = self._fitted(allocate(self.space, self.target))
+        kept = self._fitted(called(allocate, InputError, "start", self.space, self.target))
         point = {unit.name: 1.0 - kept[unit.name] / unit.size for unit in self.space.units}
         self._kept[tuple(point.values())] = kept
         return point

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from slimkit.doors import door
 from slimkit.errors import InputError, PatternError, nearest
 from slimkit.graph.patterns import match_modules
 from slimkit.registry import Registry
@@ -48,7 +49,7 @@ class Allocation(Protocol):
         """How to divide any fraction among the groups of ``space``."""
 
 
-ALLOCATIONS: Registry[Allocation] = Registry("allocation")
+ALLOCATIONS: Registry[Allocation] = Registry("allocation", fits=callable)
 """Name → allocation."""
 
 
@@ -58,6 +59,7 @@ def uniform(space: PruneSpace, _target: RemovalTarget) -> Proposal:
     return lambda fraction: {g.name: g.size * (1.0 - fraction) for g in space.groups}
 
 
+@door
 @dataclass(frozen=True)
 class GlobalRanking:
     """One ranking over the channels of all groups; the lowest-scored fraction goes.
@@ -78,6 +80,7 @@ class GlobalRanking:
         return _ranked([space.groups], space.scores, self.max_fraction, self.relative)
 
 
+@door
 @dataclass(frozen=True)
 class IsomorphicRanking:
     """One ranking per kind of structure (Fang et al. 2024, "Isomorphic Pruning").
@@ -164,6 +167,7 @@ ALLOCATIONS.register("global")(GlobalRanking())
 ALLOCATIONS.register("isomorphic")(IsomorphicRanking())
 
 
+@door
 @dataclass(frozen=True)
 class GivenRatios:
     """Ratios of your own: pattern of module names → fraction that these layers lose.

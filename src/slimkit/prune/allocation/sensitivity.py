@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slimkit.artifact import PathLike
+from slimkit.doors import door
 from slimkit.errors import InputError, PlanError
 from slimkit.modules import copy_module
 from slimkit.prune.allocation.curves import SensitivityCurves
@@ -38,6 +39,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Where curves are measured unless other ratios are given."""
 
 
+@door
 @dataclass(frozen=True)
 class Sensitivity:
     """Units lose what they can below one threshold of the loss.
@@ -68,6 +70,7 @@ class Sensitivity:
         ).proposal(space)
 
 
+@door
 def measure_sensitivity(
     space: PruneSpace,
     *,

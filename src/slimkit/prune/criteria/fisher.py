@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 from slimkit.graph.addressing import AddressMode
 from slimkit.graph.functions import function_name
@@ -44,6 +45,7 @@ _UNIT: dict[Saving, float] = {"macs": 1e9, "activations": 1e6}
 """Units in which the paper counts what a channel costs: GMACs, millions of elements."""
 
 
+@door
 @dataclass(frozen=True, eq=False)
 class GroupFisher:
     """Fisher information of a channel's shared mask (Liu et al. 2021, "Group Fisher Pruning").

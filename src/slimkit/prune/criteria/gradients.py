@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 from slimkit.inputs import Batch
 from slimkit.prune.batches import (
@@ -46,6 +47,7 @@ __all__ = ["OBD", "UNSEEN", "Taylor", "not_prepared"]
 UNSEEN = "the loss does not depend on these channels"
 
 
+@door
 @dataclass(frozen=True, eq=False)
 class Taylor:
     """How much the loss would change without a channel, to first order (Molchanov et al. 2019).
@@ -111,6 +113,7 @@ class Taylor:
         raise not_prepared(self)
 
 
+@door
 @dataclass(frozen=True, eq=False)
 class OBD:
     """Second-order saliency: Σ h·w²/2 over the weights of a channel (LeCun et al. 1990, eq. 5).

@@ -28,7 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slimkit.doors import door
 from slimkit.errors import InputError, PlanError, nearest
+from slimkit.outside import called
 from slimkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ class Criterion(Protocol):
         """Score each channel of ``group``."""
 
 
-CRITERIA: Registry[Criterion] = Registry("criterion")
+CRITERIA: Registry[Criterion] = Registry("criterion", fits=callable)
 """Name → criterion."""
 
 
@@ -166,6 +168,7 @@ def scale_channels(group: Group, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     return found
 
 
+@door
 @dataclass(frozen=True)
 class Magnitude:
     """The L1 or L2 norm of each filter (Li et al. 2017, "Pruning Filters for Efficient ConvNets").
@@ -203,6 +206,7 @@ class Magnitude:
         return reduced(norms, self.reduction)
 
 
+@door
 @dataclass(frozen=True)
 class FPGM:
     """Distance to the other filters of the layer (He et al. 2019, "FPGM", eq. 4).
@@ -231,6 +235,7 @@ class FPGM:
         return reduced(distances, self.reduction)
 
 
+@door
 @dataclass(frozen=True)
 class BatchNormScale:
     """|γ| of the batch normalization behind a channel (Liu et al. 2017, "Network Slimming").
@@ -252,6 +257,7 @@ class BatchNormScale:
         return reduced(scales, self.reduction)
 
 
+@door
 @dataclass(frozen=True)
 class Random:
     """Random scores: the control that every other criterion must beat.
@@ -269,6 +275,7 @@ class Random:
         return torch.rand(group.size, generator=generator)
 
 
+@door
 @dataclass(frozen=True)
 class Normalised:
     """Another criterion's scores, divided within each group so that groups can be compared.
@@ -324,6 +331,7 @@ def _divisor(value: Tensor) -> Tensor:
     return torch.where(value == 0, torch.ones_like(value), value)
 
 
+@door
 @dataclass(frozen=True, eq=False)
 class FixedScores:
     """Scores that were computed before.
@@ -379,7 +387,7 @@ def scored(criterion: Criterion, group: Group, tensors: Mapping[str, Tensor]) ->
         InputError: the answer is no tensor of that shape, or holds NaN.
     """
     name = getattr(criterion, "__name__", type(criterion).__name__)
-    scores: object = criterion(group, tensors)
+    scores: object = called(criterion, InputError, "criterion", group, tensors)
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (group.size,):
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise InputError(

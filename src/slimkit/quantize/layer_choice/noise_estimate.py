@@ -95,7 +95,7 @@ def estimated_noise(switches: LayerSwitches, batches: Iterable[Inputs]) -> Noise
     singly = (example for batch in batches for example in batch.split(1))
     examples = list(islice(singly, _EXAMPLES))
     with torch.no_grad():
-        found = [_power(_outputs(example.call(quantized.model))) for example in examples]
+        found = [_power(_outputs(example.run(quantized.model))) for example in examples]
     power = torch.stack(found).sum(0)
     generator = torch.Generator().manual_seed(0)
     noise = dict.fromkeys(quantized.quantizers, 0.0)
@@ -117,7 +117,7 @@ class _Shares:
     def __init__(self, quantized: QuantizedModel, example: Inputs) -> None:
         self._factors: dict[str, Tensor] = {}
         with torch.enable_grad(), quantized.attachment(dict(self._hooks(quantized))):
-            self._outputs = _outputs(example.call(quantized.model))
+            self._outputs = _outputs(example.run(quantized.model))
 
     def sampled(self, power: Tensor, generator: torch.Generator) -> Iterator[dict[str, float]]:
         """Quantizer → what its rounding adds to the outputs, summed with random signs.

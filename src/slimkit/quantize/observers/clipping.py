@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimkit.doors import door
 from slimkit.quantize.observers.histograms import Histogram
 from slimkit.quantize.observers.ranges import OBSERVERS, Counting
 from slimkit.quantize.scales import affine_parameters
@@ -22,6 +23,7 @@ _CANDIDATES = 512  # thresholds that KL compares
 _GRID = 5  # values of each end that MSE compares in one round
 
 
+@door
 @OBSERVERS.register("kl")
 @dataclass(eq=False)
 class KL(Counting):
@@ -119,6 +121,7 @@ def divergences(counts: Tensor, first: Tensor, stop: Tensor, levels: int) -> Ten
     return (own - cross) / mass[-1] - torch.log(mass[-1] / quantized.sum(1))
 
 
+@door
 @OBSERVERS.register("mse")
 @dataclass(eq=False)
 class MSE(Counting):

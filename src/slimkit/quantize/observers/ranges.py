@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor
 
+from slimkit.doors import door
 from slimkit.errors import InputError
 from slimkit.quantize.observers.histograms import Histogram
 from slimkit.quantize.targets import NumberFormat
@@ -60,7 +61,9 @@ class Observer(Protocol):
         """
 
 
-OBSERVERS: Registry[type[Observer]] = Registry("observer")
+OBSERVERS: Registry[type[Observer]] = Registry(
+    "observer", fits=lambda thing: hasattr(thing, "update") and callable(thing)
+)
 """Name → observer class."""
 
 MOMENTUM = 0.1
@@ -134,6 +137,7 @@ class MinMax:
         return _seen(self._range)
 
 
+@door
 @OBSERVERS.register("moving_average")
 @dataclass(eq=False)
 class MovingAverage:
@@ -211,6 +215,7 @@ class Counting:
         self._histogram.add(x)
 
 
+@door
 @OBSERVERS.register("percentile")
 @dataclass(eq=False)
 class Percentile(Counting):

@@ -85,7 +85,7 @@ class OutputDistance:
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module, batch: Inputs) -> Sequence[Tensor]:
-        return float_tensors(batch.call(model))
+        return float_tensors(batch.run(model))
 
     def _power(self, place: int) -> float:
         return sum(float(outputs[place].double().square().sum()) for outputs in self._reference)

@@ -125,7 +125,7 @@ def _outputs(
     """
     found: dict[str, list[Tensor]] = {}
     with _hooks(network, layers, found):
-        batch.call(network)
+        batch.run(network)
     parameters = named_weights(network.model)
     ranks = {
         spec.name: parameters[spec.parameter].dim()

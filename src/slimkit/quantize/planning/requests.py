@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
+from slimkit.doors import door
 from slimkit.errors import InputError, nearest
 from slimkit.quantize.targets import Granularity, Mode, Target
 
@@ -16,6 +17,7 @@ GROUP_SIZE = 32
 smallest group that every target has, and the one that loses least."""
 
 
+@door
 @dataclass(frozen=True)
 class PerGroup:
     """Granularity: one weight scale per group of inputs of each output channel.

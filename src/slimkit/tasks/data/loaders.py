@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from slimkit.doors import door
 from slimkit.errors import DataError
 from slimkit.tasks.data.augmentation import Draws, augment, draw
 from slimkit.tasks.data.settings import AugmentSettings
@@ -19,6 +20,7 @@ from slimkit.tasks.splits import Role
 __all__ = ["ArrayLoader"]
 
 
+@door
 class ArrayLoader:
     """Iterate over ``(images, labels)``: float32 (B, C, H, W), channels-last, and int64 (B,).
 

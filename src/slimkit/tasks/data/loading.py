@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimkit.artifact import content_hash
+from slimkit.doors import door
 from slimkit.errors import DataError
 from slimkit.tasks.data.loaders import ArrayLoader
 from slimkit.tasks.data.settings import DataSettings
@@ -49,6 +50,7 @@ class ImageSplits(Splits):
         return dict(self.facts.get("skipped", {}))
 
 
+@door
 def load_data(settings: DataSettings) -> ImageSplits:
     """Read, split and normalise a data source.
 
@@ -197,6 +199,7 @@ def _fingerprint(digest: str, settings: DataSettings, *without: str) -> str:
     return content_hash({"content": digest, "settings": shaping})
 
 
+@door
 def synthetic_data(settings: DataSettings, classes: int, *, batches: int = 2) -> ImageSplits:
     """Random images in the layout that ``settings`` describes, without reading the source.
 

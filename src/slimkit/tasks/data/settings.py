@@ -6,11 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from slimkit.doors import door
+
 __all__ = ["AugmentSettings", "DataSettings"]
 
 _Unit = Annotated[float, Field(gt=0, le=1)]
 
 
+@door
 class AugmentSettings(BaseModel):
     """Random changes of training images, drawn per image and epoch.
 
@@ -30,6 +33,7 @@ class AugmentSettings(BaseModel):
     cutout: int = Field(0, ge=0, le=4096)
 
 
+@door
 class DataSettings(BaseModel):
     """Where images come from and how batches are made of them.
 

@@ -129,7 +129,7 @@ def detector_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         if not isinstance(losses, Mapping):
             raise ModelError("its loss exists in training mode only", where="model")
         return torch.stack([value.float() for value in losses.values()]).sum(), losses
-    predictions = batch.inputs.call(model)
+    predictions = batch.inputs.run(model)
     network: Any = network_of(model)
     terms = network.loss(predictions, batch.targets, tuple(images.shape[-2:]))
     return torch.stack([value.float() for value in terms.values()]).sum(), predictions
