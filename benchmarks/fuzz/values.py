@@ -187,7 +187,7 @@ TEXTS: Mapping[str, Make] = {
     "nearly": lambda: "chanel",
     "bytes": lambda: b"l2",
     "colon": lambda: ":",
-    "two colons": lambda: "a:b:c",
+    "two colons": lambda: "no_such_module:b:c",
     "no module": lambda: "no_such_module:thing",
     "no attribute": lambda: "json:thing",
     "a function": lambda: "json:loads",

@@ -190,7 +190,7 @@ def _on_file(**more: Any) -> Callable[[], dict[str, Any]]:
 def _in_search() -> dict[str, Any]:
     space = {"a": sk.search.IntRange(1, 9), "b": sk.search.Choice("x", "y")}
     given = {"space": space, "evaluate": lambda parameters, _: parameters["a"]}
-    return {**given, "trials": 4, "progress": False}
+    return {**given, "trials": 4, "sampler": "random", "progress": False}
 
 
 _MAKERS: tuple[Verb, ...] = (
@@ -305,8 +305,8 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "quantize.search_settings",
         sk.quantize.search_settings,
-        _on_network(calibration=BATCHES, trials=2),
-        share=0.5,
+        _on_network(calibration=BATCHES, trials=1),
+        share=0.2,
     ),
     Verb(
         "distill.Distiller",

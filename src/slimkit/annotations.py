@@ -280,7 +280,7 @@ def _container(kind: Any, arguments: tuple[Any, ...]) -> Kind:
         listed = value if isinstance(value, (list, tuple, set)) else ()  # others would be used up
         return ((number, item, entry) for number, entry in enumerate(listed))
 
-    name = "something to iterate over" if loop else "a list"
+    name = "something to iterate over" if loop else "a tuple" if kind is tuple else "a list"
     return _filled(name if item is ANY else f"{name}, of {item.expected}", holds, entries)
 
 

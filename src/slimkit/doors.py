@@ -160,11 +160,13 @@ def _invalid(settings: Any, error: Any) -> InputError:
     """The first problem of a pydantic error: which field, what is wrong, what would be right."""
     problem = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in problem["loc"]) or settings.__name__
-    hint = None
+    hint, context = None, problem.get("ctx", {})
+    if "message" in context:  # an error of our own, made for pydantic
+        return InputError(context["message"], where=place, hint=context.get("hint") or None)
     if problem["type"] == "extra_forbidden":
         hint = nearest(str(problem["loc"][-1]), settings.model_fields)
     elif problem["type"] == "literal_error":
-        choices = problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        choices = context["expected"].replace(" or ", ", ").split(", ")
         hint = nearest(str(problem["input"]), [choice.strip("'") for choice in choices])
     text = problem["msg"].removeprefix("Value error, ")
     got = (

@@ -457,7 +457,7 @@ def test_nothing_is_left_on_the_student_when_it_cannot_be_built(x: Tensor) -> No
         ({"teacher": {}}, InputError, ["teacher", "no teacher"]),
         ({"teacher": {"": Net()}}, InputError, ["''"]),
         ({"teacher": {"a.b": Net(), "a:b": Net()}}, InputError, ["'a.b'"]),
-        ({"teacher": {"a": 3}}, InputError, ["teacher.a", "int"]),
+        ({"teacher": {"a": 3}}, InputError, ["teacher.a", "expected a torch.nn.Module"]),
         ({"teacher_weights": [1]}, InputError, ["teacher_weights", "1 weights for 2"]),
         (
             {"teacher_weights": {"0": 1, "3": 1}},

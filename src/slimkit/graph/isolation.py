@@ -150,7 +150,7 @@ class KeptParameters:
             for held, saved in self._saved.values():
                 held.copy_(saved)
         for parameter, data in self._parameters:
-            if parameter.data_ptr() != data.data_ptr():
+            if _storage(parameter) != _storage(data):
                 parameter.data = data
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from slimkit.errors import InputError, TrainingError
 from slimkit.inputs import Batch, ExampleInputs, as_inputs
-from slimkit.outside import called, signalled
+from slimkit.outside import signalled
 from slimkit.train.callbacks import StepContext
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class StepTools:
             if objective.batch_loss is None:
                 self._outputs = outputs = as_float(batch.inputs.run(self._forward))
                 return self._total(outputs, batch), outputs
-            answer: object = called(
+            answer: object = signalled(
                 objective.batch_loss, TrainingError, "batch_loss", self._forward, batch
             )
             if not (isinstance(answer, tuple) and len(answer) == 2):
@@ -243,7 +243,9 @@ class StepTools:
         objective = self._objective
         with self._device.autocast(bf16):
             if objective.batch_loss is not None:
-                return objective.batch_loss(self._forward, batch)[0]
+                return signalled(
+                    objective.batch_loss, TrainingError, "batch_loss", self._forward, batch
+                )[0]
             outputs = as_float(batch.inputs.run(self._forward))
             parts = [leaf.square().mean() for leaf in tree_leaves(outputs) if _learns(leaf)]
             return torch.stack(parts).sum() if parts else None
@@ -259,7 +261,7 @@ class StepTools:
         terms = self._terms(outputs, batch)
         own = None
         if objective.loss_fn is not None and (objective.weight or not terms):
-            own = called(objective.loss_fn, TrainingError, "loss_fn", outputs, batch.targets)
+            own = signalled(objective.loss_fn, TrainingError, "loss_fn", outputs, batch.targets)
         return self._sum(own, terms)
 
     def _terms(self, outputs: Any, batch: Batch) -> list[Tensor]:
@@ -267,7 +269,7 @@ class StepTools:
             return []
         context = self.context(batch, outputs)
         return [
-            called(term, TrainingError, f"losses.{number}", context)
+            signalled(term, TrainingError, f"losses.{number}", context)
             for number, term in enumerate(self._objective.terms)
         ]
 

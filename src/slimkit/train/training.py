@@ -90,8 +90,7 @@ def fit(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             nothing says what is minimised, or two things do.
         TrainingError: the loss or a metric is not finite, the loss is no scalar, nothing
             requires gradients, or a function that was given raised; the checkpoint of the epoch
-            before is kept. From ``step`` and callbacks exceptions of classes of your own pass:
-            they are a way to leave.
+            before is kept. Exceptions of classes of your own pass: they are a way to leave.
         CaptureError: the model's forward raised.
         CheckpointError: the checkpoint is of a run with other settings; a state is to be kept
             in it that is neither tensors nor JSON.

@@ -180,7 +180,6 @@ def unique_names(losses: Iterable[DistillLoss]) -> list[str]:
     return names
 
 
-@door
 def parse_losses(
     entries: Sequence[Mapping[str, Any] | DistillLoss], *, where: str = "distill"
 ) -> list[DistillLoss]:
