@@ -17,7 +17,7 @@ import os
 import stat
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -289,14 +289,16 @@ def check_model(model: Any, where: str = "model", *, values: bool = True) -> Non
     if not _is_module(model):
         raise InputError(f"expected a torch.nn.Module, got {_shown(model)}", where=where)
     try:
-        named = [*model.named_parameters(), *model.named_buffers()]
+        sound = all(_is_sound(tensor, is_lazy, values) for tensor in _tensors(model))
     except AttributeError as error:
         raise InputError(
             f"{type(model).__name__} is not initialised: {error}",
             where=where,
             hint="its __init__ has to call super().__init__() first",
         ) from error
-    for name, tensor in named:
+    if sound:  # names cost more than all the rest
+        return
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         place = f"{where}.{name}"
         if is_lazy(tensor):
             raise InputError(
@@ -312,6 +314,17 @@ def check_model(model: Any, where: str = "model", *, values: bool = True) -> Non
                 where=place,
                 hint="model.to_empty(device='cpu'), then load its weights",
             )
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
+
+
+def _is_sound(tensor: Any, is_lazy: Callable[[Any], bool], values: bool) -> bool:
+    return not (is_lazy(tensor) or tensor.is_nested or (values and tensor.is_meta))
 
 
 def _shown(value: object) -> str:
