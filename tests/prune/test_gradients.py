@@ -314,7 +314,7 @@ def test_mistakes_are_named(kind, model, batches):
             kind(data, loss).prepare(model, groups)
 
     fails(InputError, "there are no batches", [])
-    fails(InputError, "expected batches, got int", 3)
+    fails(InputError, "batches: expected something to iterate over, got 3", 3)
     fails(InputError, r"no targets: give \(inputs, targets\)", [batches[0][0]])
     fails(InputError, r"batches\[0\]: expected a tensor, .* got a int", [3])
     fails(InputError, "loss: the loss is nan", [(batches[0][0] * float("nan"), batches[0][1])])

@@ -100,7 +100,6 @@ def test_test_data_is_refused(small: nn.Module, images: Images) -> None:
         ([torch.full((2, 3, 16, 16), torch.inf)], "infinity"),
         ([torch.zeros(2, 3, 1, 1)], "does not go through"),
         (["image.png"], "batch 1: .* got a str"),
-        (3, "expected batches"),
     ],
 )
 def test_bad_calibration_data_is_named(small: nn.Module, batches: Any, message: str) -> None:
@@ -231,3 +230,8 @@ def test_large_batches_go_through_in_parts(
         low, high = (getattr(quantized.quantizers["input"], end).item() for end in ("low", "high"))
         whole = torch.cat(data)
         assert (low, high) == (whole.min().item(), whole.max().item())
+
+
+def test_calibration_that_is_no_batches_is_named(small: nn.Module) -> None:
+    with pytest.raises(InputError, match="calibration: expected something to iterate over, got 3"):
+        ptq(small, torch.zeros(1, 3, 16, 16), calibration=3)  # type: ignore[arg-type]
