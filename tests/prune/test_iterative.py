@@ -180,7 +180,7 @@ def test_mistakes_are_found_before_anything_is_trained(model):
             iterate(model, X, train=train, **options)
 
     fails(InputError, "exactly one target")
-    fails(InputError, "steps: expected a whole number", ratio=0.5, steps=0)
+    fails(InputError, "steps: expected an integer ≥ 1", ratio=0.5, steps=0)
     fails(UnknownNameError, "did you mean 'cubic'", ratio=0.5, schedule="qubic")
     fails(InputError, "must rise from 0 to 1", ratio=0.5, schedule=lambda part: part / 2)
     fails(

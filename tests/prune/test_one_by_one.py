@@ -124,9 +124,9 @@ def test_mistakes_are_named(model, batches):
             one_by_one(model, X, data, F.cross_entropy, round_to=round_to, **options)
 
     fails(InputError, "exactly one target")
-    fails(InputError, "every: expected a whole number", macs=0.5, every=0)
-    fails(InputError, "at_once: expected a whole number", macs=0.5, at_once=1.5)
-    fails(InputError, "normalise: unknown choice", macs=0.5, normalise="flops")
+    fails(InputError, "every: expected an integer ≥ 1", macs=0.5, every=0)
+    fails(InputError, "at_once: expected an integer, got 1.5", macs=0.5, at_once=1.5)
+    fails(InputError, "normalise: expected macs or activations", macs=0.5, normalise="flops")
     fails(InputError, "there are no batches", [], macs=0.5)
     fails(InputError, "an iterator is empty", iter(batches), macs=0.5)
     fails(PlanError, "out of reach", macs=0.99, round_to=2)
