@@ -34,6 +34,8 @@ __all__ = [
     "atomic_files",
     "content_hash",
     "file_hash",
+    "parse_json",
+    "read_bytes",
     "read_directory",
     "read_json",
     "read_tensors",
@@ -46,6 +48,12 @@ __all__ = [
 PathLike = str | os.PathLike[str]
 Contents = TypeVar("Contents")
 
+MOST_JSON_BYTES = 2**28
+"""Of a JSON file, 256 MiB; the largest plan of a network of 10⁹ weights takes a tenth of it."""
+_LARGEST_INTEGER = 2**63
+"""Integers lie below it; beyond, neither torch nor Arrow nor a JSON reader elsewhere has them."""
+_INTEGER_DIGITS = 20
+"""Of an integer of 64 bits, with its sign."""
 _ATTEMPTS = 1000
 """How often a folder is read or replaced again because another process replaced it meanwhile."""
 
@@ -329,20 +337,75 @@ def write_json(path: PathLike, value: object) -> None:
 
 
 def read_json(path: PathLike) -> Any:
-    """Read a JSON file.
+    """Read a JSON file; see :func:`parse_json` for what is accepted.
 
     Raises:
-        ArtifactError: missing, unreadable, or not JSON (with line and column).
+        ArtifactError: missing, unreadable, too large, or not JSON (with line and column).
     """
     source = _regular(path)
     try:
-        return json.loads(source.read_text(encoding="utf-8"))
+        size = source.stat().st_size
+        if size > MOST_JSON_BYTES:
+            raise ArtifactError(
+                f"{size:,} bytes, and at most {MOST_JSON_BYTES:,} of JSON are read",
+                where=str(source),
+            )
+        return parse_json(source.read_text(encoding="utf-8"), str(source))
     except OSError as error:
         raise _failed("read", source, error) from error
-    except RecursionError as error:
-        raise ArtifactError("not a JSON file: nested too deeply", where=str(source)) from error
-    except ValueError as error:  # a number of too many digits is one, too
+    except UnicodeDecodeError as error:
         raise ArtifactError(f"not a JSON file: {error}", where=str(source)) from error
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """What a JSON text from outside says: no NaN or infinity, integers of 64 bits at most.
+
+    Args:
+        text: UTF-8 where it is bytes.
+        where: the file or the peer, for the error.
+
+    Raises:
+        ArtifactError: it is not JSON, nested too deeply, or holds a number beyond these limits.
+    """
+    try:
+        return json.loads(
+            text, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_fraction
+        )
+    except RecursionError as error:
+        raise ArtifactError("not a JSON file: nested too deeply", where=where) from error
+    except ValueError as error:
+        raise ArtifactError(f"not a JSON file: {error}", where=where) from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _integer(digits: str) -> int:
+    value = int(digits) if len(digits) <= _INTEGER_DIGITS else _LARGEST_INTEGER
+    if not -_LARGEST_INTEGER <= value < _LARGEST_INTEGER:
+        raise ValueError(f"the integer {digits[:20]}… has more than 64 bits")
+    return value
+
+
+def _fraction(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """The bytes of a small file, such as a key or a certificate.
+
+    Raises:
+        ArtifactError: missing, unreadable, or no regular file.
+    """
+    source = _regular(path)
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise _failed("read", source, error) from error
 
 
 def _regular(path: PathLike) -> Path:

@@ -124,6 +124,12 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one option each
 
     if (tls_cert is None) != (tls_key is None):
         raise InputError("a certificate and its key go together", where="--tls-cert")
+    if client_ca is not None and tls_cert is None:
+        raise InputError(
+            "students' certificates can be asked for over TLS only",
+            where="--client-ca",
+            hint="give --tls-cert and --tls-key, too",
+        )
     secret = _secret(secret_file) if secret_file else None
     tls = TLSFiles(tls_cert, tls_key, client_ca) if tls_cert and tls_key else None
     options = {"dtype": dtype, "top_k": top_k, "batch_size": batch_size, "precision": precision}
@@ -137,7 +143,9 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one option each
 @teach_app.command("token")
 def token_command(
     secret_file: Annotated[Path, typer.Option(help="The teacher's secret.")],
-    hours: Annotated[float, typer.Option(min=0, help="How long the token is good.")] = 24.0,
+    hours: Annotated[
+        float, typer.Option(min=0, max=87_660, help="How long it is good; ten years at most.")
+    ] = 24.0,
 ) -> None:
     """Print a token for a student, for $SLIMKIT_TOKEN."""
     from slimkit.distill.knowledge import issue_token
@@ -146,9 +154,9 @@ def token_command(
 
 
 def _secret(path: Path) -> bytes:
-    from slimkit.distill.knowledge.online.serving import read_file
+    from slimkit.artifact import read_bytes
 
-    return read_file(path).strip()
+    return read_bytes(path).strip()
 
 
 def _teacher(

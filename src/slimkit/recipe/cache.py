@@ -16,7 +16,6 @@ shape) counts as not there: it is told to ``damaged`` and made again.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimkit.artifact import PathLike, atomic_directory, content_hash, read_json, write_json
+from slimkit.artifact import (
+    PathLike,
+    atomic_directory,
+    content_hash,
+    file_hash,
+    read_json,
+    write_json,
+)
 from slimkit.errors import ArtifactError
 from slimkit.locking import file_lock
 from slimkit.plan import save
@@ -323,12 +329,7 @@ def _read_sealed(path: Path, damaged: Damaged) -> Any:
 def _checksums(folder: Path) -> dict[str, str]:
     """Path in ``folder`` → SHA-256 (hex) of each file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _file_sum(path) for path in files}
-
-
-def _file_sum(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
 
 
 def _verify(folder: Path, files: Mapping[str, str]) -> None:
@@ -336,11 +337,5 @@ def _verify(folder: Path, files: Mapping[str, str]) -> None:
     if not files:
         raise ArtifactError("the list of its files is empty", where=str(folder))
     for name, expected in files.items():
-        try:
-            found = _file_sum(folder / name)
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot read: {error.strerror or error}", where=str(folder / name)
-            ) from error
-        if found != expected:
+        if file_hash(folder / name) != expected:
             raise ArtifactError("does not fit its checksum", where=str(folder / name))

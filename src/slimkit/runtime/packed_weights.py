@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimkit.artifact import PathLike, read_tensors, tensors_hash, write_tensors
+from slimkit.artifact import PathLike, parse_json, read_tensors, tensors_hash, write_tensors
 from slimkit.errors import ArtifactError, InputError
 
 __all__ = ["pack_tensor", "read_packed", "unpack_tensor", "write_packed"]
@@ -200,11 +200,11 @@ def _description(path: PathLike) -> dict[str, Any]:
     if text is None:
         raise ArtifactError("these are no packed weights", where=str(path), hint="read_tensors")
     try:
-        description = json.loads(text)
+        description = parse_json(text, str(path))
         version = description["format"]
         entries = description["packed"].values()
         sound = isinstance(version, int) and all({"shape", "values"} <= e.keys() for e in entries)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError("its description is damaged", where=str(path)) from error
     if not sound:
         raise ArtifactError("its description is damaged", where=str(path))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from slimkit.artifact import read_tensors, write_tensors
+from slimkit.artifact import parse_json, read_tensors, write_tensors
 from slimkit.errors import ArtifactError, CheckpointError
 from slimkit.plan import load_weights
 from slimkit.train.ema import WeightAverage
@@ -164,18 +164,18 @@ def _read_header(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {})["slimkit"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+            header: Any = parse_json((file.metadata() or {})["slimkit"], str(path))
+    except (SafetensorError, OSError, KeyError, ValueError, ArtifactError) as error:
         raise ArtifactError(
             f"not a checkpoint of a training run: {error}", where=str(path), hint="delete it"
         ) from error
-    if header.get("format") != _FORMAT:
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise ArtifactError(
-            f"checkpoint format {header.get('format')!r}, expected {_FORMAT!r}",
+            f"it is no checkpoint of the format {_FORMAT!r}",
             where=str(path),
             hint="delete it",
         )
-    return header
+    return dict(header)
 
 
 def _check_classes(path: Path, kept: dict[str, Any], extras: Sequence[object]) -> None:

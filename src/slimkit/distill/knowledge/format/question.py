@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slimkit.artifact import parse_json
 from slimkit.distill.knowledge.format.schema import KnowledgeSchema
-from slimkit.errors import DataError, nearest
+from slimkit.errors import ArtifactError, DataError, nearest
 
 __all__ = ["MAX_ASK_ROWS", "MAX_NOTE_BYTES", "Ask", "Question", "pack_ask", "read_ask", "read_note"]
 
@@ -100,8 +100,8 @@ def read_note(data: bytes, allowed: Sequence[str]) -> dict[str, Any]:
     if len(data) > MAX_NOTE_BYTES:
         raise DataError(f"{len(data)} bytes, at most {MAX_NOTE_BYTES}", where="note")
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data, "note")
+    except ArtifactError as error:
         raise DataError("this is not JSON", where="note") from error
     if not isinstance(value, dict) or set(value) != set(allowed):
         strange = [key for key in value if key not in allowed] if isinstance(value, dict) else []

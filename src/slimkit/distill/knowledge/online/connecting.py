@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
-from slimkit.artifact import PathLike
+from slimkit.artifact import PathLike, parse_json, read_bytes
 from slimkit.distill.knowledge.format.encoding import arrays_of, columns_of, decode, ids_of
 from slimkit.distill.knowledge.format.question import Ask, Question, pack_ask
 from slimkit.distill.knowledge.format.schema import KnowledgeSchema, check_schema
-from slimkit.distill.knowledge.online.serving import SERVING, read_file
+from slimkit.distill.knowledge.online.serving import SERVING
 from slimkit.distill.knowledge.online.tokens import token_from_environment
 from slimkit.distill.recording.records import Records
-from slimkit.errors import DataError, InputError, SlimkitError, TeacherError
+from slimkit.errors import ArtifactError, DataError, InputError, SlimkitError, TeacherError
 
 __all__ = ["Connection", "LostTeacherError", "Patience", "Trust"]
 
@@ -153,9 +153,9 @@ class Connection:
         results = list(client.do_action(("describe", b""), self._options()))
         try:
             found = pa.ipc.read_schema(results[0].body)
-            liked = json.loads((found.metadata or {})[SERVING])
+            liked = parse_json((found.metadata or {})[SERVING], self.address)
             batch_size, parallel = int(liked["batch_size"]), int(liked["parallel"])
-        except (pa.ArrowException, LookupError, ValueError, TypeError) as error:
+        except (pa.ArrowException, LookupError, ValueError, TypeError, ArtifactError) as error:
             raise TeacherError("this is not a Slimkit teacher", where=self.address) from error
         schema = KnowledgeSchema.from_arrow(found, self.address)
         if not (1 <= batch_size <= 2**16 and 1 <= parallel <= 1024):
@@ -230,9 +230,9 @@ class Connection:
     def _reply(self, client: Any, note: bytes) -> None:
         """Answer what the teacher asked along with its knowledge."""
         try:
-            asked = json.loads(note)
+            asked = parse_json(note, self.address)
             number, about = int(asked["question"]), str(asked["about"])
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, ArtifactError):
             return
         value = self._state(about) if self._state is not None else None
         body = _json({"question": number, "value": value}, "state")
@@ -305,13 +305,13 @@ class Connection:
         trust = self._trust
         options: dict[str, Any] = {}
         if trust.roots is not None:
-            options["tls_root_certs"] = read_file(trust.roots)
+            options["tls_root_certs"] = read_bytes(trust.roots)
         if (trust.certificate is None) != (trust.key is None):
             missing = "certificate" if trust.certificate is None else "key"
             raise InputError(f"the {missing} that belongs to it is missing", where=missing)
         if trust.certificate is not None and trust.key is not None:
-            options["cert_chain"] = read_file(trust.certificate)
-            options["private_key"] = read_file(trust.key)
+            options["cert_chain"] = read_bytes(trust.certificate)
+            options["private_key"] = read_bytes(trust.key)
         try:
             return flight.FlightClient(
                 self.address,

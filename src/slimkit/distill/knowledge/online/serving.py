@@ -12,22 +12,21 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import flight
 
-from slimkit.artifact import PathLike
+from slimkit.artifact import PathLike, read_bytes
 from slimkit.distill.knowledge.format.encoding import columns_of
 from slimkit.distill.knowledge.format.question import MAX_ASK_ROWS, Ask, read_ask, read_note
 from slimkit.distill.knowledge.format.schema import check_schema
 from slimkit.distill.knowledge.online.mailbox import Mailbox
 from slimkit.distill.knowledge.online.tokens import check_secret, check_token
 from slimkit.distill.knowledge.teaching import Teacher
-from slimkit.errors import ArtifactError, DataError, InputError, SlimkitError, TeacherError
+from slimkit.errors import DataError, InputError, SlimkitError, TeacherError
 
-__all__ = ["SERVING", "TLSFiles", "TeacherServer", "read_file", "serve"]
+__all__ = ["SERVING", "TLSFiles", "TeacherServer", "serve"]
 
 SERVING = b"slimkit.serving"
 """Metadata of the schema that says how this teacher likes to be asked."""
@@ -98,9 +97,9 @@ class TeacherServer:
         scheme = "grpc+tls" if tls else "grpc"
         options: dict[str, Any] = {"middleware": {"token": _TokenCheck(secret)}}
         if tls is not None:
-            options["tls_certificates"] = [(read_file(tls.certificate), read_file(tls.key))]
+            options["tls_certificates"] = [(read_bytes(tls.certificate), read_bytes(tls.key))]
             if tls.client_ca is not None:
-                options |= {"verify_client": True, "root_certificates": read_file(tls.client_ca)}
+                options |= {"verify_client": True, "root_certificates": read_bytes(tls.client_ca)}
         place = f"{scheme}://{_bracketed(host)}:{port}"
         try:
             self._flight = _Flight(self, place, min(max_rows, MAX_ASK_ROWS), options)
@@ -349,15 +348,3 @@ def _is_loopback(host: str) -> bool:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def read_file(path: PathLike) -> bytes:
-    """The bytes of a certificate or key.
-
-    Raises:
-        ArtifactError: it cannot be read.
-    """
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"cannot read: {error.strerror or error}", where=str(path)) from error
