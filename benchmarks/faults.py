@@ -29,8 +29,6 @@ from slimkit.artifact import write_json
 
 TYPED = frozenset(name for name in slimkit.errors.__all__ if name.endswith("Error"))
 """Names of the errors that a user may meet."""
-LATER = frozenset(("damaged_plans", "killed_save"))
-"""Scripts of faults that are mended after the others."""
 BEFORE = PAGES / "records" / "faults_before.json"
 """Outcomes of the revision that the scripts were written against."""
 _SHOWN = 150
@@ -319,7 +317,7 @@ def table(scripts: Sequence[Path], found: Mapping[str, tuple[str, Output]]) -> s
     rows: list[list[object]] = []
     for script in scripts:
         verdict, out = found[script.stem]
-        name = f"{script.stem} (later)" if script.stem in LATER else script.stem
+        name = script.stem
         printed = "<br>".join(cell(line) for line in out.lines[-8:])
         was = before.get(script.stem, "–")
         rows.append([name, cell(about(script)).strip("`"), was, verdict, printed])
@@ -343,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bad = {name for name, (verdict, _) in found.items() if verdict.startswith("**")}
     if options.record:
         write_json(options.record, {"outcomes": {name: found[name][0] for name in found}})
-        return len(bad - LATER)
+        return len(bad)
     page = table(scripts, found)
     print(page)
     if not options.only:
@@ -355,13 +353,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "Short programs that each stand for a kind of fault found in a trial or in public "
                 "bug reports of other tools. Every one runs in a process of its own with one "
                 "thread. *right*: it prints the right value, or one typed error where that is the "
-                f"answer. Of {len(scripts)} scripts {len(bad - LATER)} are wrong; of those marked "
-                f"*later*, whose mending has not begun, {len(bad & LATER)}. *Before* is the "
+                f"answer. Of {len(scripts)} scripts {len(bad)} are wrong. *Before* is the "
                 "revision that the scripts were written against.",
                 page,
             ],
         )
-    return len(bad - LATER)
+    return len(bad)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import nn
 import slimkit as sk
 from benchmarks.fuzz.mutations import damaged_bytes, damaged_text
 from benchmarks.fuzz.outcomes import Case
-from slimkit.artifact import tensors_hash
+from slimkit.artifact import read_json, tensors_hash
 
 __all__ = ["KINDS", "cases"]
 
@@ -148,7 +148,7 @@ def _draw_report(folder: Path) -> object:
     from slimkit.report import compare
     from slimkit.report.rendering import build_html
 
-    build_html(json.loads((folder / "report.json").read_text(errors="replace")))
+    build_html(read_json(folder / "report.json"))
     return compare(folder, folder).markdown()
 
 
@@ -322,7 +322,8 @@ KINDS = (
     ),
     Kind("packed weights", _write_packed, _read_packed, sealed=True),
     Kind("checkpoint of weights", _write_checkpoints, _load_checkpoints, sealed=False),
-    Kind("checkpoint of a training", _write_training, lambda f: _train(f, stop=False), sealed=False),
+    Kind("checkpoint of a training", _write_training, lambda folder: _train(folder, stop=False),
+         sealed=False),
     Kind("knowledge of a teacher", _write_knowledge, _read_knowledge, sealed=True,
          targets=("known/*",)),
     Kind("report", _write_report, _draw_report, sealed=False),

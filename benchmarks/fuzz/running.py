@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 
 from benchmarks.fuzz.outcomes import Case
 from slimkit.errors import SlimkitError
@@ -78,7 +77,7 @@ def _outcome(case: Case) -> tuple[str, str]:
 def _limited(seconds: float) -> Iterator[None]:
     """Raise after so many seconds; on the main thread of a Unix process."""
 
-    def over(number: int, frame: FrameType | None) -> None:
+    def over(*_: object) -> None:
         raise _TooLongError
 
     before = signal.signal(signal.SIGALRM, over)

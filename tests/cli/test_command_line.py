@@ -97,6 +97,9 @@ BAD = [
     (["compare", "nowhere", "elsewhere"], "nowhere"),
     (["report", "nowhere"], "nowhere"),
     (["list", "critera"], "'criteria'"),
+    (["teach", "serve", "quickstart", "--client-ca", "ca.pem"], "--client-ca: students'"),
+    (["teach", "serve", "quickstart", "--tls-cert", "a.pem"], "--tls-cert: a certificate and"),
+    (["teach", "token", "nowhere", "--hours", "inf"], "--hours"),
 ]
 
 

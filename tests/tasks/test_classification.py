@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +91,26 @@ def test_what_is_no_logits_is_refused() -> None:
 def test_no_batches_is_an_error() -> None:
     with pytest.raises(InputError, match="no batch"):
         TASK.evaluate(Echo(), [])
+
+
+def test_a_predict_script_whose_reader_has_seen_enough_is_quiet(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    from slimkit.tasks import predict_arrays, predict_images
+    from slimkit.tasks.detection import predict_boxes
+
+    for module in (predict_arrays, predict_images, predict_boxes):
+        text = Path(str(module.__file__)).read_text(encoding="utf-8")
+        script = tmp_path / "predict.py"
+        begin = text.index('if __name__ == "__main__":')
+        script.write_text(
+            "import os\nimport sys\ndef main():\n    for _ in range(100_000): print('x' * 100)\n"
+            + text[begin:]
+        )
+        done = subprocess.run(
+            ["bash", "-c", f"{sys.executable} {script} | head -1"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.stdout == "x" * 100 + "\n"
+        assert done.stderr == ""

@@ -57,11 +57,11 @@ class Generation(BaseModel, ABC):
     """Whether the objective looks at the student's answers."""
 
     type: str
-    latent: int = Field(default=100, ge=1)
-    width: int = Field(default=64, ge=1)
-    lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
-    steps: int = Field(default=1, ge=1)
-    student_steps: int = Field(default=1, ge=1)
+    latent: int = Field(default=100, ge=1, le=65_536)
+    width: int = Field(default=64, ge=1, le=65_536)
+    lr: float = Field(default=1e-3, gt=0, le=1e6, allow_inf_nan=False)
+    steps: int = Field(default=1, ge=1, le=1_000_000)
+    student_steps: int = Field(default=1, ge=1, le=1_000_000)
 
     @abstractmethod
     def objective(self, student: Tensor | None, teacher: Tensor, features: Tensor) -> Tensor:
@@ -87,9 +87,9 @@ class DAFL(Generation):
     """
 
     type: Literal["dafl"] = "dafl"
-    one_hot: float = Field(default=0.05, ge=0, allow_inf_nan=False)
-    entropy: float = Field(default=5.0, ge=0, allow_inf_nan=False)
-    activation: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    one_hot: float = Field(default=0.05, ge=0, le=1e6, allow_inf_nan=False)
+    entropy: float = Field(default=5.0, ge=0, le=1e6, allow_inf_nan=False)
+    activation: float = Field(default=0.01, ge=0, le=1e6, allow_inf_nan=False)
     features: RecordPath | None = None
 
     def objective(self, student: Tensor | None, teacher: Tensor, features: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ class ZSKT(Generation):
 
     asks_student: ClassVar[bool] = True
     type: Literal["zskt"] = "zskt"
-    student_steps: int = Field(default=10, ge=1)
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    student_steps: int = Field(default=10, ge=1, le=1_000_000)
+    temperature: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False)
 
     def objective(self, student: Tensor | None, teacher: Tensor, features: Tensor) -> Tensor:
         """See the base class."""
@@ -131,7 +131,7 @@ class DFAD(Generation):
 
     asks_student: ClassVar[bool] = True
     type: Literal["dfad"] = "dfad"
-    student_steps: int = Field(default=5, ge=1)
+    student_steps: int = Field(default=5, ge=1, le=1_000_000)
 
     def objective(self, student: Tensor | None, teacher: Tensor, features: Tensor) -> Tensor:
         """See the base class."""

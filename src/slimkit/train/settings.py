@@ -72,15 +72,15 @@ class TrainSettings(BaseModel):
     schedule: Literal["cosine", "one_cycle", "linear", "constant"] = "cosine"
     warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
-    loss_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1
+    loss_weight: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 1
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    clip_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    clip_grad_norm: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     accumulate: Annotated[int, Field(ge=1, le=65_536)] = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     freeze_batch_norm: bool = False
     batch_norm_reestimation: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
-    evaluate_every: Annotated[int, Field(ge=1)] = 1
-    log_every: Annotated[int, Field(ge=1)] = 20
+    evaluate_every: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    log_every: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     device: Literal["auto", "cpu"] = "auto"

@@ -211,3 +211,28 @@ def test_a_damaged_description_is_refused() -> None:
     schema = good.with_metadata({b"slimkit.knowledge": huge.encode()})
     with pytest.raises(DataError, match="bytes per sample"):
         KnowledgeSchema.from_arrow(schema, "here")
+
+
+@pytest.mark.parametrize(
+    "liked",
+    [
+        b'{"batch_size": Infinity, "parallel": 1}',
+        b'{"batch_size": 1e999, "parallel": 1}',
+        b'{"batch_size": ' + b"9" * 5000 + b', "parallel": 1}',
+        b"[" * 100_000,
+        b'{"batch_size": null, "parallel": 1}',
+        b"[]",
+        b"\xff",
+    ],
+)
+def test_a_lie_about_how_a_teacher_likes_to_be_asked_names_the_teacher(
+    liked: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def description(self: Any) -> Any:
+        found = self._owner.teacher.schema.arrow()
+        return found.with_metadata({**found.metadata, serving.SERVING: liked}).serialize()
+
+    monkeypatch.setattr(serving._Flight, "_description", description)
+    with serve(ToyTeacher()) as server, pytest.raises(TeacherError) as caught:
+        OnlineTeacher(server.address, patience=Patience(0.5, 0.5)).schema  # noqa: B018 - asks
+    assert server.address in str(caught.value)

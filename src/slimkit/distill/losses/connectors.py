@@ -101,7 +101,7 @@ class ConvBNAct(ConnectorSettings):
     """
 
     type: Literal["conv_bn_act"] = "conv_bn_act"
-    kernel: int = Field(default=1, ge=1)
+    kernel: int = Field(default=1, ge=1, le=99)
     norm: bool = True
     act: Literal["relu", "gelu", "none"] = "relu"
 

@@ -99,7 +99,7 @@ class CWD(FeatureLoss):
     """
 
     type: Literal["cwd"] = "cwd"
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False)
 
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """See the base class."""
@@ -128,7 +128,7 @@ class ActivationBoundary(FeatureLoss):
     """
 
     type: Literal["activation_boundary"] = "activation_boundary"
-    margin: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    margin: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False)
 
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """See the base class."""

@@ -72,7 +72,7 @@ class DistillLoss(BaseModel, ABC):
     modules: ClassVar[tuple[str, ...]] = ()
 
     type: str
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, ge=0, le=1e6, allow_inf_nan=False)
     student: RecordPath | None = None
     teacher: RecordPath | None = None
     reduce: Literal["mean", "sum"] = "mean"

@@ -24,7 +24,7 @@ class KD(DistillLoss):
     """
 
     type: Literal["kd"] = "kd"
-    temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=4.0, gt=0, le=1e6, allow_inf_nan=False)
     standardize: bool = False
 
     def compute(
@@ -43,7 +43,7 @@ class SoftCrossEntropy(DistillLoss):
     """
 
     type: Literal["soft_cross_entropy"] = "soft_cross_entropy"
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False)
 
     def compute(
         self, student: Tensor, teacher: Tensor, sample_weights: Tensor | None = None
@@ -63,9 +63,9 @@ class DKD(DistillLoss):
     """
 
     type: Literal["dkd"] = "dkd"
-    alpha: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    beta: float = Field(default=8.0, ge=0, allow_inf_nan=False)
-    temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    alpha: float = Field(default=1.0, ge=0, le=1e6, allow_inf_nan=False)
+    beta: float = Field(default=8.0, ge=0, le=1e6, allow_inf_nan=False)
+    temperature: float = Field(default=4.0, gt=0, le=1e6, allow_inf_nan=False)
 
     def compute(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """See the base class."""
@@ -81,7 +81,7 @@ class WSLD(DistillLoss):
     """
 
     type: Literal["wsld"] = "wsld"
-    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=2.0, gt=0, le=1e6, allow_inf_nan=False)
 
     def compute(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """See the base class."""
@@ -99,9 +99,9 @@ class DIST(DistillLoss):
     """
 
     type: Literal["dist"] = "dist"
-    beta: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    gamma: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    beta: float = Field(default=1.0, ge=0, le=1e6, allow_inf_nan=False)
+    gamma: float = Field(default=1.0, ge=0, le=1e6, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, gt=0, le=1e6, allow_inf_nan=False)
 
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """See the base class."""

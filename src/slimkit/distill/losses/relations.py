@@ -59,7 +59,7 @@ class AttentionTransfer(FeatureLoss):
 
     type: Literal["attention_transfer"] = "attention_transfer"
     connector: Annotated[ConnectorChoice, ConnectorField()] = "none"
-    power: float = Field(default=2.0, ge=1, allow_inf_nan=False)
+    power: float = Field(default=2.0, ge=1, le=1e6, allow_inf_nan=False)
 
     def fits(self, student: Shape, teacher: Shape) -> bool:
         """See the base class."""

@@ -27,9 +27,9 @@ class WeightSchedule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shape: Literal["constant", "linear", "cosine"] = "constant"
-    final: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    start_epoch: int = Field(default=0, ge=0)
-    stop_epoch: int | None = Field(default=None, ge=1)
+    final: float = Field(default=0.0, ge=0, le=1e6, allow_inf_nan=False)
+    start_epoch: int = Field(default=0, ge=0, le=1_000_000)
+    stop_epoch: int | None = Field(default=None, ge=1, le=1_000_000)
 
     @model_validator(mode="after")
     def _starts_before_it_stops(self) -> Self:

@@ -94,12 +94,12 @@ class FBKD(_Trained):
 
     type: Literal["fbkd"] = "fbkd"
     student: RecordPath
-    mask_weight: float = Field(default=7e-5, ge=0, allow_inf_nan=False)
-    attention_weight: float = Field(default=4e-3, ge=0, allow_inf_nan=False)
-    relation_weight: float = Field(default=7e-5, ge=0, allow_inf_nan=False)
-    temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    reduction: int = Field(default=2, ge=1)
-    pool: int = Field(default=1, ge=1)
+    mask_weight: float = Field(default=7e-5, ge=0, le=1e6, allow_inf_nan=False)
+    attention_weight: float = Field(default=4e-3, ge=0, le=1e6, allow_inf_nan=False)
+    relation_weight: float = Field(default=7e-5, ge=0, le=1e6, allow_inf_nan=False)
+    temperature: float = Field(default=0.1, gt=0, le=1e6, allow_inf_nan=False)
+    reduction: int = Field(default=2, ge=1, le=65_536)
+    pool: int = Field(default=1, ge=1, le=4_096)
 
     def parts(
         self, shapes: Mapping[str, Shape], layers: Mapping[str, nn.Module]
@@ -136,8 +136,8 @@ class FactorTransfer(_Trained):
 
     type: Literal["factor_transfer"] = "factor_transfer"
     student: RecordPath
-    factors: float = Field(default=0.5, gt=0, allow_inf_nan=False)
-    reconstruction: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    factors: float = Field(default=0.5, gt=0, le=1e6, allow_inf_nan=False)
+    reconstruction: float = Field(default=1.0, ge=0, le=1e6, allow_inf_nan=False)
 
     def parts(
         self, shapes: Mapping[str, Shape], layers: Mapping[str, nn.Module]
@@ -172,10 +172,10 @@ class CRD(_Trained):
 
     modules: ClassVar[tuple[str, ...]] = ("memory",)
     type: Literal["crd"] = "crd"
-    samples: int = Field(ge=1)
-    negatives: int = Field(default=16384, ge=1)
-    size: int = Field(default=128, ge=1)
-    temperature: float = Field(default=0.07, gt=0, allow_inf_nan=False)
+    samples: int = Field(ge=1, le=100_000_000)
+    negatives: int = Field(default=16384, ge=1, le=1_000_000)
+    size: int = Field(default=128, ge=1, le=65_536)
+    temperature: float = Field(default=0.07, gt=0, le=1e6, allow_inf_nan=False)
     momentum: float = Field(default=0.5, ge=0, le=1)
 
     def parts(
@@ -218,8 +218,8 @@ class BYOT(_Trained):
     student_deep: RecordPath
     reduce: Literal["mean", "sum"] = "sum"
     alpha: float = Field(default=0.3, ge=0, le=1)
-    temperature: float = Field(default=3.0, gt=0, allow_inf_nan=False)
-    feature_weight: float = Field(default=0.03, ge=0, allow_inf_nan=False)
+    temperature: float = Field(default=3.0, gt=0, le=1e6, allow_inf_nan=False)
+    feature_weight: float = Field(default=0.03, ge=0, le=1e6, allow_inf_nan=False)
 
     @property
     def teacher_layer(self) -> str | Record | None:

@@ -70,7 +70,7 @@ class Record(BaseModel):
     part: Literal["output", "input"] = "output"
     parameter: str | None = None
     function: str | None = None
-    index: Annotated[int, Field(ge=0)] | str | None = None
+    index: Annotated[int, Field(ge=0, le=1_000_000)] | str | None = None
     call: int = Field(default=-1, ge=-1)
     of: Literal["student", "teacher"] | None = None
 

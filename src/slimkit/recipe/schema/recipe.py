@@ -38,7 +38,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")
 StageLink = Annotated[str, WithJsonSchema({"type": "string", "pattern": LINK})]
 """A stage's name, or STAGE.PART for one of several networks that it leaves."""
 
-Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -116,15 +116,15 @@ class RequireSettings(Settings):
         integer_convs: fraction of convolutions that the runtime runs as integer, at least.
     """
 
-    metric_drop: float | None = Field(default=None, allow_inf_nan=False)
-    min_metric: float | None = Field(default=None, allow_inf_nan=False)
-    accuracy_drop: float | None = Field(default=None, allow_inf_nan=False)
+    metric_drop: float | None = Field(default=None, ge=-1e6, le=1e6)
+    min_metric: float | None = Field(default=None, ge=-1e6, le=1e6)
+    accuracy_drop: float | None = Field(default=None, ge=-1e6, le=1e6)
     min_accuracy: float | None = Field(default=None, ge=0, le=100)
     bytes_ratio: Ratio | None = None
     latency_ratio: Ratio | None = None
     params_ratio: Ratio | None = None
     macs_ratio: Ratio | None = None
-    sqnr_db: float | None = Field(default=None, allow_inf_nan=False)
+    sqnr_db: float | None = Field(default=None, ge=-1e6, le=1e6)
     top1_agreement: Fraction | None = None
     max_abs_diff: Ratio | None = None
     integer_convs: Fraction | None = None

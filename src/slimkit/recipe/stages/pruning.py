@@ -31,7 +31,7 @@ __all__ = ["PruneStage", "TrainingBatches"]
 
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Part = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Channels = Annotated[int, Field(ge=1)]
+Channels = Annotated[int, Field(ge=1, le=1_000_000)]
 
 REMOVALS = ("ratio", "macs", "params", "latency")
 CRITERION = MethodField(
@@ -109,13 +109,13 @@ class PruneStage(Stage):
     attention: Literal["heads", "channels"] | None = None
     round_to: int = Field(default=8, ge=1, le=65_536)
     min_channels: Channels | None = None
-    batches: int = Field(default=16, ge=1)
+    batches: int = Field(default=16, ge=1, le=1_000_000)
     evaluate: Literal["loss", "metric"] = "loss"
-    evaluation_batches: int = Field(default=8, ge=1)
+    evaluation_batches: int = Field(default=8, ge=1, le=1_000_000)
     steps: int = Field(default=1, ge=1, le=1_000)
     schedule: Literal["cubic", "linear"] = "cubic"
     between: TrainSettings | None = None
-    batch_norm_reestimation: int = Field(default=20, ge=0)
+    batch_norm_reestimation: int = Field(default=20, ge=0, le=1_000_000)
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:

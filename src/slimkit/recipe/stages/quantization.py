@@ -56,10 +56,10 @@ class QuantizeOptions(BaseModel):
     target: Annotated[str, OneOf("slimkit.quantize:TARGETS")] = "onnxruntime"
     mode: Literal["static", "dynamic", "weights"] = "static"
     granularity: Literal["channel", "tensor", "group"] = "channel"
-    group_size: Annotated[int, Field(ge=1)] | None = None
+    group_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     observer: Annotated[str | BaseModel, OBSERVER] = "minmax"
     skip: tuple[str, ...] = ()
-    batches: int = Field(default=8, ge=1)
+    batches: int = Field(default=8, ge=1, le=1_000_000)
     weight_bits: Bits | dict[str, Bits] | None = None
 
     @model_validator(mode="after")
@@ -164,7 +164,7 @@ class PtqStage(QuantizeOptions, Stage):
     exclusive: ClassVar = (KINDS,)
     type: Literal["ptq"] = "ptq"
     methods: tuple[Annotated[Any, METHOD], ...] | None = None
-    max_drop: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    max_drop: float | None = Field(default=None, ge=0, le=1e6, allow_inf_nan=False)
     min_sqnr: float | None = Field(default=None, ge=0, lt=200)
     max_float: float | None = Field(default=None, gt=0, le=1)
     fewest: Literal["layers", "macs"] = "layers"
@@ -227,7 +227,7 @@ class QatStage(QuantizeOptions, DistillOptions, TrainSettings, Stage):
     type: Literal["qat"] = "qat"
     epochs: Annotated[float, Field(gt=0, le=MOST_EPOCHS)] = 2
     lr: Annotated[float, Field(gt=0, le=MOST_RATE)] = 5e-4
-    clip_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
+    clip_grad_norm: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     scales: Literal["observed", "lsq", "pact"] = "observed"
 

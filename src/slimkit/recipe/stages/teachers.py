@@ -35,9 +35,11 @@ __all__ = ["TEACHING", "DistillOptions", "check_distillation", "distilling", "ge
 
 MergeOption = (
     Literal["mean", "sum", "confidence"]
-    | Annotated[tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...], Field(min_length=1)]
+    | Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)], ...], Field(min_length=1)
+    ]
 )
-TeacherWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+TeacherWeight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 
 def _deliveries(value: Any) -> Any:
@@ -85,7 +87,7 @@ class DistillOptions(BaseModel):
     teacher_weighting: Literal["fixed", "confidence"] = "fixed"
     teacher_mode: Literal["frozen", "mutual"] = "frozen"
     teacher_precision: Literal["auto", "fp32", "bf16", "autocast"] = "auto"
-    teacher_cache: float = Field(default=0, ge=0, allow_inf_nan=False)
+    teacher_cache: float = Field(default=0, ge=0, le=1e6, allow_inf_nan=False)
     deliver: Annotated[tuple[Delivery, ...], BeforeValidator(_deliveries)] = ()
     data_free: Annotated[
         Generation | None, TypedBy("slimkit.distill:GENERATION", optional=True)

@@ -57,7 +57,7 @@ class SparsityTerm(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: str
-    weight: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    weight: float = Field(default=1e-4, ge=0, le=1e6, allow_inf_nan=False)
     ignore: tuple[str, ...] = ()
 
     @abstractmethod
@@ -75,7 +75,7 @@ class GroupLassoTerm(SparsityTerm):
     """
 
     type: Literal["group_lasso"] = "group_lasso"
-    growth: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    growth: float = Field(default=0.0, ge=0, le=1e6, allow_inf_nan=False)
     attention: Literal["heads", "channels"] | None = None
 
     def term(self, model: nn.Module, example_inputs: ExampleInputs) -> Any:

@@ -70,11 +70,11 @@ class DataSettings(BaseModel):
     crop_fraction: _Unit = 1.0
     batch_size: int = Field(128, ge=1, le=65_536)
     eval_batch_size: int = Field(256, ge=1, le=65_536)
-    validation: Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] = 0.1
+    validation: Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0, lt=2**31)] = 0.1
     augment: AugmentSettings = AugmentSettings()
-    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
-    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
-    limit: int | None = Field(None, ge=1)
+    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)], ...] | None = None
+    limit: int | None = Field(None, ge=1, lt=2**31)
     on_bad_image: Literal["error", "skip"] = "error"
     cache: Literal["auto", "memory", "files"] = "auto"
     seed: int = Field(0, ge=0, lt=2**31)

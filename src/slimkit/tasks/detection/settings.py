@@ -81,13 +81,15 @@ class DetectionDataSettings(BaseModel):
     resize: Literal["stretch", "letterbox"] = "stretch"
     batch_size: int = Field(16, ge=1, le=4096)
     eval_batch_size: int = Field(16, ge=1, le=4096)
-    validation: Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] = 0.1
+    validation: Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0, lt=2**31)] = 0.1
     augment: BoxAugmentSettings = BoxAugmentSettings()
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[
-        Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
+        Annotated[float, Field(gt=0, le=1e6)],
+        Annotated[float, Field(gt=0, le=1e6)],
+        Annotated[float, Field(gt=0, le=1e6)],
     ] = IMAGENET_STD
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, lt=2**31)
     on_bad_annotation: Literal["error", "skip"] = "skip"
     workers: int = Field(0, ge=0, le=64)
     seed: int = 0
