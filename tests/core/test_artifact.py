@@ -209,3 +209,14 @@ def test_writing_never_changes_the_umask(tmp_path: Path, monkeypatch: pytest.Mon
         assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "Infinity", "[NaN]", "1e999", "9" * 5_000, str(2**63), "{", b"\xff"]
+)
+def test_json_beyond_the_limits_is_one_error_that_names_its_source(text: str | bytes) -> None:
+    from slimkit.artifact import parse_json
+
+    with pytest.raises(ArtifactError, match="peer: not a JSON file"):
+        parse_json(text, "peer")
+    assert parse_json(f"[{2**63 - 1}, {-(2**63)}, 1e308]", "peer") == [2**63 - 1, -(2**63), 1e308]

@@ -126,3 +126,22 @@ def test_a_factory_whose_module_fails_names_file_and_line(
     values["stages"]["prune"]["criterion"] = "unfinished_models:score"
     with pytest.raises(RecipeError, match=r"stages\.prune\.criterion.*models\.py:3"):
         parse_recipe(values)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "stages.train.epochs=.inf",
+        "stages.train.log_every=10000000000",
+        "stages.train.loss_weight=1e300",
+        "data.augment={crop: 1000000000}",
+        "data.batch_size=1000000000",
+        "data.limit=10000000000",
+        "measure.backends=[{threads: 5000}]",
+        "require.latency_ratio=.inf",
+        "require.accuracy_drop=.nan",
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_the_range(setting: str) -> None:
+    with pytest.raises(RecipeError, match=r"at most|at least|less than|finite"):
+        load_recipe("quickstart", [setting])
