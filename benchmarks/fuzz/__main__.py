@@ -1,4 +1,4 @@
-"""Fuzzing: damaged files and odd recipes, counted by what came of them.
+"""Fuzzing: damaged files, odd recipes and bad arguments, counted by what came of them.
 
 ::
 
@@ -17,13 +17,13 @@ import time
 import warnings
 from pathlib import Path
 
-from benchmarks.fuzz import files, recipes
+from benchmarks.fuzz import arguments, files, recipes
 from benchmarks.fuzz.running import OUTCOMES, Tally, run
 from benchmarks.tables import markdown, write_page
 
 LIMIT_RAW = 0.005
 """Share of cases that may end in an exception that is not ours."""
-_KINDS = ("files", "recipes")
+_KINDS = ("files", "recipes", "arguments")
 
 
 def main() -> None:
@@ -42,6 +42,7 @@ def main() -> None:
         made = {
             "files": lambda: files.cases(chosen.seed, each, place),
             "recipes": lambda: recipes.cases(chosen.seed, each, place),
+            "arguments": lambda: arguments.cases(chosen.seed, each),
         }
         for kind in chosen.kinds:
             tallies[kind] = run(made[kind]())
