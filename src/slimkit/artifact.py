@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "UNFINISHED",
     "PathLike",
     "atomic_directory",
     "atomic_file",
@@ -54,6 +55,8 @@ _LARGEST_INTEGER = 2**63
 """Integers lie below it; beyond, neither torch nor Arrow nor a JSON reader elsewhere has them."""
 _INTEGER_DIGITS = 20
 """Of an integer of 64 bits, with its sign."""
+UNFINISHED = ".part-"
+"""Within the name of a file that is being written; what is left of one that was killed has it."""
 _ATTEMPTS = 1000
 """How often a folder is read or replaced again because another process replaced it meanwhile."""
 
@@ -301,7 +304,8 @@ def _temporary(final: Path, create: Callable[[Path], Path]) -> Iterator[Path]:
 
 
 def _new_file(final: Path) -> Path:
-    handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.stem}.", suffix=final.suffix)
+    prefix = f".{final.stem}{UNFINISHED}"
+    handle, name = tempfile.mkstemp(dir=final.parent, prefix=prefix, suffix=final.suffix)
     os.close(handle)
     return Path(name)
 

@@ -217,7 +217,7 @@ def test_a_fraction_out_of_range_is_refused(model, value):
 
 @pytest.mark.parametrize("value", ["half", True, float("nan")])
 def test_a_fraction_that_is_no_number_is_refused(model, value):
-    with pytest.raises(InputError, match="^ratio: expected a finite number, got "):
+    with pytest.raises(InputError, match=r"^ratio: expected a finite number, got "):
         sk.prune.plan(model, X, ratio=value)
 
 

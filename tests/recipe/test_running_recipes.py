@@ -222,3 +222,18 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(
         run_recipe(parse_recipe(values), tmp_path / "file" / "out", cache=tmp_path / "cache")
     with pytest.raises(ArtifactError, match="SLIMKIT_CACHE"):
         run_recipe(parse_recipe(values), tmp_path / "out", cache=tmp_path / "file")
+
+
+def test_what_a_killed_run_left_is_swept_and_files_of_ones_own_stay(tmp_path: Path) -> None:
+    from slimkit.artifact import UNFINISHED
+    from slimkit.recipe.runner import _sweep
+
+    own = [
+        tmp_path / name for name in (".recipe.yaml", ".recipe.original.yaml", ".report.mine.json")
+    ]
+    left = [tmp_path / f".{name}{UNFINISHED}abc12345.json" for name in ("report", "recipe")]
+    for path in [*own, *left]:
+        path.write_text("{}")
+    _sweep(tmp_path)
+    assert all(path.exists() for path in own)
+    assert not any(path.exists() for path in left)

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from slimkit.artifact import PathLike, write_json, write_text
+from slimkit.artifact import UNFINISHED, PathLike, write_json, write_text
 from slimkit.errors import ArtifactError, GateError
 from slimkit.recipe.cache import Cache
 from slimkit.recipe.chains import Chain
@@ -126,7 +126,8 @@ def _check_early(bench: Workbench) -> None:
 
 def _sweep(folder: Path) -> None:
     """Remove what a run that was killed while writing left in ``folder``."""
-    for pattern in (".report.*", ".recipe.*", "variants/*/.model.*", "variants/*/.predict.*"):
+    files = [f".{name}{UNFINISHED}*" for name in ("report", "recipe", "log")]
+    for pattern in (*files, "variants/*/.model.*", f"variants/*/.predict{UNFINISHED}*"):
         for remains in folder.glob(pattern):
             if remains.is_dir():
                 shutil.rmtree(remains, ignore_errors=True)
