@@ -195,3 +195,23 @@ def test_a_weight_may_be_a_buffer() -> None:
     with torch.no_grad():
         error = (q(x) - model(x)).norm() / model(x).norm()
     assert 0 < float(error) < 0.02
+
+
+def test_the_summary_counts_multiply_adds_also_of_layers_that_stay_in_float() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 4)
+            self.lstm = nn.LSTM(4, 4, batch_first=True)
+            self.last = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.lstm(self.first(x))[0][:, -1])
+
+    x = torch.randn(1, 3, 8)
+    plan = ptq(Reader().eval(), x, calibration=[x]).plan
+    # 3 · 8 · 4 and 4 · 2 in integers; 3 steps with 4 gates of 4 units, each of 4 + 4 inputs
+    assert plan.share == pytest.approx((96 + 8) / (96 + 8 + 3 * 16 * 8))
+    told = plan.explain()
+    assert "2 of 3 operations integer with 21% of the MACs" in told
+    assert "float: onnxruntime has no integer lstm" in told

@@ -21,7 +21,7 @@ from slimkit.prune.latency_target import Bench
 from slimkit.recipe import parse_recipe, preview_run, recipe_schema, run_recipe
 from slimkit.recipe.cache import Cache
 from slimkit.recipe.stages.interface import StageContext
-from slimkit.recipe.stages.pruning import PruneStage, TrainingBatches
+from slimkit.recipe.stages.pruning import ROUND_TO, PruneStage, TrainingBatches
 from slimkit.recipe.workbench import Workbench
 
 
@@ -260,3 +260,24 @@ def test_recovery_and_sparse_training_are_one_word_each(
     console = Console(file=StringIO(), width=200)
     Narrator(console)(told)
     assert console.file.getvalue() == f"warning  final: {warning}\n"  # type: ignore[attr-defined]
+
+
+def test_latency_before_a_quantizing_stage_is_that_of_quantized_copies(
+    context: StageContext, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def timed(self: Bench, kept: Any, *_: Any) -> list[tuple[float, float]]:
+        copy = self.space.measuring["deployed"](self.space.pruned(kept))
+        seen.append(type(copy).__name__)
+        assert copy.plan.share > 0.9
+        share = self.space.cost(kept).macs / self.space.cost().macs
+        return [(2.0, 2.0 * (0.8 + 0.2 * share))]
+
+    monkeypatch.setattr(Bench, "__call__", timed)
+    PruneStage(latency=0.1, then="int8", round_to=1).run(model, context)
+    assert set(seen) == {"QuantizedModel"}
+
+
+def test_channels_are_rounded_to_what_follows() -> None:
+    assert (ROUND_TO[PruneStage(macs=0.5).then], ROUND_TO["int8"]) == (8, 16)

@@ -312,7 +312,9 @@ class Bench:
         from slimkit.runtime.exporting import export
 
         path = self.folder / f"{len(self._ready)}.onnx"
+        deployed = self.space.measuring.get("deployed")
         try:
+            model = model if deployed is None else deployed(model)
             export(model, path, self.space.inputs, dynamic_batch=False)
         except ExportError as error:
             layer = _failing_layer(error, model)

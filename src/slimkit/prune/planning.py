@@ -7,7 +7,7 @@ channels of each, and write down every slice and attribute that follows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +57,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
     evaluate: Evaluate | None = None,
     backend: str = "onnxruntime",
     threads: int = 1,
+    deployed: Callable[[nn.Module], nn.Module] | None = None,
     progress: bool = True,
 ) -> PrunePlan:
     """Decide which channels of ``model`` to remove. The model is not changed.
@@ -96,6 +97,8 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             training or validation data, never test data.
         backend: where latency is measured.
         threads: that it may use.
+        deployed: network → what will run in its place, such as a quantized copy: latency is
+            measured on that, of the unpruned network too. None for the network itself.
         progress: show on standard error how measuring and trying goes on.
 
     Returns:
@@ -130,7 +133,7 @@ def plan(  # noqa: PLR0913 - the verb: every choice is a keyword with a default
             **choices.settings,
             "allocation": _name(allocation),
         },
-        measuring={"backend": backend, "threads": threads},
+        measuring={"backend": backend, "threads": threads, "deployed": deployed},
         progress=progress,
     )
     kept = choices.fit(called(allocate, InputError, "allocation", choices, target), target)

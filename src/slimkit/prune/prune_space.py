@@ -81,7 +81,7 @@ class PruneSpace:
         reasons: name of every other group → why it stays whole.
         settings: how the plan is made; written into it.
         evaluate: how good a network is, or None if the caller gave nothing.
-        measuring: settings of a latency target (backend, threads).
+        measuring: settings of a latency target (backend, threads, deployed).
         progress: show on standard error how long work goes on.
     """
 

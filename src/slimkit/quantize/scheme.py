@@ -105,9 +105,10 @@ class QuantPlan(Plan):
     def explain(self) -> str:
         """Every layer, addition and pooling: integer, or float and why."""
         integer = sum(decision.integer for decision in self.decisions)
+        share = f" with {self.share:.0%} of the MACs" if any(d.macs for d in self.decisions) else ""
         lines = [
             f"target {self.target}, {self._method()}, weights per {self.granularity}: "
-            f"{integer} of {len(self.decisions)} operations integer, "
+            f"{integer} of {len(self.decisions)} operations integer{share}, "
             f"{len(self.folds)} batch norms folded"
         ]
         if self.plain:
@@ -120,6 +121,12 @@ class QuantPlan(Plan):
             lines.append(f"  {decision.address:<{width}}  {state}")
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    @property
+    def share(self) -> float:
+        """The part of the multiply-accumulates that is computed with integers, 0 … 1."""
+        macs = sum(decision.macs for decision in self.decisions)
+        return sum(d.macs for d in self.decisions if d.integer) / macs if macs else 0.0
 
     def _method(self) -> str:
         if self.mode == "static":

@@ -122,6 +122,7 @@ class Decision:
         weight: quantizer of its weight, if it has one.
         writes: quantizer of its output, perhaps behind a clipping activation function; ``None``
             when the output leaves in float.
+        macs: multiply-accumulates of the call for the whole example.
     """
 
     address: str
@@ -131,6 +132,7 @@ class Decision:
     reads: tuple[str, ...] = ()
     weight: str | None = None
     writes: str | None = None
+    macs: int = 0
 
 
 def check_names(

@@ -15,6 +15,7 @@ from slimkit.artifact import content_hash, write_text
 from slimkit.measure.profiling import profile
 from slimkit.plan import save
 from slimkit.recipe.chains import Chain
+from slimkit.recipe.gains import without_gain
 from slimkit.recipe.keys import file_hash
 from slimkit.recipe.schema.places import at
 from slimkit.runtime import export, open_session
@@ -154,7 +155,7 @@ def speed_warnings(
     proofs: Mapping[str, Proof],
     latency: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, list[str]]:
-    """Where a variant has lost MACs against the first one, and hardly any milliseconds.
+    """Where stages gained nothing, or MACs were lost against the first one and no milliseconds.
 
     Args:
         bench: of the run; a smoke run measures nothing that means anything.
@@ -167,6 +168,9 @@ def speed_warnings(
     from slimkit.measure.layer_latency import unrewarded
 
     found: dict[str, list[str]] = {name: [] for name in proofs}
+    if not bench.smoke:
+        files = {name: proof.path for name, proof in proofs.items()}
+        found |= without_gain(bench.recipe, latency, files)
     first, *others = proofs
     for name in [] if bench.smoke else others:
         for before, after in zip(latency[first], latency[name], strict=True):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from slimkit.graph.capturing import Call, Graph
+from slimkit.measure.macs import operator_costs
 from slimkit.quantize.planning.requests import Request
 from slimkit.quantize.planning.roles import Roles
 from slimkit.quantize.specs import CallRule, Decision, QuantizerSpec
@@ -19,6 +21,7 @@ _HEAVY = frozenset(
     | {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear", "embedding"}
     | {"matmul", "mm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
     | {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
+    | {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"}
 )
 """Worth a line in the explanation also when the target does not have them."""
 
@@ -58,6 +61,9 @@ class Draft:
         self._roles = roles
         self._names: set[str] = set()
         self._of_weight: dict[str, str] = {}
+        self._macs: Counter[int] = Counter()
+        for cost in operator_costs(graph):
+            self._macs[graph.ops[cost.op].call] += cost.macs
 
     def rule(
         self,
@@ -113,11 +119,11 @@ class Draft:
         target = self._target
         weightless_join = call.function in target.joins and len(call.inputs) < 2
         of_interest = {*target.layers, *target.joins, *target.pools, *target.products, *_HEAVY}
-        dull = call.function not in of_interest | target.activations or weightless_join
-        if dull and reason is not None and not parts.get("weight"):
+        counts = self._macs[call.index] > 0 or call.function in of_interest | target.activations
+        if (not counts or weightless_join) and reason is not None and not parts.get("weight"):
             return None
         decision = Decision(call.address, self._roles.module(call), reason is None, reason or "")
-        decision = replace(decision, **parts)  # type: ignore[arg-type]
+        decision = replace(decision, macs=self._macs[call.index], **parts)  # type: ignore[arg-type]
         self.layout.decisions.append(decision)
         return decision
 
