@@ -7,6 +7,7 @@ from typing import Any
 from slimkit.measure.layer_latency import LayerTime
 from slimkit.recipe.gains import slower_operators, without_gain
 from slimkit.recipe.loading import parse_recipe
+from slimkit.recipe.needs import untrained
 
 
 def recipe(variants: dict[str, list[str]]) -> Any:
@@ -72,3 +73,15 @@ def test_operators_that_became_slower_are_named_by_kind_the_worst_first() -> Non
         "Mul (0.750 → 3.000 ms)",
         "Sigmoid (1.000 → 2.000 ms)",
     ]
+
+
+def test_variants_of_random_weights_are_said() -> None:
+    chains = {"start": [], "int8": ["int8"], "trained": ["train"]}
+    assert untrained(recipe({"trained": ["train"]})) is None
+    told = untrained(recipe(chains))
+    assert told is not None
+    assert "slimkit:resnet20 are random" in told
+    assert "start, int8 trains nothing" in told
+    with_weights = recipe(chains)
+    model = with_weights.model.model_copy(update={"checkpoint": "weights.safetensors"})
+    assert untrained(with_weights.model_copy(update={"model": model})) is None

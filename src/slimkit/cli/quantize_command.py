@@ -66,7 +66,7 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     limit: dict[str, Any],
 ) -> None:
     """Turn a trained network into an ONNX file of integers, without training (PTQ)."""
-    from slimkit.cli.console import output
+    from slimkit.cli.console import note, output
     from slimkit.cli.models import load_task, parse_arguments, parse_weight_bits, with_weights
     from slimkit.models import build_model
     from slimkit.quantize import ptq
@@ -107,6 +107,8 @@ def quantize_command(  # noqa: PLR0913, PLR0917 - one option each
     output.print(f"{out}: {written.bytes / 1000:,.1f} kB", markup=False)
     output.print(f"in ONNX Runtime: {fusion_report(out)}", markup=False)
     output.print(f"against the float network on training data: {agreement}", markup=False)
+    if checkpoint is None and not arg:
+        note("its weights are random: no --checkpoint was given")
 
 
 def _limit(settings: dict[str, Any], task: Task, splits: Splits) -> Limit | None:

@@ -4,10 +4,35 @@ from __future__ import annotations
 
 from slimkit.errors import SlimkitError
 from slimkit.models import find_checkpoint
+from slimkit.recipe.schema.links import stage_of
 from slimkit.recipe.schema.places import at
 from slimkit.recipe.schema.recipe import Recipe
 
-__all__ = ["check_needs"]
+__all__ = ["check_needs", "untrained"]
+
+_OURS = ("slimkit:", "torchvision:", "timm:")
+"""Sources of networks whose weights are random unless arguments or a checkpoint say otherwise."""
+_WEIGHTS = frozenset({"weights", "pretrained", "checkpoint_path"})
+"""Arguments of such networks that bring weights."""
+
+
+def untrained(recipe: Recipe) -> str | None:
+    """A sentence about variants that start from random weights without training; None for none."""
+    model = recipe.model
+    given = model.checkpoint is not None or _WEIGHTS & set(model.args)
+    if given or not model.name.startswith(_OURS):
+        return None
+    names = [
+        name
+        for name, chain in recipe.variants.items()
+        if not any(recipe.stages[stage_of(link)].training_epochs() for link in chain)
+    ]
+    if not names:
+        return None
+    return (
+        f"the weights of {model.name} are random: no checkpoint was given, and "
+        f"{', '.join(names)} trains nothing, so that its metrics mean nothing"
+    )
 
 
 def check_needs(recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ from slimkit.recipe.chains import Chain
 from slimkit.recipe.deploy_choice import choose_variant
 from slimkit.recipe.evidence import gather_evidence, with_running_figures
 from slimkit.recipe.loading import dump_recipe
+from slimkit.recipe.needs import untrained
 from slimkit.recipe.preview import Preview, preview_recipe, time_left
 from slimkit.recipe.proving import Proof, measure_latency, prove, speed_warnings
 from slimkit.recipe.schema.gates import check_gates, missed_text
@@ -81,6 +82,9 @@ def run_recipe(
         )
         _check_early(bench)
         log.open()  # nothing was written so far: a mistake leaves nothing behind
+        random_weights = None if smoke else untrained(recipe)
+        if random_weights is not None:
+            log({"event": "warning", "message": random_weights})
         store.prepare()
         _sweep(folder)
         report = _report(bench, folder, log)
