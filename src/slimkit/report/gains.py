@@ -18,6 +18,10 @@ _NOISE = 0.02
 """Share of a latency that another measurement may turn round."""
 
 
+_TOLD = " gained no speed: "
+"""In the warnings of a variant: see :mod:`slimkit.recipe.gains`."""
+
+
 def lost_effort(report: Report) -> list[str]:
     """A sentence for each variant whose further stages gained nothing, or no time.
 
@@ -26,6 +30,8 @@ def lost_effort(report: Report) -> list[str]:
     """
     found = []
     for variant in report.variants:
+        if any(_TOLD in text for text in variant.warnings):
+            continue  # the run has found that out, with the operators to blame
         for other in _nearest(variant, report.variants):
             text = _sentence(report, variant, other)
             if text:
