@@ -89,6 +89,7 @@ BAD = [
     (["profile", "slimkit:resnet20", "--input", "1,1,8,8"], "conv1"),
     (["profile", "slimkit:resnet20", "--arg", "classes=3"], "the factory refuses"),
     (["profile", "slimkit:resnet20", "--arg", "3"], "--arg: expected name=value"),
+    (["explain", "network.onnx"], "network.onnx: this is an ONNX file"),
     (["explain", "slimkit:resnet20", "--ratio", "1.5"], "ratio"),
     (["explain", "slimkit:resnet20", "--criterion", "l3"], "unknown criterion 'l3'"),
     (["explain", "slimkit:resnet20", "--ignore", "layer9"], "'layer9' matches no"),

@@ -105,6 +105,12 @@ def takes_argument(name: str, argument: str) -> bool:
 
 def _factory(name: str) -> Callable[..., nn.Module]:
     source, colon, short = name.partition(":")
+    if name.endswith(".onnx"):
+        raise ModelError(
+            "this is an ONNX file, and a network of PyTorch is needed here",
+            where=name,
+            hint="profile, benchmark, evaluate and predict take files",
+        )
     if not colon or not source or not short:
         raise ModelError(
             "a model is named SOURCE:NAME",
