@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from slimkit.losses.detection import distribution_focal, giou, simota, varifocal
+from slimkit.losses.detection import box_iou_pairs, distribution_focal, giou, simota, varifocal
 from slimkit.models.cells import cells_of
 
 
@@ -76,3 +76,53 @@ def test_without_objects_all_is_background() -> None:
     nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     assigned = simota(torch.zeros(4, 3), boxes, cells.centres, cells.strides, *nothing)
     assert assigned.tolist() == [-1] * 4
+
+
+def test_the_assignment_is_that_of_the_formula_cell_by_cell_and_object_by_object() -> None:
+    """Against a plain reading of the paper, one object after the other, on crowded scenes."""
+    from torchvision.ops import box_iou, generalized_box_iou
+
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        grid = torch.arange(12).double() * 8 + 4  # in float32 10⁸ + cost would be ties
+        centres = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1).reshape(-1, 2)
+        strides = torch.full((len(centres),), 8.0).double()
+        reach = 4 + 16 * torch.rand(len(centres), 4, generator=generator)
+        boxes = torch.cat([centres - reach[:, :2], centres + reach[:, 2:]], 1)
+        logits = torch.randn(len(centres), 3, generator=generator).double()
+        corners = 60 * torch.rand(9, 2, generator=generator).double()
+        truth = torch.cat([corners, corners + 6 + 30 * torch.rand(9, 2, generator=generator)], 1)
+        labels = torch.randint(3, (9,), generator=generator)
+
+        inside = ((centres[:, None] > truth[:, :2]) & (centres[:, None] < truth[:, 2:])).all(-1)
+        middle = (truth[:, :2] + truth[:, 2:]) / 2
+        near = (centres[:, None] - middle).abs().amax(-1) < 2.5 * 8
+        overlap = box_iou(boxes, truth)
+        cost = 6 * (1 - generalized_box_iou(boxes, truth))
+        for g, label in enumerate(labels.tolist()):
+            quality = torch.zeros_like(logits)
+            quality[:, label] = overlap[:, g]
+            cost[:, g] += varifocal(logits, quality).sum(1)
+        cost += 1e8 * ~(inside & near)
+        allowed = (inside | near).any(1)
+        cost[~allowed] = torch.inf
+        owners: dict[int, list[int]] = {}
+        for g in range(len(truth)):
+            share = max(1, int(overlap[allowed, g].topk(10).values.sum()))
+            for cell in cost[:, g].topk(share, largest=False).indices.tolist():
+                owners.setdefault(cell, []).append(g)
+        expected = torch.full((len(centres),), -1)
+        for cell, wanting in owners.items():
+            best = cost[cell].argmin().item() if len(wanting) > 1 else wanting[0]
+            expected[cell] = int(best)
+        found = simota(logits, boxes, centres, strides, truth, labels)
+        assert found.tolist() == expected.tolist()
+
+
+def test_iou_of_pairs_is_the_diagonal_of_all() -> None:
+    from torchvision.ops import box_iou
+
+    corners = 20 * torch.rand(7, 2)
+    boxes = torch.cat([corners, corners + 1 + 9 * torch.rand(7, 2)], 1)
+    others = boxes.roll(1, 0) + torch.rand(7, 4)
+    torch.testing.assert_close(box_iou_pairs(boxes, others), box_iou(boxes, others).diagonal())

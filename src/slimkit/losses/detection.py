@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import box_iou, generalized_box_iou, generalized_box_iou_loss
+from torchvision.ops import box_area, box_iou, generalized_box_iou, generalized_box_iou_loss
 
-__all__ = ["distribution_focal", "giou", "simota", "varifocal"]
+__all__ = ["box_iou_pairs", "distribution_focal", "giou", "simota", "varifocal"]
 
 
 def varifocal(
@@ -59,6 +59,14 @@ def giou(boxes: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
+def box_iou_pairs(boxes: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of each box with the other of its row: (P, 4) twice → (P,)."""
+    low = torch.maximum(boxes[:, :2], others[:, :2])
+    high = torch.minimum(boxes[:, 2:], others[:, 2:])
+    shared = (high - low).clamp(min=0).prod(1)
+    return shared / (box_area(boxes) + box_area(others) - shared)
+
+
 @torch.no_grad()
 def simota(
     logits: Tensor,
@@ -102,23 +110,32 @@ def simota(
     candidates = (inside | near).any(1).nonzero().flatten()
     if not len(candidates):
         return assigned
-    candidate_boxes, scores = boxes[candidates], logits[candidates]
+    candidate_boxes = boxes[candidates]
     overlap = box_iou(candidate_boxes, truth_boxes)
-    wanted = F.one_hot(truth_labels, logits.shape[1]).to(scores.dtype)
-    quality = wanted[None] * overlap[..., None]
-    cost = varifocal(scores[:, None].expand_as(quality), quality).sum(-1)
+    cost = _score_cost(logits[candidates], truth_labels, overlap)
     cost = cost + iou_weight * (1 - generalized_box_iou(candidate_boxes, truth_boxes))
     cost = cost + 1e8 * ~(inside & near)[candidates]
     shares = overlap.topk(min(top, len(candidates)), dim=0).values.sum(0).int().clamp(min=1)
-    matched = torch.zeros_like(cost, dtype=torch.bool)
-    for number, share in enumerate(shares.tolist()):
-        matched[cost[:, number].topk(share, largest=False).indices, number] = True
+    cheapest = cost.topk(int(shares.max()), dim=0, largest=False).indices
+    within = torch.arange(len(cheapest), device=cost.device)[:, None] < shares
+    matched = torch.zeros_like(cost, dtype=torch.bool).scatter_(0, cheapest, within)
     several = matched.sum(1) > 1
     best = cost[several].argmin(1)
     matched[several] = F.one_hot(best, len(truth_boxes)).bool()
     taken = matched.any(1)
     assigned[candidates[taken]] = matched[taken].int().argmax(1)
     return assigned
+
+
+def _score_cost(scores: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
+    """Varifocal loss of every pair of a cell and an object, summed over the classes.
+
+    Only the object's own class has a target that depends on the pair, so the others are summed
+    once per cell: scores (A, classes), labels (G,), overlap (A, G) → (A, G).
+    """
+    absent = varifocal(scores, torch.zeros_like(scores))
+    own = varifocal(scores[:, labels], overlap.to(scores.dtype))
+    return absent.sum(1, keepdim=True) - absent[:, labels] + own
 
 
 def _inside(points: Tensor, boxes: Tensor) -> Tensor:

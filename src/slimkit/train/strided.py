@@ -1,17 +1,20 @@
-"""Strided convolutions that oneDNN trains slowly or wrongly on a CPU, without their strides.
+"""Convolutions that oneDNN trains slowly or wrongly on a CPU, by another of its kernels.
 
-The result is the same. A depthwise convolution runs at stride 1, of which every other pixel is
-kept: the backward pass of the strided kernel is so slow in bf16 (torch 2.14) that a MobileNet
-trains slower in bf16 than in float32; measured by ``python -m benchmarks.depthwise_training``. A
-1×1 convolution of few channels gets every other pixel: in channels_last the backward pass of the
-strided kernel writes beyond its memory (https://github.com/uxlfoundation/oneDNN/issues/6035),
-which ends the process or spoils the gradients.
+The result is the same. A strided depthwise convolution runs at stride 1, of which every other
+pixel is kept: the backward pass of the strided kernel is so slow in bf16 (torch 2.14) that a
+MobileNet trains slower in bf16 than in float32; measured by ``python -m
+benchmarks.depthwise_training``. Depthwise convolutions of other sizes than 3×3 run in float32 at
+their own stride: for 5×5 on 40×40 pixels forward and backward take 31 ms instead of 146 ms (batch
+of 16, 96 channels). A 1×1 convolution of few channels gets every other pixel: in channels_last the
+backward pass of the strided kernel writes beyond its memory
+(https://github.com/uxlfoundation/oneDNN/issues/6035), which ends the process or spoils the
+gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -20,21 +23,23 @@ from torch.nn import functional as F
 
 __all__ = ["at_stride_one"]
 
+_LARGEST_FAST_KERNEL = 3
+"""Rows and columns of the largest depthwise kernel that trains faster in bf16 than in float32."""
+
 _BLOCK = 16  # channels that a kernel takes at once, with AVX-512; half of them without
 
 
 @contextlib.contextmanager
 def at_stride_one(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, such convolutions train at stride 1 on a CPU: depthwise ones under bf16 autocast.
+    """Inside, such convolutions train by another kernel: depthwise ones under bf16 autocast only.
 
     Args:
         model: its convolutions get another ``forward``, and their own back at the end.
         device: where it trains; nothing is changed for another one than the CPU.
     """
-    chosen = _strided(model) if device.type == "cpu" else []
+    chosen = _slow(model) if device.type == "cpu" else []
     for conv in chosen:
-        forward = _pointwise if _few_pointwise(conv) else _depthwise
-        conv.forward = partial(forward, conv)  # type: ignore[method-assign]
+        conv.forward = partial(_replacement(conv), conv)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -42,17 +47,34 @@ def at_stride_one(model: nn.Module, device: torch.device) -> Iterator[None]:
             del conv.forward
 
 
-def _strided(model: nn.Module) -> list[nn.Conv2d]:
+def _slow(model: nn.Module) -> list[nn.Conv2d]:
     convolutions = [module for module in model.modules() if type(module) is nn.Conv2d]
     return [
         conv
         for conv in convolutions
-        if max(conv.stride) > 1
-        and conv.padding_mode == "zeros"
+        if conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and "forward" not in vars(conv)
-        and (_few_pointwise(conv) or conv.groups == conv.in_channels > 1)
+        and (
+            _is_large_depthwise(conv)
+            or (max(conv.stride) > 1 and (_few_pointwise(conv) or _is_depthwise(conv)))
+        )
     ]
+
+
+def _replacement(conv: nn.Conv2d) -> Callable[[nn.Conv2d, Tensor], Tensor]:
+    if _is_large_depthwise(conv):
+        return _in_float
+    return _pointwise if _few_pointwise(conv) else _depthwise
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels > 1
+
+
+def _is_large_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether it is a depthwise one for which there is no fast bf16 kernel."""
+    return _is_depthwise(conv) and max(conv.kernel_size) > _LARGEST_FAST_KERNEL
 
 
 def _few_pointwise(conv: nn.Conv2d) -> bool:
@@ -68,8 +90,19 @@ def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(kept, conv.weight, conv.bias, groups=conv.groups)
 
 
+def _in_float(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    if not _in_bf16_training():
+        return nn.Conv2d.forward(conv, x)
+    with torch.autocast("cpu", enabled=False):
+        return nn.Conv2d.forward(conv, x.float()).to(torch.get_autocast_dtype("cpu"))
+
+
+def _in_bf16_training() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
 def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    if not (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
+    if not _in_bf16_training():
         return nn.Conv2d.forward(conv, x)
     dense = F.conv2d(x, conv.weight, conv.bias, 1, conv.padding, conv.dilation, conv.groups)
     return _every(dense, conv.stride)

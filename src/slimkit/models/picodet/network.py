@@ -7,15 +7,20 @@ Yu et al. 2021, "PP-PicoDet: A Better Real-Time Object Detector on Mobile Device
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_iou
 
 from slimkit.errors import InputError
-from slimkit.losses.detection import distribution_focal, giou, simota, varifocal
-from slimkit.models.cells import boxes_at, cells_of, distances_to, mean_distances
+from slimkit.losses.detection import (
+    box_iou_pairs,
+    distribution_focal,
+    giou,
+    simota,
+    varifocal,
+)
+from slimkit.models.cells import Cells, boxes_at, cells_of, distances_to, mean_distances
 from slimkit.models.initialisation import initialise
 from slimkit.models.picodet.csp_pan import CSPPAN
 from slimkit.models.picodet.esnet import ESNet
@@ -133,39 +138,66 @@ class PicoDet(nn.Module):
         if len(targets) != len(logits):
             raise InputError(f"{len(targets)} targets for {len(logits)} images", where="targets")
         cells = cells_of(image_size, self.strides, device=logits.device)
-        boxes = boxes_at(cells, mean_distances(distances))
+        chosen = self._assigned(logits, distances, targets, cells)
+        positives = max(1, len(chosen.cells))
         quality = torch.zeros_like(logits)
-        terms: dict[str, list[Tensor]] = {"giou": [], "distribution": []}
-        weights: list[Tensor] = []
+        if not len(chosen.cells):
+            # nothing to place: still a term of the graph, so that every weight has a gradient
+            losses = {"varifocal": varifocal(logits, quality).sum() / positives}
+            return losses | {"giou": distances.sum() * 0, "distribution": distances.sum() * 0}
+        # all positives of the batch in one gather: the gradient of each costs a whole tensor
+        places = chosen.images, chosen.cells
+        here = Cells(cells.centres[chosen.cells], cells.strides[chosen.cells])
+        sides = distances[places]
+        found = boxes_at(here, mean_distances(sides))
+        quality[(*places, chosen.labels)] = box_iou_pairs(found.detach(), chosen.boxes)
+        weight = logits.detach()[places].sigmoid().amax(1)
+        total = weight.sum().clamp(min=1e-6)
+        aims = distances_to(here, chosen.boxes, largest=self.bins - 1 - 0.01)
+        losses = {
+            "varifocal": varifocal(logits, quality).sum() / positives,
+            "giou": (giou(found, chosen.boxes) * weight).sum() / total,
+            "distribution": (distribution_focal(sides, aims) * weight).sum() / total,
+        }
+        return {name: _LOSS_WEIGHTS[name] * value for name, value in losses.items()}
+
+    @torch.no_grad()
+    def _assigned(
+        self,
+        logits: Tensor,
+        distances: Tensor,
+        targets: Sequence[Mapping[str, Any]],
+        cells: Cells,
+    ) -> _Positives:
+        """SimOTA of every image."""
+        boxes = boxes_at(cells, mean_distances(distances))
+        parts: list[tuple[Tensor, ...]] = []
         for number, target in enumerate(targets):
             truth, labels = _checked(target, self.num_classes, number)
-            assigned = simota(
-                logits[number].detach(), boxes[number].detach(), cells.centres, cells.strides,
-                truth, labels,
-            )  # fmt: skip
-            positive = (assigned >= 0).nonzero().flatten()
-            if not len(positive):
-                continue
-            wanted = truth[assigned[positive]]
-            found = boxes[number, positive]
-            overlap = box_iou(found.detach(), wanted).diagonal()
-            quality[number, positive, labels[assigned[positive]]] = overlap
-            weight = logits[number, positive].detach().sigmoid().amax(1)
-            here = type(cells)(cells.centres[positive], cells.strides[positive])
-            aims = distances_to(here, wanted, largest=self.bins - 1 - 0.01)
-            terms["giou"].append(giou(found, wanted) * weight)
-            terms["distribution"].append(
-                distribution_focal(distances[number, positive], aims) * weight
+            objects = simota(
+                logits[number], boxes[number], cells.centres, cells.strides, truth, labels
             )
-            weights.append(weight)
-        positives = max(1, sum(len(weight) for weight in weights))
-        total = torch.cat(weights).sum().clamp(min=1e-6) if weights else logits.new_ones(())
-        losses = {"varifocal": varifocal(logits, quality).sum() / positives}
-        for name, parts in terms.items():
-            # nothing to place: still a term of the graph, so that every weight has a gradient
-            summed = torch.cat(parts).sum() if parts else distances.sum() * 0
-            losses[name] = summed / total
-        return {name: _LOSS_WEIGHTS[name] * value for name, value in losses.items()}
+            positive = (objects >= 0).nonzero().flatten()
+            wanted = objects[positive]
+            image = torch.full_like(positive, number)
+            parts.append((image, positive, truth[wanted], labels[wanted]))
+        return _Positives(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+class _Positives(NamedTuple):
+    """Cells that predict an object, of all images of a batch.
+
+    Attributes:
+        images: number of the image of each, int64 (P,).
+        cells: number of the cell in it, int64 (P,).
+        boxes: of its object, x1, y1, x2, y2 in pixels (P, 4).
+        labels: of its object, int64 (P,).
+    """
+
+    images: Tensor
+    cells: Tensor
+    boxes: Tensor
+    labels: Tensor
 
 
 def _checked(target: Mapping[str, Any], num_classes: int, number: int) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,8 @@ def _cut(sample: Sample, region: tuple[int, int, int, int], min_visible: float) 
     """A part of the image, grey where it reaches over the edge."""
     x, y, width, height = region
     rows, columns = sample.pixels.shape[1:]
-    canvas = torch.full((3, height, width), PAD, dtype=torch.uint8)
+    # in memory pixel by pixel, as Pillow reads it when it is resized
+    canvas = torch.full((height, width, 3), PAD, dtype=torch.uint8).permute(2, 0, 1)
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + width, columns), min(y + height, rows)
     if right > left and bottom > top:
         part = sample.pixels[:, top:bottom, left:right]
