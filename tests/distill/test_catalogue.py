@@ -51,10 +51,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "function": "torch.nn.functional:smooth_l1_loss",
         "options": {"beta": 0.5},
     },
+    "localization_kd": {"student": "fc", "teacher_scores": "fc", "bins": 1},
     "mgd": {"student": "layer2", "mask": 0.3},
     "mimic": {"student": "layer2"},
     "ofd": BATCH_NORM,
     "pkd": {"student": "layer2"},
+    "quality_kd": {"student": "fc"},
     "rkd_angle": {"student": EMBEDDING},
     "rkd_distance": {"student": EMBEDDING},
 }

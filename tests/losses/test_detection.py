@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from slimkit.losses.detection import box_iou_pairs, distribution_focal, giou, simota, varifocal
+from slimkit.losses.detection import (
+    box_iou_pairs,
+    distribution_focal,
+    giou,
+    localization_distillation,
+    quality_distillation,
+    simota,
+    varifocal,
+)
 from slimkit.models.cells import cells_of
 
 
@@ -117,6 +125,32 @@ def test_the_assignment_is_that_of_the_formula_cell_by_cell_and_object_by_object
             expected[cell] = int(best)
         found = simota(logits, boxes, centres, strides, truth, labels)
         assert found.tolist() == expected.tolist()
+
+
+def test_a_student_that_agrees_has_nothing_to_learn_of_scores_and_sides() -> None:
+    scores, sides = torch.randn(2, 5, 3), torch.randn(2, 5, 32)
+    assert float(quality_distillation(scores, scores)) == pytest.approx(0, abs=1e-6)
+    assert float(localization_distillation(sides, sides, scores)) == pytest.approx(0, abs=1e-6)
+    assert float(localization_distillation(sides, sides, scores, bins=1)) == 0
+
+
+def test_distillation_of_scores_by_hand() -> None:
+    """One cell and class: teacher 0.5, student 0.8, so |0.3| · (BCE(0.8, 0.5) − entropy) / 1."""
+    student, teacher = torch.tensor([[[math.log(4.0)]]]), torch.zeros(1, 1, 1)
+    excess = -0.5 * math.log(0.8) - 0.5 * math.log(0.2) - math.log(2)
+    assert float(quality_distillation(student, teacher)) == pytest.approx(0.3 * excess)
+
+
+def test_distillation_of_sides_counts_where_the_teacher_sees_something() -> None:
+    """Of two cells the teacher is sure of one (σ = 1) and sees nothing in the other (σ = 0)."""
+    scores = torch.tensor([[[40.0], [-40.0]]])
+    teacher = torch.zeros(1, 2, 8)  # two bins per side, one half each
+    student = torch.zeros(1, 2, 8)
+    student[0, 0, :2] = torch.tensor([math.log(3.0), 0.0])  # ¾, ¼ on one side of four
+    student[0, 1] = 7 * torch.randn(8)  # counts nothing
+    divergence = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    value = localization_distillation(student, teacher, scores, bins=2, temperature=1.0)
+    assert float(value) == pytest.approx(divergence / 4, rel=1e-5)
 
 
 def test_iou_of_pairs_is_the_diagonal_of_all() -> None:

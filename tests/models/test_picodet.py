@@ -11,9 +11,11 @@ from torchvision.ops import box_iou
 
 import slimkit as sk
 from slimkit.artifact import write_tensors
+from slimkit.errors import ModelError
 from slimkit.models import build_model, load_checkpoint
 from slimkit.models.cells import boxes_at, cells_of, distances_to, mean_distances
 from slimkit.models.picodet import PicoDet
+from slimkit.models.picodet.lcnet import LCNet
 from slimkit.reparam import fuse
 
 RATIOS = (0.5,) * 13
@@ -28,6 +30,35 @@ def small(num_classes: int = 2) -> PicoDet:
 def test_the_parameters_are_the_published_ones(size: str, count: int) -> None:
     model = build_model(f"slimkit:picodet_{size}")
     assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("scale", "count", "channels"),
+    [
+        (0.35, 136_810, (48, 88, 176)),
+        (0.5, 270_896, (64, 128, 256)),
+        (1.0, 1_016_160, (128, 256, 512)),
+    ],
+)
+def test_the_lcnet_backbone_has_the_published_sizes(
+    scale: float, count: int, channels: tuple[int, ...]
+) -> None:
+    """Parameters as timm's lcnet_035, lcnet_050 and lcnet_100 have them without classifier."""
+    network = LCNet(scale)
+    assert sum(p.numel() for p in network.parameters()) == count
+    assert network.channels == channels
+    features = network(torch.zeros(1, 3, 64, 96))
+    assert [f.shape[2:] for f in features] == [(8, 12), (4, 6), (2, 3)]
+
+
+def test_the_lcnet_variant_is_a_whole_detector() -> None:
+    model = build_model(
+        "slimkit:picodet", num_classes=3, backbone="lcnet", scale=0.25, neck=32, layers=1
+    ).eval()
+    logits, distances = model(torch.zeros(1, 3, 64, 64))
+    assert (logits.shape, distances.shape) == ((1, 85, 3), (1, 85, 32))
+    with pytest.raises(ModelError, match=r"unknown backbone 'lcnett'.*lcnet"):
+        PicoDet(backbone="lcnett")  # type: ignore[arg-type]
 
 
 def test_folded_it_has_the_weights_of_the_published_file() -> None:

@@ -1,4 +1,4 @@
-"""Losses and label assignment of one-stage detectors: VFL, DFL, GIoU, SimOTA."""
+"""Losses, distillation and label assignment of one-stage detectors: VFL, DFL, GIoU, SimOTA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_area, box_iou, generalized_box_iou, generalized_box_iou_loss
 
-__all__ = ["box_iou_pairs", "distribution_focal", "giou", "simota", "varifocal"]
+__all__ = [
+    "box_iou_pairs",
+    "distribution_focal",
+    "giou",
+    "localization_distillation",
+    "quality_distillation",
+    "simota",
+    "varifocal",
+]
 
 
 def varifocal(
@@ -57,6 +65,66 @@ def giou(boxes: Tensor, targets: Tensor) -> Tensor:
     """``1 − GIoU`` of boxes (P, 4) and their targets, (P,) (Rezatofighi et al. 2019)."""
     loss: Tensor = generalized_box_iou_loss(boxes, targets)
     return loss
+
+
+def quality_distillation(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
+    """Quality focal loss towards a teacher's scores (Wang et al. 2024, "CrossKD", equation 5).
+
+    ``Σ |σ(t) − σ(s)|^β · BCE(s, σ(t)) / Σ_cells max_class σ(t)``: what both agree on counts
+    little, and the sum of the teacher's best scores stands for the number of objects. The
+    entropy of σ(t) is taken off, so that it is 0 where the student agrees.
+
+    Args:
+        student: logits (N, cells, classes).
+        teacher: logits of the same shape.
+        beta: exponent ≥ 0 of the difference.
+
+    Returns:
+        A scalar ≥ 0, float32.
+    """
+    ours, wanted = student.float(), teacher.detach().float().sigmoid()
+    weight = (wanted - ours.detach().sigmoid()).abs().pow(beta)
+    excess = F.binary_cross_entropy_with_logits(ours, wanted, reduction="none")
+    excess = excess - F.binary_cross_entropy(wanted, wanted, reduction="none")
+    return (weight * excess).sum() / wanted.amax(-1).sum().clamp(min=1)
+
+
+def localization_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    teacher_scores: Tensor,
+    *,
+    bins: int = 8,
+    temperature: float = 2.0,
+) -> Tensor:
+    """Localization distillation (Zheng et al. 2022, "Localization Distillation", equation 4).
+
+    The divergence ``τ² · KL(softmax(t/τ) ‖ softmax(s/τ))`` of each side's distribution, or with
+    one number per side the smooth L1 distance; the mean over all cells, weighted by the teacher's
+    best score: only where it sees something does it know where that lies.
+
+    Args:
+        student: logits of distances (N, cells, 4 · bins).
+        teacher: of the same shape.
+        teacher_scores: the teacher's class logits (N, cells, classes).
+        bins: distances per side, at least 1.
+        temperature: τ > 0.
+
+    Returns:
+        A scalar ≥ 0, float32.
+    """
+    ours, theirs = student.float(), teacher.detach().float()
+    weight = teacher_scores.detach().float().sigmoid().amax(-1)
+    if bins == 1:
+        distance = F.smooth_l1_loss(ours, theirs, reduction="none").mean(-1)
+    else:
+        ours, theirs = (
+            (x.reshape(*x.shape[:-1], 4, bins) / temperature).log_softmax(-1)
+            for x in (ours, theirs)
+        )
+        divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        distance = divergence.mean(-1) * temperature**2
+    return (distance * weight).sum() / weight.sum().clamp(min=1)
 
 
 def box_iou_pairs(boxes: Tensor, others: Tensor) -> Tensor:

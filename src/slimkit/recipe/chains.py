@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from slimkit.errors import RecipeError
 from slimkit.recipe.schema.links import full_link, stage_of
 from slimkit.recipe.schema.recipe import Recipe
-from slimkit.recipe.stages.interface import UNPRUNED, Stage
+from slimkit.recipe.stages.interface import ORIGINAL, UNPRUNED, Stage
 
 __all__ = ["Chain", "ChainStep", "check_teachers", "of_stage", "resolve_steps", "teacher_chain"]
 
@@ -17,6 +17,13 @@ Chain = tuple[str, ...]
 
 Of a stage that leaves several networks a chain names one: ``search.small``.
 """
+
+
+_BEGINNINGS = {
+    UNPRUNED: ({"prune", "sparsify"}, "prunes, or makes sparse"),
+    ORIGINAL: ({"prune", "sparsify", "ptq", "qat"}, "prunes, makes sparse or quantizes"),
+}
+"""Teachers that a chain has by itself → types of the stage that they begin, and what it does."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def teacher_chain(recipe: Recipe, teacher: str, chain: Chain, place: str = "teac
         recipe: of both.
         teacher: name of a stage (or STAGE.PART), which runs on the recipe's model when no variant
             has it; or ``unpruned`` for what the first stage of ``chain`` began with that prunes
-            or makes sparse.
+            or makes sparse, ``original`` for the first that compresses in any way.
         chain: of the student.
         place: where in the stage the teacher is named, for the error.
 
@@ -98,12 +105,13 @@ def teacher_chain(recipe: Recipe, teacher: str, chain: Chain, place: str = "teac
             ``chain`` prunes.
     """
     where = f"stages.{stage_of(chain[-1])}.{place}"
-    if teacher == UNPRUNED and teacher not in recipe.stages:
+    if teacher in _BEGINNINGS and teacher not in recipe.stages:
+        types, what = _BEGINNINGS[teacher]
         for position, stage in enumerate(chain):
-            if recipe.stages[stage_of(stage)].type in {"prune", "sparsify"}:
+            if recipe.stages[stage_of(stage)].type in types:
                 return chain[:position]
         raise RecipeError(
-            f"no stage of {' → '.join(chain)} prunes before {chain[-1]}, or makes sparse",
+            f"no stage of {' → '.join(chain)} {what}",
             where=where,
             hint="name a teacher, or a stage",
         )

@@ -109,6 +109,10 @@ class ClassificationTask(Task):
         outputs = batch.inputs.run(model)
         return self.loss_fn()(outputs, batch.targets), outputs
 
+    def distillation(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Softened class scores (Hinton et al. 2015)."""
+        return [{"type": "kd"}]
+
     def loss_fn(self) -> Callable[[Any, Tensor], Tensor]:
         """The same of outputs and labels."""
 

@@ -227,6 +227,13 @@ class Task(BaseModel):
         """What a teacher is called with, in evaluation mode; targets stay with the student."""
         return batch.inputs
 
+    def distillation(self, model: nn.Module) -> Sequence[Mapping[str, Any]]:
+        """Losses by which ``model``'s own original teaches it, in the words of a recipe.
+
+        What ``teacher: original`` stands for; the default has none.
+        """
+        return ()
+
     # ---- evaluation
 
     @abstractmethod

@@ -191,6 +191,11 @@ class SampleLoader:
             batch = as_batch(item)
             yield Batch(batch.inputs, batch.targets, ids)
 
+    def names_of(self, ids: Tensor) -> list[str]:
+        """What the samples of these numbers are called: the files of images, else the numbers."""
+        name_of = getattr(self._samples, "name_of", str)
+        return [name_of(number) for number in ids.tolist()]
+
     def _numbered(self) -> Iterator[tuple[Any, Tensor]]:
         from torch.utils.data import DataLoader
 

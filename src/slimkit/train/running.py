@@ -96,6 +96,7 @@ class TrainingRun:
         self.optimizer = build_optimizer(model, settings, self.extra)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.tools = StepTools(model, forward, objective, device, self.optimizer)
+        self.tools.names_of = getattr(loader, "names_of", None)
         self.average = WeightAverage(model, settings.ema) if settings.ema else None
         self.history = History()
         self.step = 0
@@ -293,10 +294,11 @@ class TrainingRun:
         self._undecided = False
 
     def _batches(self) -> Iterable[Any]:
-        """One epoch, with the numbers of the samples if a term asks for them."""
-        terms = self.objective.terms
-        asked = any(hasattr(term, "needs") and term.needs("ids") for term in terms)
-        with_ids = getattr(self.loader, "with_ids", None) if asked else None
+        """One epoch, with the numbers of the samples where the loader knows them.
+
+        Terms may ask for them, and an error says which samples it was.
+        """
+        with_ids = getattr(self.loader, "with_ids", None)
         return iterated(self.loader if with_ids is None else with_ids(), where="loader")
 
     def finish(self, evaluate: EvaluateMetrics | None) -> History:

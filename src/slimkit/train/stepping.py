@@ -38,6 +38,9 @@ BatchLoss = Callable[[nn.Module, Batch], tuple[Tensor, Any]]
 Step = Callable[["StepTools", Batch], Any]
 """``step(tools, batch)`` → what callbacks see as outputs; None for those of the last forward."""
 
+_NAMED_SAMPLES = 16
+"""Samples that an error names: a batch of usual size wholly."""
+
 Term = Callable[[StepContext], Tensor]
 """A further term of the loss, from what happened in a step."""
 
@@ -93,6 +96,7 @@ class StepTools:
         step: number of optimizer steps before this one in the whole run.
         epoch: from 0.
         progress: part of the run that is over, 0 … 1.
+        names_of: numbers of samples → their names, for errors; None where they have none.
     """
 
     def __init__(
@@ -106,11 +110,13 @@ class StepTools:
         self.model = model
         self.step, self.epoch, self.progress = 0, 0, 0.0
         self.bf16 = False
+        self.names_of: Callable[[Tensor], Sequence[str]] | None = None
         self._forward, self._objective, self._device = forward, objective, device
         self._optimizer = optimizer
         self._share, self._looks, self._position = 1.0, True, ""
         self._outputs: Any = None
         self._loss: Tensor | None = None
+        self._samples: Tensor | None = None
         self._scalars: dict[str, Tensor] = {}
 
     def forward(self, inputs: Batch | ExampleInputs) -> Any:
@@ -216,6 +222,7 @@ class StepTools:
             TrainingError: the step left no gradients.
         """
         self._share, self._looks, self._outputs = share, looks, None
+        self._samples = batch.ids
         taken = self._loss
         if self._objective.step is None:
             loss, outputs = self.forward_loss(batch)
@@ -289,11 +296,21 @@ class StepTools:
         if not math.isfinite(float(loss)):
             rate = self._optimizer.param_groups[0]["lr"]
             raise TrainingError(
-                f"the loss is {float(loss)} at {self._position}",
+                f"the loss is {float(loss)} at {self._position}{self._named_samples()}",
                 where="loss",
                 hint=f"the learning rate is {rate:.3g}: try a lower lr, "
                 "warmup_epochs or clip_grad_norm",
             )
+
+    def _named_samples(self) -> str:
+        """Which samples the batch has: by name, else by number, else nothing."""
+        if self._samples is None:
+            return ""
+        numbers = self._samples.flatten()[:_NAMED_SAMPLES].cpu()
+        names = self.names_of(numbers) if self.names_of is not None else numbers.tolist()
+        more = len(self._samples) - len(numbers)
+        shown = ", ".join(map(str, names)) + (f" and {more} more" if more else "")
+        return f", in the batch of samples {shown}"
 
 
 def as_float(outputs: Any) -> Any:

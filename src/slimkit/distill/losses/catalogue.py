@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from slimkit.distill.losses.boxes import LocalizationKD, QualityKD
 from slimkit.distill.losses.features import CWD, L1, OFD, PKD, ActivationBoundary, Mimic
 from slimkit.distill.losses.functions import FunctionLoss
 from slimkit.distill.losses.interface import DISTILL_LOSSES, DistillLoss, parse_losses
@@ -29,7 +30,9 @@ __all__ = [
     "DistillLoss",
     "FactorTransfer",
     "FunctionLoss",
+    "LocalizationKD",
     "Mimic",
+    "QualityKD",
     "RKDAngle",
     "RKDDistance",
     "SoftCrossEntropy",

@@ -1,4 +1,4 @@
-"""The two building blocks of PicoDet: a normalised convolution, and a depthwise separable one."""
+"""Building blocks of PicoDet: normalised and depthwise separable convolutions, a channel gate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-__all__ = ["ConvNorm", "DepthwiseSeparable", "divisible"]
+__all__ = ["ConvNorm", "DepthwiseSeparable", "SqueezeExcitation", "divisible"]
 
 
 class ConvNorm(nn.Module):
@@ -52,6 +52,22 @@ class DepthwiseSeparable(nn.Sequential):
             ConvNorm(in_channels, in_channels, kernel, stride, groups=in_channels),
             ConvNorm(in_channels, out_channels),
         )
+
+
+class SqueezeExcitation(nn.Module):
+    """Channels weighed by a gate that sees the whole image (Hu et al. 2018), reduction 4."""
+
+    def __init__(self, channels: int, reduction: int = 4) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.reduce = nn.Conv2d(channels, channels // reduction, 1)
+        self.expand = nn.Conv2d(channels // reduction, channels, 1)
+        self.gate = nn.Hardsigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → the same shape."""
+        scale = self.expand(self.reduce(self.pool(x)).relu())
+        return cast("Tensor", x * self.gate(scale))
 
 
 def divisible(value: float, divisor: int) -> int:

@@ -12,28 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import ModelError
-from slimkit.models.picodet.blocks import ConvNorm, divisible
+from slimkit.models.picodet.blocks import ConvNorm, SqueezeExcitation, divisible
 
 __all__ = ["ESNet"]
 
 _REPEATS = (3, 7, 3)
 """Blocks per stage; the first of each halves the image."""
-
-
-class SqueezeExcitation(nn.Module):
-    """Channels weighed by a gate that sees the whole image (Hu et al. 2018), reduction 4."""
-
-    def __init__(self, channels: int, reduction: int = 4) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.reduce = nn.Conv2d(channels, channels // reduction, 1)
-        self.expand = nn.Conv2d(channels // reduction, channels, 1)
-        self.gate = nn.Hardsigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → the same shape."""
-        scale = self.expand(self.reduce(self.pool(x)).relu())
-        return cast("Tensor", x * self.gate(scale))
 
 
 class EnhancedShuffle(nn.Module):

@@ -7,12 +7,12 @@ Yu et al. 2021, "PP-PicoDet: A Better Real-Time Object Detector on Mobile Device
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from slimkit.errors import InputError
+from slimkit.errors import InputError, ModelError, nearest
 from slimkit.losses.detection import (
     box_iou_pairs,
     distribution_focal,
@@ -25,6 +25,7 @@ from slimkit.models.initialisation import initialise
 from slimkit.models.picodet.csp_pan import CSPPAN
 from slimkit.models.picodet.esnet import ESNet
 from slimkit.models.picodet.head import CellPredictions, PicoHead
+from slimkit.models.picodet.lcnet import LCNet
 
 __all__ = ["PicoDet", "picodet_l", "picodet_m", "picodet_s"]
 
@@ -46,6 +47,7 @@ class PicoDet(nn.Module):
         neck: channels of the neck and the head.
         layers: depthwise separable convolutions per level in the head.
         in_channels: of the image.
+        backbone: ``"esnet"``, or ``"lcnet"``: fewer and plainer layers, without ``ratios``.
 
     Attributes:
         image_size: pixels a side that the published networks were trained with; any other works.
@@ -68,10 +70,16 @@ class PicoDet(nn.Module):
         neck: int = 128,
         layers: int = 4,
         in_channels: int = 3,
+        backbone: Literal["esnet", "lcnet"] = "esnet",
     ) -> None:
         super().__init__()
+        if backbone not in {"esnet", "lcnet"}:
+            hint = nearest(str(backbone), ("esnet", "lcnet"))
+            raise ModelError(f"unknown backbone {backbone!r}", where="backbone", hint=hint)
         self.num_classes = num_classes
-        self.backbone = ESNet(scale, ratios, in_channels)
+        self.backbone: ESNet | LCNet = (
+            ESNet(scale, ratios, in_channels) if backbone == "esnet" else LCNet(scale, in_channels)
+        )
         self.neck = CSPPAN(self.backbone.channels, neck)
         self.head = PicoHead(neck, len(self.strides), num_classes, layers, self.bins)
         initialise(self)
@@ -97,6 +105,25 @@ class PicoDet(nn.Module):
         logits, distances = predictions
         cells = cells_of(image_size, self.strides, device=logits.device)
         return boxes_at(cells, mean_distances(distances)), logits.sigmoid()
+
+    def distillation(self) -> list[dict[str, Any]]:
+        """Losses by which a network of the same levels teaches this one, as a recipe says them.
+
+        Features of the neck by correlation, scores of all cells, and the distributions of the
+        sides where the teacher sees something.
+        """
+        logits, distances = ({"module": "head", "index": index} for index in (0, 1))
+        levels = range(len(self.strides))
+        features: list[dict[str, Any]] = [
+            {"type": "pkd", "student": {"module": "neck", "index": level}, "weight": 0.25}
+            for level in levels
+        ]
+        boxes = {"student": distances, "teacher_scores": logits, "bins": self.bins}
+        return [
+            *features,
+            {"type": "quality_kd", "student": logits},
+            {"type": "localization_kd", **boxes},
+        ]
 
     def adapted_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a network with another number of classes, as a start for this one.

@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 
 from slimkit.recipe.schema.fields import MOST_THREADS, OneOf, SettingsOf, TypedBy, wrong
 from slimkit.recipe.schema.links import LINK, full_link, link_problem, parts_problem
-from slimkit.recipe.stages.interface import UNPRUNED, Stage
+from slimkit.recipe.stages.interface import ORIGINAL, UNPRUNED, Stage
 from slimkit.tasks import ClassificationTask
 from slimkit.tasks.interface import Task
 
@@ -200,7 +200,7 @@ class Recipe(Settings):
             if name in self.stages:
                 raise wrong("a stage has the same name", "rename one", path=f"teachers.{name}")
         for name, stage_settings in self.stages.items():
-            others = [*self.teachers, UNPRUNED]
+            others = [*self.teachers, UNPRUNED, ORIGINAL]
             for teacher, place in stage_settings.teacher_names().items():
                 problem = link_problem(teacher, self.stages, others=others)
                 if teacher not in others and problem is not None:

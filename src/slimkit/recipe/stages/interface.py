@@ -37,10 +37,22 @@ if TYPE_CHECKING:
     from slimkit.tasks.interface import Task
     from slimkit.tasks.splits import Splits
 
-__all__ = ["SELF", "STAGES", "UNPRUNED", "Stage", "StageContext", "StageResult", "ignore_event"]
+__all__ = [
+    "ORIGINAL",
+    "SELF",
+    "STAGES",
+    "UNPRUNED",
+    "Stage",
+    "StageContext",
+    "StageResult",
+    "ignore_event",
+]
 
 UNPRUNED = "unpruned"
 """The teacher that a chain has by itself: what its first ``prune`` or ``sparsify`` begins with."""
+
+ORIGINAL = "original"
+"""Another: what its first stage that compresses (prunes, sparsifies, quantizes) begins with."""
 
 SELF = "self"
 """The student as its own teacher: its deeper layers teach the others."""

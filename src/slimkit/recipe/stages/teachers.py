@@ -18,7 +18,7 @@ from slimkit.errors import InputError, SlimkitError, nearest
 from slimkit.inputs import Batch
 from slimkit.recipe.schema.fields import TypedBy, wrong
 from slimkit.recipe.schema.places import at
-from slimkit.recipe.stages.interface import SELF, UNPRUNED, StageContext
+from slimkit.recipe.stages.interface import ORIGINAL, SELF, UNPRUNED, StageContext
 from slimkit.recipe.stages.knowledge import check_place, knowing, knowledge_facts
 from slimkit.train.callbacks import StepContext
 from slimkit.train.settings import TrainSettings
@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     from slimkit.inputs import Inputs
     from slimkit.tasks.interface import Task
 
-__all__ = ["TEACHING", "DistillOptions", "check_distillation", "distilling", "generated_batches"]
+__all__ = [
+    "TEACHING",
+    "DistillOptions",
+    "check_distillation",
+    "distilling",
+    "generated_batches",
+    "with_losses",
+]
 
 MergeOption = (
     Literal["mean", "sum", "confidence"]
@@ -59,11 +66,13 @@ class DistillOptions(BaseModel):
     Attributes:
         teacher: a name under ``teachers:``, or of a stage, whose result then teaches; or
             ``unpruned``: the network that the first ``prune`` stage of the chain began with; or
+            ``original``: that its first stage began with that prunes or quantizes; or
             ``self``: the student's deeper layers teach the others. A list of names is several
             teachers that count equally, a mapping gives each its weight.
         distill: losses between student and teacher, added to the task's own loss (on the
             labels), which ``loss_weight`` scales. For ``unpruned`` the default is
-            ``[{type: kd}]``.
+            ``[{type: kd}]``, for ``original`` what the task says of the network: of a detector
+            features, scores and boxes.
         teacher_weighting: ``confidence``: of several teachers, who is surer of the right label
             of a sample counts more on it; ``fixed``: as ``teacher`` says.
         teacher_mode: ``frozen``, or ``mutual``: teachers start as they are, train beside the
@@ -114,7 +123,7 @@ class DistillOptions(BaseModel):
             )
         if self.teacher is not None and not self.teacher:
             raise wrong("there is no teacher in it", "write a name", path="teacher")
-        if self.teacher and not self.distill:
+        if self.teacher and not self.distill and self.teacher != ORIGINAL:
             raise wrong(
                 "there is a teacher but no loss", "add distill: [{type: kd}]", path="distill"
             )
@@ -185,6 +194,26 @@ class DistillOptions(BaseModel):
         return {**weights, **knowledge_facts(self.knowledge)}
 
 
+def with_losses(options: DistillOptions, model: nn.Module, task: Task) -> DistillOptions:
+    """``options`` with what ``teacher: original`` alone stands for.
+
+    Raises:
+        InputError: the task has no losses for this network.
+    """
+    if options.teacher != ORIGINAL or options.distill:
+        return options
+    from slimkit.distill import parse_losses
+
+    losses = tuple(parse_losses(list(task.distillation(model))))
+    if not losses:
+        raise InputError(
+            f"the task {task.type} does not say what its original teaches {type(model).__name__}",
+            where="teacher",
+            hint="add distill: with losses",
+        )
+    return options.model_copy(update={"distill": losses})
+
+
 def check_distillation(model: nn.Module, options: DistillOptions, context: StageContext) -> None:
     """Make sure that teachers, losses and the student fit, without training.
 
@@ -193,6 +222,7 @@ def check_distillation(model: nn.Module, options: DistillOptions, context: Stage
     Raises:
         SlimkitError: they do not, with the path in the stage.
     """
+    options = with_losses(options, model, context.task)
     if options.distill and all(place.startswith("file:") for place in options.knowledge):
         with distilling(model, options, context):
             pass

@@ -19,6 +19,7 @@ from slimkit.recipe.stages.teachers import (
     check_distillation,
     distilling,
     generated_batches,
+    with_losses,
 )
 from slimkit.registry import Registry
 from slimkit.train.callbacks import Callback, EpochContext
@@ -172,6 +173,7 @@ def train_model(
     from slimkit.train import fit
 
     plain = TrainSettings(**{name: getattr(settings, name) for name in TrainSettings.model_fields})
+    options = with_losses(options, student or model, context.task)
     task, splits = context.task.tuned(plain), context.splits
     validation = splits.validation
     loader: Any = splits.train

@@ -26,6 +26,7 @@ from slimkit.tasks.detection.torchvision_detectors import (
     is_one_stage,
     is_torchvision,
     one_stage,
+    torchvision_distillation,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "classes_of",
     "dense",
     "detector_loss",
+    "distillation_losses",
     "finder",
     "is_list_detector",
     "network_of",
@@ -133,6 +135,20 @@ def detector_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
     network: Any = network_of(model)
     terms = network.loss(predictions, batch.targets, tuple(images.shape[-2:]))
     return torch.stack([value.float() for value in terms.values()]).sum(), predictions
+
+
+def distillation_losses(model: nn.Module) -> list[dict[str, Any]]:
+    """Losses by which a detector's own original teaches it: features, scores, boxes.
+
+    A detector with ``decode`` says them by a method ``distillation()``; without one there are
+    none. Of torchvision's, the features are those of the backbone's levels; the boxes of SSD, and
+    scores and boxes of Faster R-CNN, belong to what each network matched for itself.
+    """
+    network: Any = network_of(model)
+    if not is_list_detector(model):
+        own = getattr(network, "distillation", None)
+        return list(own()) if callable(own) else []
+    return torchvision_distillation(network)
 
 
 def dense(model: nn.Module) -> Part:

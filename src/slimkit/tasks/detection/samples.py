@@ -98,6 +98,10 @@ class SceneSamples:
             return sample
         return place(sample, self.size, letterbox=self.letterbox)
 
+    def name_of(self, number: int) -> str:
+        """The file of an image, for errors."""
+        return self.scenes[number].name
+
     def _pixels(self, number: int) -> Tensor:
         held = self._decoded.get(number)
         if held is None:

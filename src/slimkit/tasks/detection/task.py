@@ -21,6 +21,7 @@ from slimkit.tasks.detection.detectors import (
     classes_of,
     dense,
     detector_loss,
+    distillation_losses,
     finder,
     is_list_detector,
     suppressed,
@@ -138,6 +139,10 @@ class DetectionTask(Task):
             with in_training(model):
                 return detector_loss(model, batch)
         return detector_loss(model, batch)
+
+    def distillation(self, model: nn.Module) -> Sequence[Mapping[str, Any]]:
+        """Features, scores and boxes; see :func:`.detectors.distillation_losses`."""
+        return distillation_losses(model)
 
     @contextlib.contextmanager
     def running(self, model: nn.Module) -> Iterator[Run]:

@@ -18,8 +18,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
 from slimkit.errors import ModelError
+from slimkit.modules import evaluation
 
-__all__ = ["class_count", "is_one_stage", "is_torchvision", "one_stage"]
+__all__ = ["class_count", "is_one_stage", "is_torchvision", "one_stage", "torchvision_distillation"]
 
 
 def is_torchvision(network: nn.Module) -> bool:
@@ -77,6 +78,28 @@ def one_stage(network: Any, images: Tensor) -> dict[str, Tensor]:
         scores = logits.softmax(-1) if isinstance(network, SSD) else logits.sigmoid()
     grow = boxes.new_tensor([width / size[1], height / size[0]] * 2)
     return {"boxes": boxes.reshape(regression.shape) * grow, "scores": scores[..., 1:]}
+
+
+@torch.no_grad()
+def torchvision_distillation(network: Any) -> list[dict[str, Any]]:
+    """Losses between a detector and its original: features, and scores and boxes of all anchors."""
+    smallest = int(min(network.transform.min_size))
+    probe = torch.zeros(1, 3, smallest, smallest, device=next(network.parameters()).device)
+    with evaluation(network):
+        features = network.backbone(probe)
+    names = [None] if isinstance(features, Tensor) else list(features)
+    losses: list[dict[str, Any]] = [
+        {"type": "pkd", "student": {"module": "backbone", "index": name}, "weight": 1 / len(names)}
+        for name in names
+    ]
+    if isinstance(network, (FCOS, RetinaNet)):
+        scores = {"module": "head", "index": "cls_logits"}
+        sides = {"module": "head", "index": "bbox_regression"}
+        losses += [
+            {"type": "quality_kd", "student": scores},
+            {"type": "localization_kd", "student": sides, "teacher_scores": scores, "bins": 1},
+        ]
+    return losses
 
 
 def _transformed(transform: Any, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
