@@ -132,7 +132,8 @@ def box_iou_pairs(boxes: Tensor, others: Tensor) -> Tensor:
     low = torch.maximum(boxes[:, :2], others[:, :2])
     high = torch.minimum(boxes[:, 2:], others[:, 2:])
     shared = (high - low).clamp(min=0).prod(1)
-    return shared / (box_area(boxes) + box_area(others) - shared)
+    overlap: Tensor = shared / (box_area(boxes) + box_area(others) - shared)
+    return overlap
 
 
 @torch.no_grad()
