@@ -57,8 +57,16 @@ def test_missing_and_unexpected_names_are_named(tmp_path: Path) -> None:
 
 
 def test_pickles_are_refused_with_the_way_to_convert(tmp_path: Path) -> None:
-    (tmp_path / "w.pth").write_bytes(b"anything")
-    with pytest.raises(CheckpointError, match="save_file"):
+    torch.save(network(), tmp_path / "w.pth")  # a whole module: making it again would run code
+    with pytest.raises(CheckpointError, match="only running code could make") as caught:
+        load_checkpoint(network(), tmp_path / "w.pth")
+    assert "state_dict()" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"anything", b"PK\x03\x04anything"])
+def test_a_damaged_pickle_is_an_artifact_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"complete file of torch\.save"):
         load_checkpoint(network(), tmp_path / "w.pth")
 
 
